@@ -1,0 +1,3 @@
+"""Score-entropy discrete diffusion for text."""
+
+from sedd.version import __version__ as __version__

@@ -1,0 +1,88 @@
+"""Every random draw of the diffusion, and how its key is made.
+
+Noise is keyed by (seed, global row, purpose or step, position), never by the shape of a batch: no grouping of rows
+into batches, and no choice of the positions that are asked for, changes a sample. Keys are typed (`jax.random.key`).
+
+JAX's default Gumbel noise is truncated in float32: it never draws an event rarer than about 1e-7, and an outcome of
+probability 1e-3 that is spread over 50 000 states never at all (Zheng et al., arXiv 2409.02908). So all draws here are
+two-stage (does a token move; then where to), in `mode="high"`, right to float32's relative accuracy.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 128  # states in a block of `categorical`: the unit to which heads are padded
+
+
+def _each(draw: Callable, keys: jax.Array, *args: jax.Array):
+    """Maps `draw(key, *args)` over every key of an array of keys."""
+    for _ in range(keys.ndim):
+        draw = jax.vmap(draw)
+    return draw(keys, *args)
+
+
+def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
+    """The key of each row by its global index. rows: Int[B] -> Key[B]."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+
+def fold(keys: jax.Array, number: jax.Array | int) -> jax.Array:
+    """The keys of one step or purpose. Key[...] -> Key[...]."""
+    return _each(lambda key: jax.random.fold_in(key, number), keys)
+
+
+def sites(keys: jax.Array, positions: jax.Array) -> jax.Array:
+    """The key of each position, by its index in the sequence. Key[B], Int[B P] or Int[P] -> Key[B P]."""
+    positions = jnp.broadcast_to(positions, (*keys.shape, positions.shape[-1]))
+    return jax.vmap(row_keys)(keys, positions)
+
+
+def uniform(keys: jax.Array, dtype=jnp.float32) -> jax.Array:
+    """U[0, 1), one a key."""
+    return _each(lambda key: jax.random.uniform(key, dtype=dtype), keys)
+
+
+def integers(keys: jax.Array, high: int) -> jax.Array:
+    """Uniform on 0 .. high - 1, one a key, Int32."""
+    return _each(lambda key: jax.random.randint(key, (), 0, high, jnp.int32), keys)
+
+
+def bernoulli(keys: jax.Array, p: jax.Array) -> jax.Array:
+    """True with probability p, to p's relative accuracy; p broadcasts to the keys."""
+    p = jnp.broadcast_to(p, keys.shape)
+    return _each(lambda key, p: jax.random.bernoulli(key, p, mode="high"), keys, p)
+
+
+def categorical(keys: jax.Array, log_weights: jax.Array) -> jax.Array:
+    """One state from unnormalised log weights. Key[...], Float[... V] -> Int32[...].
+
+    Two Gumbel races: a block of states by its mass, then a state within the block. That needs V/128 + 128 random
+    numbers instead of V, and no cumulative sum, so that every probability keeps its relative accuracy.
+    """
+    states = log_weights.shape[-1]
+    size = min(BLOCK, states)
+    spare = -states % size
+    log_weights = jnp.pad(log_weights, [(0, 0)] * keys.ndim + [(0, spare)], constant_values=-jnp.inf)
+    blocks = log_weights.reshape(*keys.shape, -1, size)
+    block = _race(fold(keys, 0), jax.nn.logsumexp(blocks, axis=-1))
+    within = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    return block * size + _race(fold(keys, 1), within)
+
+
+def _race(keys: jax.Array, log_weights: jax.Array) -> jax.Array:
+    """argmax of log weight plus Gumbel noise. Key[...], Float[... K] -> Int32[...]."""
+    shape, dtype = log_weights.shape[-1:], log_weights.dtype
+    noise = _each(lambda key: jax.random.gumbel(key, shape, dtype, mode="high"), keys)
+    return jnp.argmax(log_weights + noise, axis=-1).astype(jnp.int32)
+
+
+def ranks(keys: jax.Array, free: jax.Array) -> jax.Array:
+    """A uniformly random order of each row's free positions. Key[B], Bool[B L] -> Int32[B L].
+
+    Free positions get 0, 1, 2, ... in that order; the others come after all of them.
+    """
+    share = jnp.where(free, uniform(sites(keys, jnp.arange(free.shape[-1]))), 2.0)
+    order = jnp.argsort(share, axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1).astype(jnp.int32)

@@ -1,0 +1,61 @@
+"""The training losses: the score entropy at noise levels in time, and at counts of masked tokens.
+
+Both give nats for each token, whose sum over a row is an unbiased estimate of that row's bound.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sedd.diffusion import draws
+from sedd.diffusion.process import Absorbing, Process
+from sedd.diffusion.schedule import Schedule
+from sedd.diffusion.score import StatsFn
+
+
+def denoising_loss(
+    process: Process,
+    schedule: Schedule,
+    stats_fn: StatsFn,
+    keys: jax.Array,
+    x0: jax.Array,
+    t: jax.Array,
+    free: jax.Array | None = None,
+) -> jax.Array:
+    """The denoising score entropy at the times told, weighted by the rate; SEDD, equation 10.
+
+    keys: Key[B]; x0: Int[B L]; t: Float[B]; free: Bool[B L], False where a token is given, kept and not scored.
+    Returns Float[B L], nats.
+    """
+    sigma = schedule.sigma(t)
+    x = process.perturb(keys, x0, sigma[:, None])
+    x = x if free is None else jnp.where(free, x, x0)
+    entropy = process.score_entropy(stats_fn(x, sigma, x0), x, x0, sigma[:, None])
+    loss = schedule.rate(t)[:, None] * entropy
+    return loss if free is None else jnp.where(free, loss, 0.0)
+
+
+def count_loss(
+    process: Absorbing,
+    stats_fn: StatsFn,
+    keys: jax.Array,
+    x0: jax.Array,
+    k: jax.Array,
+    free: jax.Array | None = None,
+) -> jax.Array:
+    """The score entropy with exactly k of each row's n free tokens masked, times n / k (Ou et al., arXiv 2406.03736).
+
+    With k uniform on 1 .. n the mean of a row's sum is the bound of decoding in random order: the integral over all
+    noise, from 0 to infinity, with nothing cut off. A network that is told the noise is told that of the middle of
+    the k-th of n equal shares of masked tokens, 1 - alpha = (k - 1/2) / n.
+
+    keys: Key[B]; x0: Int[B L]; k: Int[B]; free: Bool[B L]. Returns Float[B L], nats.
+    """
+    free = jnp.ones(x0.shape, bool) if free is None else free
+    n = jnp.sum(free, axis=-1)
+    masked = (draws.ranks(keys, free) < k[:, None]) & free
+    x = process.hide(x0, masked)
+    share = (k - 0.5) / n
+    sigma = -jnp.log1p(-share)
+    entropy = process.score_entropy(stats_fn(x, sigma, x0), x, x0, sigma[:, None])
+    weight = share / (1 - share) * n / k  # e^sigma - 1 turns the score entropy into a cross-entropy
+    return jnp.where(masked, weight[:, None] * entropy, 0.0)

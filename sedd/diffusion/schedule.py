@@ -1,0 +1,76 @@
+"""Noise schedules: how the total noise sigma grows with the time t in [0, 1].
+
+sigma is dimensionless; a token is still untouched at time t with probability alpha = exp(-sigma(t)).
+All methods are pointwise and compute in the dtype they are given.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+class Schedule:
+    """An increasing sigma(t), its derivative and its inverse."""
+
+    def sigma(self, t: jax.Array) -> jax.Array:
+        """The total noise at time t."""
+        raise NotImplementedError
+
+    def rate(self, t: jax.Array) -> jax.Array:
+        """d sigma / dt at time t."""
+        raise NotImplementedError
+
+    def time(self, sigma: jax.Array) -> jax.Array:
+        """The time at which the total noise is sigma."""
+        raise NotImplementedError
+
+    def alpha(self, t: jax.Array) -> jax.Array:
+        """The probability that a token is untouched at time t."""
+        return jnp.exp(-self.sigma(t))
+
+
+@dataclasses.dataclass(frozen=True)
+class LogLinear(Schedule):
+    """sigma(t) = -log(1 - (1 - eps) t): the touched share grows linearly, to 1 - eps (SEDD, section 5.1)."""
+
+    eps: float = 1e-3
+
+    def __post_init__(self):
+        if not 0 < self.eps < 1:
+            raise ValueError(f"LogLinear: eps must lie in (0, 1), not {self.eps}")
+
+    def sigma(self, t):
+        return -jnp.log1p(-(1 - self.eps) * t)
+
+    def rate(self, t):
+        return (1 - self.eps) / (1 - (1 - self.eps) * t)
+
+    def time(self, sigma):
+        return -jnp.expm1(-sigma) / (1 - self.eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometric(Schedule):
+    """sigma(t) = sigma_min^(1-t) sigma_max^t: the noise grows by a constant factor (SEDD, section 5.1)."""
+
+    sigma_min: float = 1e-4
+    sigma_max: float = 20.0
+
+    def __post_init__(self):
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"Geometric: needs 0 < sigma_min < sigma_max, not {self.sigma_min}, {self.sigma_max}")
+
+    @property
+    def _log_ratio(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
+
+    def sigma(self, t):
+        return self.sigma_min * jnp.exp(self._log_ratio * t)
+
+    def rate(self, t):
+        return self._log_ratio * self.sigma(t)
+
+    def time(self, sigma):
+        return jnp.log(sigma / self.sigma_min) / self._log_ratio

@@ -66,6 +66,10 @@ class Process:
         """A draw from the law in which the noise ends. Key[B] -> Int32[B length]."""
         return self._noise(draws.sites(keys, jnp.arange(length)))
 
+    def log_noised(self, log_clean: jax.Array, sigma: jax.Array) -> jax.Array:
+        """log m, the law of a noisy token given the others. Float[... V] -> Float[... S]."""
+        raise NotImplementedError
+
     def _noise(self, sites: jax.Array) -> jax.Array:
         """Draws from pi. Key[B L] -> Int32[B L]."""
         raise NotImplementedError
@@ -103,13 +107,17 @@ class Absorbing(Process):
         stayed = jnp.where(x == x0, -sigma, -jnp.inf)
         return jnp.where(x == self.mask, jnp.log(-jnp.expm1(-sigma)), stayed)
 
+    def log_noised(self, log_clean, sigma):
+        sigma = jnp.broadcast_to(sigma, log_clean.shape[:-1])[..., None]
+        return jnp.concatenate([log_clean - sigma, jnp.log(-jnp.expm1(-sigma))], axis=-1)
+
     def log_score(self, log_clean: jax.Array, here: jax.Array, sigma: jax.Array) -> jax.Array:
         """log s_y of a masked token for the clean tokens y: r_y / (e^sigma - 1). Float[... V].
 
         Pointwise in the columns. here, log r of the current token (Float[...]), is of no use under a mask; other
         tokens never move.
         """
-        return log_clean - _log_expm1(jnp.broadcast_to(sigma, here.shape))[..., None]
+        return log_clean - log_expm1(jnp.broadcast_to(sigma, here.shape))[..., None]
 
     def clean_from_score(self, log_score: jax.Array, sigma: jax.Array) -> jax.Array:
         """log r from any log score of a masked token, its mask column (if there) left out. Float[... V].
@@ -135,7 +143,7 @@ class Absorbing(Process):
         cross-entropy of the normalised score, and what its normaliser is off. Both parts are positive.
         """
         masked = x == self.mask
-        log_weight = -_log_expm1(sigma)
+        log_weight = -log_expm1(sigma)
         excess = jnp.where(masked, stats.log_sum - log_weight, 0.0)
         loss = (stats.log_sum - stats.target) + (jnp.expm1(excess) - excess)
         return jnp.where(masked, jnp.exp(log_weight) * loss, 0.0)
@@ -172,6 +180,9 @@ class Uniform(Process):
         other = -jnp.expm1(-sigma) / self.vocab_size
         return jnp.log(jnp.where(x == x0, jnp.exp(-sigma) + other, other))
 
+    def log_noised(self, log_clean, sigma):
+        return self._log_mixed(log_clean, jnp.broadcast_to(sigma, log_clean.shape[:-1])[..., None])
+
     def log_score(self, log_clean: jax.Array, here: jax.Array, sigma: jax.Array) -> jax.Array:
         """log s_y = log (m_y / m_x), 0 at y = x. Float[... V]. Pointwise in the columns; here: log r_x, Float[...].
 
@@ -179,7 +190,7 @@ class Uniform(Process):
         network knows is in what they lack of it.
         """
         sigma, here = jnp.broadcast_to(sigma, here.shape)[..., None], here[..., None]
-        log_there, log_here = self._log_noised(log_clean, sigma), self._log_noised(here, sigma)
+        log_there, log_here = self._log_mixed(log_clean, sigma), self._log_mixed(here, sigma)
         change = jnp.exp(-sigma - log_here) * (jnp.exp(log_clean) - jnp.exp(here))
         near = jnp.abs(change) < 0.5
         return jnp.where(near, jnp.log1p(jnp.where(near, change, 0.0)), jnp.where(near, 0.0, log_there - log_here))
@@ -219,8 +230,8 @@ class Uniform(Process):
         share = (self.vocab_size - 1) / self.vocab_size
         moved = jnp.exp(-sigma_next) * elsewhere - jnp.expm1(-sigma_next) * share
         through = -jnp.expm1(sigma_next - sigma) / self.vocab_size
-        p_move = through * moved * jnp.exp(-self._log_noised(here, sigma))
-        return Jump(p_move, jnp.where(current, -jnp.inf, self._log_noised(log_clean, sigma_next[..., None])))
+        p_move = through * moved * jnp.exp(-self._log_mixed(here, sigma))
+        return Jump(p_move, jnp.where(current, -jnp.inf, self._log_mixed(log_clean, sigma_next[..., None])))
 
     def score_entropy(self, stats: ScoreStats, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
         """The score entropy in nats per unit sigma. Float[...]; SEDD, equation 10.
@@ -255,11 +266,11 @@ class Uniform(Process):
         log_total = jnp.logaddexp(jnp.log1p(odds), stats.log_sum)
         return log_total - jnp.where(x == x0, jnp.log1p(odds), stats.target)
 
-    def _log_noised(self, log_clean: jax.Array, sigma: jax.Array) -> jax.Array:
-        """log m = log (alpha r + (1 - alpha) / V); sigma broadcasts to log_clean."""
+    def _log_mixed(self, log_clean: jax.Array, sigma: jax.Array) -> jax.Array:
+        """log (alpha r + (1 - alpha) / V), pointwise; sigma broadcasts to log_clean."""
         return jnp.logaddexp(log_clean - sigma, jnp.log(-jnp.expm1(-sigma)) - math.log(self.vocab_size))
 
 
-def _log_expm1(sigma: jax.Array) -> jax.Array:
+def log_expm1(sigma: jax.Array) -> jax.Array:
     """log(e^sigma - 1), without overflow."""
     return sigma + jnp.log(-jnp.expm1(-sigma))

@@ -52,16 +52,17 @@ def score_stats(log_score: jax.Array, x: jax.Array, x0: jax.Array) -> ScoreStats
     )
 
 
+def clean_stats(process, log_clean: jax.Array, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> ScoreStats:
+    """The statistics of the score that log r makes. Float[... V], Int[...], Int[...], Float[...] -> Float[...]."""
+    here = jnp.minimum(x, process.vocab_size - 1)  # the mask has no clean column, and no use for one
+    here = jnp.take_along_axis(log_clean, here[..., None], axis=-1)[..., 0]
+    return score_stats(process.log_score(log_clean, here, sigma), x, x0)
+
+
 def stats_from(process, denoiser: Denoiser) -> StatsFn:
     """The StatsFn of a Denoiser, by way of all B L V scores."""
 
-    def stats(x, sigma, x0):
-        log_clean = denoiser(x, sigma, None)
-        here = jnp.minimum(x, process.vocab_size - 1)  # the mask has no clean column, and no use for one
-        here = jnp.take_along_axis(log_clean, here[..., None], axis=-1)[..., 0]
-        return score_stats(process.log_score(log_clean, here, sigma[:, None]), x, x0)
-
-    return stats
+    return lambda x, sigma, x0: clean_stats(process, denoiser(x, sigma, None), x, x0, sigma[:, None])
 
 
 # Denoiser -> Denoiser: all that changes a model's opinion. No sampler knows of it.

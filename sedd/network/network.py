@@ -1,0 +1,163 @@
+"""The network as the rest of the house sees it: with its parameters, a Denoiser and a StatsFn.
+
+This is the edge at which what a network predicts becomes what a process understands. A network predicts one of
+
+    "score"     a free log score, as in the paper (for Absorbing less the shift log(e^sigma - 1) + log V), or
+    "denoiser"  log r itself, the law of the clean token given all the others.
+
+Training and bounds see a free score as it is. Samplers see `clean_from_score` of it, cut to the simplex once, here.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from sedd.diffusion.process import Absorbing, Process, log_expm1
+from sedd.diffusion.score import Denoiser, ScoreStats, StatsFn, clean_stats, score_stats
+from sedd.network.trunk import Head, Trunk, padded
+
+PREDICTIONS = ("denoiser", "score")
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """All of a network that is not its parameters; frozen and hashable, a static argument of jit.
+
+    sigma_range: the noise it is trained on; what it is told is clipped to that, at any noise it is asked at.
+    """
+
+    process: Process
+    prediction: str
+    width: int
+    layers: int
+    heads: int
+    sigma_range: tuple[float, float]
+    condition: int = 128
+    dropout: float = 0.0
+    dtype: str = "float32"
+    scan: bool = False
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"network.prediction must be one of {', '.join(PREDICTIONS)}, not {self.prediction!r}")
+        if self.width % (2 * self.heads):
+            raise ValueError(f"network.width ({self.width}) must be a multiple of twice network.heads ({self.heads})")
+
+    @property
+    def trunk(self) -> Trunk:
+        sizes = (self.width, self.layers, self.heads, self.condition, self.dropout, self.dtype, self.scan, self.remat)
+        return Trunk(self.process.num_states, *sizes)
+
+    @property
+    def head(self) -> Head:
+        return Head(self.process.num_states)
+
+    def init(self, key: jax.Array) -> dict:
+        """Fresh parameters, float32: {"trunk": ..., "head": ...}. Pure; can be jitted, sharded or only traced."""
+        tokens, sigma = jnp.zeros((1, 2), jnp.int32), jnp.ones(1)
+        for_trunk, for_head = jax.random.split(key)
+        trunk = self.trunk.init(for_trunk, tokens, sigma)
+        hidden, condition = jnp.zeros((1, 2, self.width)), jnp.zeros((1, 1, self.condition))
+        return {"trunk": trunk["params"], "head": self.head.init(for_head, hidden, condition)["params"]}
+
+    def num_parameters(self) -> int:
+        """How many parameters there are, the rows of padding not counted."""
+        params = jax.eval_shape(self.init, jax.random.key(0))
+        stored = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+        spare = padded(self.process.num_states) - self.process.num_states
+        return stored - spare * (self.width + self.width + 1)
+
+    def denoiser(self, params: dict, lengths: jax.Array | None = None) -> Denoiser:
+        """A Denoiser of these parameters; the head runs at the positions asked for. lengths: Int[B], the valid ones."""
+
+        def denoise(x, sigma, positions=None):
+            told = jnp.clip(sigma, *self.sigma_range)
+            hidden, condition = self._hidden(params, x, told, lengths=lengths)
+            if positions is not None:
+                hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+                x = jnp.take_along_axis(x, positions, axis=1)
+            return self._log_clean(self._logits(params, hidden, condition[:, None]), x, told[:, None])
+
+        return denoise
+
+    def stats(
+        self,
+        params: dict,
+        keys: jax.Array | None = None,
+        lengths: jax.Array | None = None,
+        masked_pairs: bool = False,
+    ) -> StatsFn:
+        """A StatsFn of these parameters. keys: Key[B] for dropout; lengths: Int[B].
+
+        masked_pairs: the head runs at masked positions only, of which rows 2i and 2i + 1 hold at most L + 1 together,
+        as counts in antithetic pairs do. Elsewhere the statistics are 0, for which Absorbing has no use.
+        """
+
+        def stats(x, sigma, x0):
+            hidden, condition = self._hidden(params, x, jnp.clip(sigma, *self.sigma_range), keys, lengths)
+            sites = (hidden, jnp.broadcast_to(condition[:, None], (*x.shape, self.condition)), x, x0)
+            sites = (*sites, jnp.broadcast_to(sigma[:, None], x.shape))
+            if not masked_pairs:
+                return self._stats(params, *sites)
+            take, put = _masked_of_pairs(x == self.process.mask)
+            return ScoreStats(*map(put, self._stats(params, *map(take, sites))))
+
+        return stats
+
+    def log_score(self, params: dict, x: jax.Array, sigma: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """The log concrete score over all states, the mask's column too, 0 at the current token. Float32[B L S].
+
+        Told the noise as it is, unclipped, like the published models. Under no mask the absorbing process has no use
+        for it.
+        """
+        hidden, condition = self._hidden(params, x, sigma, lengths=lengths)
+        logits = self._logits(params, hidden, condition[:, None])
+        if self.prediction == "score":
+            return self._free_log_score(logits, x, sigma[:, None])
+        log_clean = self._log_clean(logits, x, sigma[:, None])
+        log_noised = self.process.log_noised(log_clean, sigma[:, None])
+        return log_noised - jnp.take_along_axis(log_noised, x[..., None], axis=-1)
+
+    def _hidden(self, params, x, sigma, keys=None, lengths=None):
+        return self.trunk.apply({"params": params["trunk"]}, x, sigma, keys, lengths)
+
+    def _logits(self, params, hidden, condition):
+        return self.head.apply({"params": params["head"]}, hidden, condition)
+
+    def _log_clean(self, logits, x, sigma):
+        if self.prediction == "score":
+            return self.process.clean_from_score(self._free_log_score(logits, x, sigma), sigma)
+        return jax.nn.log_softmax(logits[..., : self.process.vocab_size], axis=-1)
+
+    def _free_log_score(self, logits, x, sigma):
+        if isinstance(self.process, Absorbing):
+            logits = logits - (log_expm1(sigma) + math.log(self.process.vocab_size))[..., None]
+        return jnp.where(jnp.arange(self.process.num_states) == x[..., None], 0.0, logits)
+
+    def _stats(self, params, hidden, condition, x, x0, sigma) -> ScoreStats:
+        logits = self._logits(params, hidden, condition)
+        if self.prediction == "score":
+            return score_stats(self._free_log_score(logits, x, sigma), x, x0)
+        return clean_stats(self.process, self._log_clean(logits, x, sigma), x, x0, sigma)
+
+
+def _masked_of_pairs(masked: jax.Array):
+    """Gather and scatter between all positions and the L + 1 masked ones of each pair of rows.
+
+    masked: Bool[B L]. Returns take: [B L ...] -> [B/2 L+1 ...], and its inverse put, 0 elsewhere. A pair with fewer
+    masks is filled up with positions that hold none.
+    """
+    batch, length = masked.shape
+    _, where = jax.lax.top_k(masked.reshape(batch // 2, 2 * length).astype(jnp.int32), length + 1)
+
+    def take(values):
+        return jax.vmap(lambda row, at: row[at])(values.reshape(batch // 2, 2 * length, *values.shape[2:]), where)
+
+    def put(found):
+        rows = jax.vmap(lambda row, at: jnp.zeros(2 * length, row.dtype).at[at].set(row))(found, where)
+        return rows.reshape(batch, length)
+
+    return take, put

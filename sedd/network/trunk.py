@@ -1,0 +1,154 @@
+"""The concrete score network of SEDD as two linen modules: a diffusion transformer trunk, and a head.
+
+Bidirectional attention with rotary positions, conditioned on sigma by adaLN-zero (Peebles and Xie, arXiv 2212.09748);
+embedding and head are not tied. Parameters, residual stream, norms and logits are float32; the linear maps and the
+attention of the trunk run in `dtype`. Dropout masks come from the key of each example, so that they do not depend on
+how a batch is laid out over devices.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+ROWS = 128  # embedding rows and head columns are padded to a multiple of this, so that a mesh can split them
+FREQUENCIES = 256  # sine and cosine features of sigma
+
+
+def padded(states: int) -> int:
+    """The number of states as it is stored."""
+    return states + -states % ROWS
+
+
+def _like_torch(fan_in: int):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initialisation of the published models."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Linear(nn.Module):
+    """x W + b over the last axis. Zero-initialised on demand."""
+
+    features: int
+    use_bias: bool = True
+    zero: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.zeros if self.zero else _like_torch(x.shape[-1])
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        flat = x.reshape(-1, x.shape[-1])  # on CPUs the gradient of a 3-D product takes twice as long
+        y = jnp.dot(flat.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            y = y + self.param("bias", init, (self.features,)).astype(self.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+def _norm(name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-5, use_bias=False, name=name)
+
+
+def _modulated(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+def _dropout(x, rate: float, keys, number):
+    """Drops entries by each example's own key. x: Float[B L D]; keys: Key[B], or None to drop nothing."""
+    if keys is None or rate == 0:
+        return x
+    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - rate), 0.0)
+
+
+def _rotated(x):
+    """Rotary positions, base 10000, halves paired (Su et al., arXiv 2104.09864). x: Float[B L ... K]."""
+    length, half = x.shape[1], x.shape[-1] // 2
+    frequency = 10000.0 ** (-jnp.arange(half) / half)
+    angle = (jnp.arange(length)[:, None] * frequency).reshape(length, *[1] * (x.ndim - 3), half)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each modulated and gated by the condition. (h, layer) -> (h, None), as `nn.scan` has it."""
+
+    heads: int
+    dropout: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, h, layer, condition, keys, mask):
+        batch, length, width = h.shape
+        modulation = Linear(6 * width, zero=True, name="modulation")(condition)[:, None]
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+
+        x = _modulated(_norm("norm_attention")(h), shift_a, scale_a)
+        x = Linear(3 * width, use_bias=False, dtype=self.dtype, name="qkv")(x)
+        q, k, v = jnp.moveaxis(x.reshape(batch, length, 3, self.heads, width // self.heads), 2, 0)
+        x = jax.nn.dot_product_attention(_rotated(q), _rotated(k), v, mask=mask).reshape(batch, length, width)
+        x = Linear(width, use_bias=False, dtype=self.dtype, name="out")(x)
+        h = h + gate_a * _dropout(x.astype(jnp.float32), self.dropout, keys, 2 * layer)
+
+        x = _modulated(_norm("norm_mlp")(h), shift_m, scale_m)
+        x = Linear(4 * width, dtype=self.dtype, name="up")(x)
+        x = Linear(width, dtype=self.dtype, name="down")(nn.gelu(x, approximate=True))
+        h = h + gate_m * _dropout(x.astype(jnp.float32), self.dropout, keys, 2 * layer + 1)
+        return h, None
+
+
+class Trunk(nn.Module):
+    """Tokens and noise to hidden states. states: S, the ids a token can have; layers may be scanned or unrolled."""
+
+    states: int
+    width: int
+    layers: int
+    heads: int
+    condition: int
+    dropout: float
+    dtype: str
+    scan: bool
+    remat: bool
+
+    @nn.compact
+    def __call__(self, tokens, sigma, keys=None, lengths=None):
+        """tokens: Int[B L]; sigma: Float[B]; keys: Key[B] for dropout, or None; lengths: Int[B], the valid ones.
+
+        Returns hidden: Float32[B L D] and condition: Float32[B C].
+        """
+        table = self.param("embedding", _like_torch(self.width), (padded(self.states), self.width))
+        h = table[tokens]
+        frequency = 10000.0 ** (-jnp.arange(FREQUENCIES // 2) / (FREQUENCIES // 2))
+        angle = sigma[:, None].astype(jnp.float32) * frequency
+        features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+        hidden = nn.silu(Linear(self.condition, name="sigma_in")(features))
+        condition = nn.silu(Linear(self.condition, name="sigma_out")(hidden))
+        mask = None if lengths is None else (jnp.arange(tokens.shape[1]) < lengths[:, None])[:, None, None, :]
+
+        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        sizes = dict(heads=self.heads, dropout=self.dropout, dtype=self.dtype)
+        if self.scan:
+            inputs = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+            layers = nn.scan(
+                block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=inputs, length=self.layers
+            )
+            h, _ = layers(name="blocks", **sizes)(h, jnp.arange(self.layers), condition, keys, mask)
+        else:
+            for layer in range(self.layers):
+                h, _ = block(name=f"block_{layer}", **sizes)(h, layer, condition, keys, mask)
+        return h, condition
+
+
+class Head(nn.Module):
+    """Hidden states to logits, at whatever positions it is given. states: S."""
+
+    states: int
+
+    @nn.compact
+    def __call__(self, hidden, condition):
+        """hidden: Float[... P D]; condition: Float[... P C] or Float[... 1 C]. Returns Float32[... P S]."""
+        shift, scale = jnp.split(Linear(2 * hidden.shape[-1], zero=True, name="modulation")(condition), 2, axis=-1)
+        x = _modulated(_norm("norm")(hidden), shift, scale)
+        return Linear(padded(self.states), zero=True, name="out")(x)[..., : self.states]

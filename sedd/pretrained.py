@@ -4,63 +4,63 @@ import json
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from sedd.diffusion.process import Absorbing, Process, Uniform
-from sedd.diffusion.schedule import Geometric, LogLinear, Schedule
+from sedd import config as configs
 from sedd.errors import UserError
-from sedd.network.network import Network
 from sedd.network.trunk import padded
 
-TIME_FLOOR = 1e-3  # the earliest time that the published models were trained at
+
+def is_published(about: dict) -> bool:
+    """Whether the contents of a config.json are those of a published checkpoint."""
+    return {"graph", "noise", "model", "tokens"} <= about.keys()
 
 
-def is_published(directory: Path) -> bool:
-    """Whether a directory holds a checkpoint in the published format."""
-    config = directory / "config.json"
-    return config.is_file() and (directory / "model.safetensors").is_file() and "graph" in json.loads(config.read_text())
-
-
-def load(directory: Path) -> tuple[Process, Schedule, Network, dict, int]:
-    """Process, schedule, network, parameters and length of a published checkpoint. UserError if it cannot be read."""
-    config = json.loads((directory / "config.json").read_text())
-    process, schedule, network = _build(config, directory)
+def load(directory: Path) -> tuple[ConfigDict, dict]:
+    """The config and the parameters of a published checkpoint. UserError if it cannot be read."""
+    config = _config(json.loads((directory / "config.json").read_text()), directory)
+    file = directory / "model.safetensors"
+    if not file.is_file():
+        raise UserError(f"there is no {file}; copy it there, beside its config.json")
     try:
-        tensors = load_file(directory / "model.safetensors")
+        tensors = load_file(file)
     except SafetensorError as error:
-        raise UserError(f"{directory / 'model.safetensors'} is damaged ({error}); copy it there again") from None
+        raise UserError(f"{file} is damaged ({error}); copy it there again") from None
     tensors.pop("rotary_emb.inv_freq", None)  # a constant
-    params = _params(tensors, network, directory)
-    return process, schedule, network, params, config["model"]["length"]
+    return config, _params(tensors, config, directory)
 
 
-def _build(config: dict, directory: Path) -> tuple[Process, Schedule, Network]:
-    graph, noise, model = config["graph"], config["noise"], config["model"]
-    process = {"absorb": Absorbing, "uniform": Uniform}[graph["type"]](config["tokens"])
-    if noise["type"] == "loglinear":
-        schedule = LogLinear()
-    else:
-        schedule = Geometric(noise["sigma_min"], noise["sigma_max"])
-    if model["scale_by_sigma"] != isinstance(process, Absorbing):
+def _config(published: dict, directory: Path) -> ConfigDict:
+    """The published settings in the words of our config."""
+    graph, noise, model = published["graph"], published["noise"], published["model"]
+    if model["scale_by_sigma"] != (graph["type"] == "absorb"):
         raise UserError(f"{directory}: scale_by_sigma={model['scale_by_sigma']} with {graph['type']} is not supported")
-    network = Network(
-        process=process,
-        prediction="score",
-        width=model["hidden_size"],
-        layers=model["n_blocks"],
-        heads=model["n_heads"],
-        condition=model["cond_dim"],
-        dropout=model["dropout"],
-        sigma_range=(float(schedule.sigma(TIME_FLOOR)), float(schedule.sigma(1.0))),
-    )
-    return process, schedule, network
+    return configs.from_dict({
+        "process": {"name": {"absorb": "absorbing", "uniform": "uniform"}[graph["type"]]},
+        "schedule": {
+            "name": noise["type"],
+            "sigma_min": float(noise["sigma_min"]),
+            "sigma_max": float(noise["sigma_max"]),
+        },
+        "network": {
+            "prediction": "score",
+            "width": model["hidden_size"],
+            "layers": model["n_blocks"],
+            "heads": model["n_heads"],
+            "condition": model["cond_dim"],
+            "dropout": model["dropout"],
+        },
+        "data": {"block_length": model["length"], "vocab_size": published["tokens"]},
+        "training": {"ema_decay": published["training"]["ema"], "levels": "times"},
+    })
 
 
-def _params(tensors: dict[str, np.ndarray], network: Network, directory: Path) -> dict:
+def _params(tensors: dict[str, np.ndarray], config: ConfigDict, directory: Path) -> dict:
     """The tensors under the names and shapes of our tree; every one is used, and none is missing."""
-    states = network.process.num_states
-    spare = padded(states) - states
+    process, _, network = configs.build(config, config.data.vocab_size)
+    spare = padded(process.num_states) - process.num_states
 
     def take(name):
         if name not in tensors:

@@ -1,0 +1,201 @@
+"""The `sedd` command: the only file that knows flags. Results go to stdout, progress and errors to stderr."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from sedd.version import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 2 for a mistake of the user's."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    settings = [text.removeprefix("--config.") for text in rest if text.startswith("--config.")]
+    unknown = [text for text in rest if not text.startswith("--config.")]
+    if unknown or (settings and not args.takes_config):
+        parser.error(f"sedd {args.command} takes no {(unknown or rest)[0]}; see sedd {args.command} --help")
+    from sedd.errors import UserError
+    from sedd.training.fit import Interrupted
+
+    try:
+        args.run(args, settings)
+    except UserError as error:
+        print(f"sedd: error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        print(f"sedd: {stopped}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of stdout, such as head, has had enough
+        sys.stderr.close()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Score-entropy discrete diffusion for text."
+    parser = _Parser(prog="sedd", description=about, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"sedd {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, run, text, takes_config=False):
+        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        made.set_defaults(run=run, takes_config=takes_config)
+        return made
+
+    quick = command("quickstart", _quickstart, "Train on a built-in corpus, evaluate, sample and infill.", True)
+    quick.add_argument("--workdir", default="runs/quickstart", help="where the run goes (%(default)s)")
+    quick.add_argument("--source", default="builtin:names", help="builtin:names or builtin:functions (%(default)s)")
+
+    prep = command("prepare", _prepare, "Tokenise a source once, into a corpus directory.")
+    prep.add_argument("--source", required=True, help="text:GLOB, builtin:names or builtin:functions")
+    prep.add_argument("--tokenizer", default="sentencepiece:8000", help="sentencepiece:SIZE or :FILE, bytes, characters")
+    prep.add_argument("--out", required=True, help="the corpus directory to make")
+    prep.add_argument("--seed", type=int, default=0, help="draws the held-out documents")
+
+    train = command("train", _train, "Train, or continue the run that is in --workdir.", True)
+    train.add_argument("--config", help="a file with get_config(), such as experiments/quickstart.py; else the default")
+    train.add_argument("--workdir", required=True, help="where the run goes")
+
+    evaluate = command("eval", _eval, "Bound the negative log-likelihood of a corpus.")
+    _add_model(evaluate)
+    evaluate.add_argument("--data", help="a corpus directory (the one the model was trained on)")
+    evaluate.add_argument("--split", default="test", help="train, validation or test (%(default)s)")
+    evaluate.add_argument("--draws", type=int, help="noise levels a block (the config's)")
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sample = command("sample", _sample, "Draw texts.")
+    _add_model(sample)
+    _add_sampling(sample)
+
+    infill = command("infill", _infill, "Fill in the blanks of texts.")
+    _add_model(infill)
+    _add_sampling(infill)
+    infill.add_argument("template", nargs="*", help="text with blanks of so many tokens, such as 'A <blank:8> sat.'")
+    infill.add_argument("--prefix", help="instead of a template: what comes before the blank")
+    infill.add_argument("--suffix", help="instead of a template: what comes after the blank")
+    return parser
+
+
+def _add_model(parser):
+    parser.add_argument("--model", required=True, help="a run, an exported model or a published SEDD checkpoint")
+
+
+def _add_sampling(parser):
+    parser.add_argument("--num_samples", type=int, default=1, help="how many, of each template (%(default)s)")
+    parser.add_argument("--length", type=int, help="tokens in all (the model's block)")
+    parser.add_argument("--steps", type=int, default=128, help="of the sampler (%(default)s)")
+    parser.add_argument("--sampler", default="tweedie", help="euler or tweedie (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the law over clean tokens (%(default)s)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens of this mass (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, help="rows at a time; changes no sample")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a text")
+
+
+def _prepare(args, _):
+    from sedd.data.prepare import prepare
+
+    corpus = prepare(args.source, args.tokenizer, args.out, args.seed)
+    for split, counts in corpus.meta["splits"].items():
+        print(f"{split:11}{counts['documents']:10,} documents {counts['tokens']:13,} tokens {counts['bytes']:13,} bytes")
+    print(f"vocabulary {corpus.vocab_size:,} tokens; corpus in {args.out}")
+
+
+def _train(args, settings):
+    from sedd import config as configs
+    from sedd.training.fit import fit
+
+    config = configs.load_config(args.config) if args.config else configs.default()
+    fit(configs.override(config, settings), args.workdir)
+    print(f"the run in {args.workdir} is trained; next:")
+    print(f"  sedd eval --model={args.workdir}\n  sedd sample --model={args.workdir}")
+
+
+def _eval(args, _):
+    from sedd.data.corpus import open_corpus
+    from sedd.model import load
+
+    model = load(args.model)
+    corpus = open_corpus(args.data or model.config.data.corpus)
+    report = model.perplexity(corpus, args.split, args.seed, args.draws)
+    print(report.to_json() if args.json else report)
+
+
+def _sample(args, _):
+    from sedd.model import load
+
+    _print_texts(load(args.model).sample(**_sampling(args)), args)
+
+
+def _infill(args, _):
+    from sedd.model import load
+
+    where = dict(prefix=args.prefix, suffix=args.suffix)
+    _print_texts(load(args.model).infill(args.template or None, **where, **_sampling(args)), args)
+
+
+def _sampling(args) -> dict:
+    names = ("num_samples", "length", "steps", "sampler", "temperature", "top_p", "seed", "batch_size")
+    return {name: getattr(args, name) for name in names}
+
+
+def _print_texts(samples, args):
+    texts = [None] * len(samples.tokens) if samples.texts is None else samples.texts
+    for number, (text, tokens) in enumerate(zip(texts, samples.tokens)):
+        ids = tokens[tokens >= 0].tolist()
+        if args.json:
+            record = {"text": text, "tokens": ids, "seed": args.seed, "sampler": args.sampler, "steps": args.steps}
+            print(json.dumps({**record, "network_calls": samples.network_calls}))
+        else:
+            print(f"--- {number + 1} of {len(texts)}" if len(texts) > 1 else "---")
+            print(ids if text is None else text)
+
+
+def _quickstart(args, settings):
+    from sedd import config as configs
+    from sedd.data.prepare import prepare
+    from sedd.evaluation.baselines import baselines
+    from sedd.model import train
+
+    name = args.source.removeprefix("builtin:")
+    print(f"1. preparing the corpus data/{name} ({args.source})", file=sys.stderr)
+    corpus = prepare(args.source, "sentencepiece:1280", Path("data") / name)
+    print(f"2. training a model in {args.workdir}", file=sys.stderr)
+    config = configs.override(configs.default(), [f"data.corpus=data/{name}", *settings])
+    model = train(config, args.workdir)
+    print("3. bounding the likelihood of the held-out text", file=sys.stderr)
+    report = model.perplexity(corpus)
+    print(f"held-out text: {report.num_bytes:,} bytes of {name}, in bits per byte")
+    print(f"  {'this model, a bound':22}{report.bits_per_byte:6.3f} ± {report.bits_per_byte_error:.3f}")
+    for code, bits in baselines(corpus, "test").items():
+        print(f"  {code:22}{bits:6.3f}")
+    print("4. sampling", file=sys.stderr)
+    for number, text in enumerate(model.sample(num_samples=2).texts):
+        print(f"\nsample {number + 1}\n{text.strip()}")
+    before, after = _BLANKED.get(name, _BLANKED["names"])
+    template = f"{before}<blank:4>{after}"
+    filled = model.infill(template, steps=32).texts[0]
+    print(f"\ninfilled between '{before}' and '{after}'\n{filled}")
+    print("\nnext:")
+    for line in (
+        f"sedd sample --model={args.workdir} --num_samples=4",
+        f"sedd infill --model={args.workdir} {template!r}",
+        f"sedd eval   --model={args.workdir} --split=validation",
+        "sedd prepare --source='text:my/*.txt' --out=data/mine",
+        "sedd train  --config.data.corpus=data/mine --workdir=runs/mine",
+    ):
+        print(f"  {line}")
+
+
+_BLANKED = {"names": ("GREEK SMALL LETTER", " WITH TONOS"), "functions": ("def __init__(self", "):\n    self.")}
+
+if __name__ == "__main__":
+    sys.exit(main())

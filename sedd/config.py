@@ -1,0 +1,191 @@
+"""The default config, which is the quickstart's, and the only ways to change it: a file, and strict overrides."""
+
+import ast
+import difflib
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sedd.diffusion.process import Absorbing, Process, Uniform
+from sedd.diffusion.schedule import Geometric, LogLinear, Schedule
+from sedd.errors import UserError
+from sedd.network.network import PREDICTIONS, Network
+
+PROCESSES = {"absorbing": Absorbing, "uniform": Uniform}
+SCHEDULES = {
+    "loglinear": lambda config: LogLinear(config.eps),
+    "geometric": lambda config: Geometric(config.sigma_min, config.sigma_max),
+}
+_CHOICES = {
+    "process.name": tuple(PROCESSES),
+    "schedule.name": tuple(SCHEDULES),
+    "network.prediction": PREDICTIONS,
+    "network.dtype": ("float32", "bfloat16"),
+    "training.levels": ("times", "counts"),
+    "optimizer.name": ("adamw", "muon"),
+    "optimizer.decay": ("none", "linear"),
+}
+_OPTIONAL = {"data.vocab_size": int}
+_POSITIVE = ("network.width", "network.layers", "network.heads", "network.condition", "data.block_length")
+_POSITIVE += ("training.steps", "training.batch_size", "training.accumulation", "optimizer.learning_rate")
+_POSITIVE += ("optimizer.adam_learning_rate", "optimizer.warmup_steps", "optimizer.clip_norm")
+_POSITIVE += ("checkpoint.every", "checkpoint.keep", "evaluation.draws")
+
+
+def default() -> ConfigDict:
+    """A fresh copy of the default config, locked: an unknown key is an error."""
+    config = ConfigDict()
+    config.process = ConfigDict({"name": "absorbing"})
+    config.schedule = ConfigDict({
+        "name": "loglinear",
+        "eps": 1e-3,  # loglinear: the share of tokens still untouched at t = 1
+        "sigma_min": 1e-4,  # geometric
+        "sigma_max": 20.0,  # geometric
+    })
+    config.network = ConfigDict({
+        "prediction": "denoiser",  # or "score", as in the paper
+        "width": 128,
+        "layers": 4,
+        "heads": 4,
+        "condition": 128,  # width of the condition on sigma
+        "dropout": 0.0,
+        "dtype": "float32",  # of the trunk's linear maps and attention; all else is float32
+        "scan": False,  # compile one layer and loop over it
+        "remat": False,  # recompute a layer in the backward pass instead of keeping it
+    })
+    config.data = ConfigDict({
+        "corpus": "data/names",
+        "block_length": 32,
+        "vocab_size": None,  # None: the corpus'; else checked against it
+    })
+    config.training = ConfigDict({
+        "steps": 700,
+        "batch_size": 64,  # of one update, whatever the devices and the accumulation
+        "accumulation": 1,  # microbatches an update
+        "seed": 0,
+        "ema_decay": 0.0,  # 0: no average of the parameters is kept
+        "levels": "counts",  # noise by counts of masked tokens in antithetic pairs, or by "times" as in the paper
+        "min_time": 1e-3,  # times: the earliest
+    })
+    config.optimizer = ConfigDict({
+        "name": "muon",  # for the matrices of the trunk, Adam for the rest; or "adamw" for all, as in the paper
+        "learning_rate": 0.02,
+        "adam_learning_rate": 0.03,  # muon: of the parameters that are left to Adam
+        "b1": 0.9,  # Adam
+        "b2": 0.98,  # Adam
+        "weight_decay": 0.0,
+        "warmup_steps": 20,
+        "decay": "linear",  # to 0 at the last step, or "none"
+        "clip_norm": 32.0,  # of the gradient of the loss summed over positions and averaged over rows
+    })
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "model": 1})  # devices along each axis; -1: all that are left
+    config.checkpoint = ConfigDict({"every": 500, "keep": 2})  # steps between checkpoints; the newest that stay
+    config.evaluation = ConfigDict({
+        "every": 0,  # steps between bounds on the validation split during training; 0: none
+        "draws": 16,  # noise levels a block
+    })
+    return config.lock()
+
+
+def load_config(path: str | Path) -> ConfigDict:
+    """The config that the file's `get_config()` returns. UserError if there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--config={path}: there is no such file")
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+        raise UserError(f"--config={path}: the file defines no get_config()")
+    return from_dict(get_config().to_dict())
+
+
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+    """The default config with these values, nested as they are there; strict."""
+    config = default()
+    for group, members in values.items():
+        if not isinstance(members, dict):
+            raise UserError(f"config: {group} is no group of settings; there are {', '.join(config)}")
+        for name, value in members.items():
+            _set(config, f"{group}.{name}", value)
+    return validate(config)
+
+
+def override(config: ConfigDict, settings: list[str]) -> ConfigDict:
+    """A copy of the config with settings such as "optimizer.learning_rate=1e-3"; strict."""
+    config = from_dict(config.to_dict())
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"config: {setting} has no value; write {setting}=VALUE")
+        _set(config, key, _parsed(text))
+    return validate(config)
+
+
+def _parsed(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _set(config: ConfigDict, key: str, value: Any):
+    """Sets one key to a value of its own type."""
+    flat = {f"{group}.{name}" for group, members in config.items() for name in members}
+    if key not in flat:
+        near = difflib.get_close_matches(key, flat, n=1, cutoff=0.0)[0]
+        raise UserError(f"config: there is no {key}; the nearest is {near}")
+    group, name = key.split(".")
+    kind = _OPTIONAL.get(key, type(config[group][name]))
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind and not (value is None and key in _OPTIONAL):
+        raise UserError(f"config: {key} must be of type {kind.__name__}, not {value!r}")
+    config[group][name] = value
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+    """The config itself, if its values make sense one by one and together; else a UserError."""
+
+    def get(key):
+        group, name = key.split(".")
+        return config[group][name]
+
+    for key, choices in _CHOICES.items():
+        if get(key) not in choices:
+            raise UserError(f"config: {key} must be one of {', '.join(choices)}, not {get(key)}")
+    for key in _POSITIVE:
+        if get(key) <= 0:
+            raise UserError(f"config: {key} must be positive, not {get(key)}")
+    for key in ("network.dropout", "training.ema_decay"):
+        if not 0 <= get(key) < 1:
+            raise UserError(f"config: {key} must lie in [0, 1), not {get(key)}")
+    training, network = config.training, config.network
+    if training.batch_size % training.accumulation:
+        raise UserError("config: training.batch_size must be a multiple of training.accumulation")
+    if network.width % (2 * network.heads):
+        raise UserError("config: network.width must be a multiple of twice network.heads")
+    if training.levels == "counts":
+        if config.process.name != "absorbing":
+            raise UserError("config: training.levels=counts is for process.name=absorbing; choose times")
+        if training.batch_size // training.accumulation % 2:
+            raise UserError("config: training.levels=counts needs an even number of rows in each microbatch")
+    return config
+
+
+def build(config: ConfigDict, vocab_size: int) -> tuple[Process, Schedule, Network]:
+    """The parts that a config describes, for a vocabulary of V tokens."""
+    process = PROCESSES[config.process.name](vocab_size)
+    schedule = SCHEDULES[config.schedule.name](config.schedule)
+    sizes = config.network.to_dict()
+    sigma_range = (float(schedule.sigma(config.training.min_time)), float(schedule.sigma(1.0)))
+    return process, schedule, Network(process=process, sigma_range=sigma_range, **sizes)
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as text, to be read back by `from_dict(json.loads(...))`."""
+    return json.dumps(config.to_dict(), indent=2)

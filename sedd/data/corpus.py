@@ -1,0 +1,103 @@
+"""A prepared corpus: a folder of token files that are mapped into memory, never read whole.
+
+    meta.json               where it comes from, its counts and its hash
+    tokenizer/              what `Tokenizer.save` writes
+    train.tokens            the ids of the split, one after another; likewise for validation and test
+    train.offsets.npy       Int64[documents + 1], where in them each document begins, and their number
+    train.bytes.npy         Int64[documents], the UTF-8 bytes of each document and its joiner
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sedd.data.tokenizers import Tokenizer, load_tokenizer
+from sedd.errors import UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus directory and what its small files say. `meta["splits"]` counts documents, tokens and bytes."""
+
+    path: Path
+    meta: dict
+    tokenizer: Tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, the end-of-text id included."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def hash(self) -> str:
+        """SHA-256, in hexadecimal, of the tokens, their documents and the tokenizer."""
+        return self.meta["hash"]
+
+    def tokens(self, split: str) -> np.memmap:
+        """All ids of a split, UInt[T], mapped and read-only."""
+        self._counts(split)
+        return np.memmap(self.path / f"{split}.tokens", self.meta["dtype"], mode="r")
+
+    def offsets(self, split: str) -> np.ndarray:
+        """Where each document of a split begins among its tokens, and after the last T: Int64[documents + 1]."""
+        self._counts(split)
+        return np.load(self.path / f"{split}.offsets.npy", mmap_mode="r")
+
+    def document_bytes(self, split: str) -> np.ndarray:
+        """The UTF-8 bytes of each document with its joiner, Int64[documents]; an end-of-text id counts none."""
+        self._counts(split)
+        return np.load(self.path / f"{split}.bytes.npy", mmap_mode="r")
+
+    def num_tokens(self, split: str) -> int:
+        """The number of ids of a split."""
+        return self._counts(split)["tokens"]
+
+    def num_bytes(self, split: str) -> int:
+        """The UTF-8 bytes of the text of a split, joiners included."""
+        return self._counts(split)["bytes"]
+
+    def _counts(self, split: str) -> dict[str, int]:
+        if split not in self.meta["splits"]:
+            raise UserError(f"{self.path} has no split {split!r}; there are {', '.join(self.meta['splits'])}")
+        return self.meta["splits"][split]
+
+
+def open_corpus(path: str | Path) -> Corpus:
+    """Opens a corpus directory and checks that its files have the sizes they should.
+
+    Raises:
+      UserError: there is no corpus, it is damaged, or another version of sedd prepared it.
+    """
+    path = Path(path).resolve()
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}; make a corpus there with sedd prepare")
+    try:
+        meta = json.loads((path / "meta.json").read_bytes())
+        version = meta["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no corpus: it has no meta.json of one; make one with sedd prepare") from error
+    if version != FORMAT:
+        raise UserError(f"{path} has corpus format {version}, this sedd reads {FORMAT}; prepare it again")
+    corpus = Corpus(path, meta, load_tokenizer(path / "tokenizer"))
+    for split in meta["splits"]:
+        _check_files(corpus, split)
+    return corpus
+
+
+def _check_files(corpus: Corpus, split: str) -> None:
+    counts = corpus.meta["splits"][split]
+    token_bytes = counts["tokens"] * np.dtype(corpus.meta["dtype"]).itemsize
+    try:
+        is_whole = (
+            (corpus.path / f"{split}.tokens").stat().st_size == token_bytes
+            and len(corpus.offsets(split)) == counts["documents"] + 1
+            and len(corpus.document_bytes(split)) == counts["documents"]
+        )
+    except (OSError, ValueError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{corpus.path} is damaged: the files of its {split} split are not whole; prepare it again")

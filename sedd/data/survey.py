@@ -1,0 +1,43 @@
+"""What has to be known of a source before it can be split."""
+
+import hashlib
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from sedd.data.source import Source
+from sedd.errors import UserError
+
+PROGRESS_DELAY = 2.0  # seconds of work before a bar is shown
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Counts of a source, joiners included, and the SHA-256, in hexadecimal, of its documents."""
+
+    documents: int
+    characters: int
+    num_bytes: int
+    sha256: str
+
+
+def survey(source: Source) -> Survey:
+    """Reads a source once.
+
+    Raises:
+      UserError: it holds no text.
+    """
+    documents = characters = num_bytes = 0
+    digest = hashlib.sha256()
+    joiner = len(source.joiner or "")
+    with tqdm(desc="reading", unit="B", unit_scale=True, delay=PROGRESS_DELAY) as progress:
+        for document in source:
+            encoded = document.encode("utf-8")
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
+            documents += 1
+            characters += len(document) + joiner
+            num_bytes += len(encoded) + joiner
+            progress.update(len(encoded) + joiner)
+    if not documents:
+        raise UserError(f"the source {source.spec} holds no text; choose another")
+    return Survey(documents, characters, num_bytes, digest.hexdigest())

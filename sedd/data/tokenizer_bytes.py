@@ -1,0 +1,27 @@
+"""`bytes`: the 256 bytes of UTF-8."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Id b is the byte b. Nothing else determines it, so `data` is empty."""
+
+    sized: ClassVar[bool] = False
+    size: ClassVar[int] = 256
+    data: bytes = b""
+
+    @classmethod
+    def made_from(cls, texts: Iterable[str], held_out: Iterable[str], size: None) -> "Bytes":
+        """The only one there is; no text is read."""
+        return cls()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")

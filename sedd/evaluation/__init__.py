@@ -1,0 +1,1 @@
+"""Evaluation: the perplexity job, and what to hold its number against."""

@@ -1,0 +1,392 @@
+"""A model: parameters with their config and tokenizer, and what people do with them.
+
+`load` reads one from a run directory, an exported model or a published SEDD checkpoint; `train` makes a run.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from sedd import config as configs
+from sedd import pretrained
+from sedd.data.corpus import Corpus
+from sedd.data.tokenizers import Tokenizer, load_tokenizer
+from sedd.diffusion.process import Absorbing, Process
+from sedd.diffusion.samplers import SAMPLERS, Sampler, sample
+from sedd.diffusion.schedule import Schedule
+from sedd.diffusion.score import Denoiser, clamped, edited, in_block, nucleus, temperature
+from sedd.errors import UserError
+from sedd.evaluation.perplexity import Report, from_corpus, from_texts, perplexity
+from sedd.network.network import Network
+from sedd.training.checkpoint import Checkpoints
+from sedd.training.fit import fit
+
+GROUP = 64  # rows sampled at a time, unless told otherwise
+BLANK = re.compile(r"<blank:(\d+)>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What `sample` and `infill` return: N rows, the samples of a row of input adjacent."""
+
+    texts: list[str] | None  # None where the model has no tokenizer
+    tokens: np.ndarray  # Int32[N L]; -1 after the end of rows shorter than the longest
+    network_calls: int  # of each row; the most that any group of rows took
+    trace: np.ndarray | None  # Int32[T N L], the state after each of the T calls; rows that end early repeat their last
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A trained model. params: the EMA where the run keeps one; tokenizer: None where none is known."""
+
+    config: ConfigDict
+    params: dict
+    tokenizer: Tokenizer | None
+    process: Process
+    schedule: Schedule
+    network: Network
+
+    @property
+    def block_length(self) -> int:
+        """The length it was trained at, in tokens; the default and the most for sampling and infilling."""
+        return self.config.data.block_length
+
+    def log_score(self, tokens: jax.Array, sigma: jax.Array) -> jax.Array:
+        """The log concrete score, the mask's column too, 0 at the current token.
+
+        tokens: Int[B L]; sigma: Float[B], the noise the network is told, unclipped. Returns Float32[B L S].
+        """
+        return _log_score(self.network, self.params, jnp.asarray(tokens), jnp.asarray(sigma))
+
+    def denoiser(
+        self, tokens: jax.Array | None = None, given: jax.Array | None = None, lengths: jax.Array | None = None
+    ) -> Denoiser:
+        """A Denoiser, for samplers of your own. It holds the parameters: make it inside jit.
+
+        tokens: Int[B L] with given: Bool[B L], what it sees at those positions wherever a sampler has got to;
+        lengths: Int[B], the valid ones.
+        """
+        if (tokens is None) != (given is None):
+            raise UserError("denoiser: tokens and given go together")
+        denoiser = self.network.denoiser(self.params, lengths)
+        return denoiser if given is None else clamped(denoiser, jnp.asarray(tokens), ~jnp.asarray(given))
+
+    def sample(
+        self,
+        num_samples: int = 1,
+        length: int | None = None,
+        steps: int = 128,
+        sampler: str | Sampler = "tweedie",
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int | None = None,
+        trace: bool = False,
+    ) -> Samples:
+        """Draws texts of `length` tokens, by default a whole block.
+
+        steps: of the sampler, if that is a name; temperature, top_p: act on the law over clean tokens; batch_size: rows
+        at a time, which changes no sample; trace: keep the states on the way.
+        """
+        length = self.block_length if length is None else length
+        if num_samples < 1:
+            raise UserError(f"the number of samples must be at least 1, not {num_samples}")
+        self._check_length(length, "length")
+        row = (np.zeros(length, np.int32), np.zeros(length, bool))
+        return self._draw([row] * num_samples, steps, sampler, temperature, top_p, seed, batch_size, trace)
+
+    def infill(
+        self,
+        template: str | Sequence[str] | None = None,
+        *,
+        prefix: str | None = None,
+        suffix: str | None = None,
+        length: int | None = None,
+        tokens: np.ndarray | None = None,
+        given: np.ndarray | None = None,
+        num_samples: int = 1,
+        steps: int = 128,
+        sampler: str | Sampler = "tweedie",
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int | None = None,
+        trace: bool = False,
+    ) -> Samples:
+        """Fills in the free positions given the others, which stay as they are.
+
+        What is given comes in one of three ways: a template or several, with blanks of so many tokens anywhere, as in
+        "The <blank:8> sat on the <blank:5>."; a prefix and a suffix in a text of `length` tokens (default: a block);
+        or arrays, tokens: Int[N L] or Int[L] with given: Bool of the same shape. Each row gets `num_samples` samples.
+
+        With Absorbing the given tokens are part of what the model conditions on exactly. With Uniform they are clamped:
+        at much noise the network takes them for noise, and the result is biased even where the model is perfect.
+        """
+        ways = [template is not None, prefix is not None or suffix is not None, tokens is not None or given is not None]
+        if sum(ways) != 1:
+            raise UserError("infill takes a template, or a prefix and a suffix, or tokens with given")
+        if length is not None and not ways[1]:
+            raise UserError("length goes with a prefix and a suffix; a template or an array has its own")
+        if num_samples < 1:
+            raise UserError(f"the number of samples must be at least 1, not {num_samples}")
+        if ways[0]:
+            rows = [self._row_of_template(text) for text in ([template] if isinstance(template, str) else template)]
+        elif ways[1]:
+            rows = [self._row_between(prefix or "", suffix or "", self.block_length if length is None else length)]
+        else:
+            rows = self._rows_of_arrays(tokens, given)
+        rows = [row for row in rows for _ in range(num_samples)]
+        return self._draw(rows, steps, sampler, temperature, top_p, seed, batch_size, trace)
+
+    def perplexity(
+        self,
+        texts_or_corpus: str | Sequence[str] | Corpus,
+        split: str = "test",
+        seed: int = 0,
+        draws: int | None = None,
+        progress: bool = True,
+    ) -> Report:
+        """A bound on the negative log-likelihood of texts, one by one, or of a corpus' split in its blocks.
+
+        draws: noise levels a block, by default `config.evaluation.draws`. UserError if the corpus was made with
+        another tokenizer.
+        """
+        draws = self.config.evaluation.draws if draws is None else draws
+        if draws < 1:
+            raise UserError(f"draws must be at least 1, not {draws}")
+        if isinstance(texts_or_corpus, Corpus):
+            corpus = texts_or_corpus
+            if corpus.tokenizer.fingerprint != self._require_tokenizer().fingerprint:
+                raise UserError(f"{corpus.path} was made with another tokenizer than the model's; prepare it with that")
+            scored = from_corpus(corpus, split, self.block_length)
+        else:
+            texts = [texts_or_corpus] if isinstance(texts_or_corpus, str) else texts_or_corpus
+            scored = from_texts(texts, self._require_tokenizer(), self.block_length)
+        return perplexity(self.network, self.schedule, self.params, scored, seed, draws, progress=progress)
+
+    def save(self, directory: str | Path):
+        """Exports all that `load` needs: weights, config and tokenizer. UserError if the folder is not empty."""
+        directory = Path(directory)
+        if directory.exists() and any(directory.iterdir()):
+            raise UserError(f"{directory} is not empty; choose another folder to export to")
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.tokenizer is not None:
+            self.tokenizer.save(directory / "tokenizer")
+        about = {"config": self.config.to_dict(), "vocab_size": self.process.vocab_size}
+        (directory / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+        save_file(_named(jax.device_get(self.params)), directory / "weights.safetensors")
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError("this model has no tokenizer, so it takes no text; use token arrays")
+        return self.tokenizer
+
+    def _check_length(self, length: int, what: str):
+        if not 1 <= length <= self.block_length:
+            raise UserError(f"{what} is {length} tokens; it must be from 1 to the model's block of {self.block_length}")
+
+    def _row_of_template(self, template: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a row, and which of them are given. (Int32[L], Bool[L])"""
+        parts = BLANK.split(template)
+        if len(parts) == 1:
+            raise UserError(f"the template {template!r} has no blank; write one such as <blank:8>")
+        ids, given = [], []
+        for number, part in enumerate(parts):
+            is_text = number % 2 == 0
+            if not is_text and int(part) == 0:
+                raise UserError(f"the template {template!r} has a blank of 0 tokens; leave it out, or make it longer")
+            piece = self._require_tokenizer().encode(part) if is_text else np.zeros(int(part), np.int32)
+            ids.append(piece)
+            given.append(np.full(len(piece), is_text))
+        ids, given = np.concatenate(ids), np.concatenate(given)
+        self._check_length(len(ids), f"the template {template!r}")
+        return ids, given
+
+    def _row_between(self, prefix: str, suffix: str, length: int) -> tuple[np.ndarray, np.ndarray]:
+        self._check_length(length, "length")
+        before, after = (self._require_tokenizer().encode(text) for text in (prefix, suffix))
+        blank = length - len(before) - len(after)
+        if blank < 1:
+            raise UserError(
+                f"prefix and suffix take {len(before) + len(after)} tokens, which leaves none of the length of {length} "
+                "to fill in; shorten them, or make the length larger"
+            )
+        ids = np.concatenate([before, np.zeros(blank, np.int32), after])
+        position = np.arange(length)
+        return ids, (position < len(before)) | (position >= len(before) + blank)
+
+    def _rows_of_arrays(self, tokens: Any, given: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+        if tokens is None or given is None:
+            raise UserError("infill: tokens and given go together")
+        tokens, given = np.atleast_2d(np.asarray(tokens)), np.atleast_2d(np.asarray(given))
+        if tokens.shape != given.shape or given.dtype != bool:
+            raise UserError(f"given must be a bool array of the shape of tokens, {tokens.shape}")
+        self._check_length(tokens.shape[1], "the length of tokens")
+        known = tokens[given]
+        if known.size and not (0 <= known.min() and known.max() < self.process.vocab_size):
+            raise UserError(f"given tokens must be from 0 to {self.process.vocab_size - 1}")
+        return list(zip(tokens.astype(np.int32), given))
+
+    def _draw(self, rows, steps, sampler, temperature, top_p, seed, batch_size, trace) -> Samples:
+        """Samples rows of (ids, given), in groups of one shape."""
+        sampler = self._sampler(sampler, steps)
+        if not temperature > 0:
+            raise UserError(f"temperature must be positive, not {temperature}")
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p must lie in (0, 1], not {top_p}")
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
+        tokens, free, lengths = self._laid_out(rows)
+        group = min(len(rows), batch_size or GROUP)
+        run = functools.partial(
+            _sample,
+            self.network,
+            sampler,
+            self.block_length,
+            (temperature, top_p) != (1.0, 1.0),
+            trace,
+            self.params,
+            jax.random.key(seed),
+            temperature,
+            top_p,
+        )
+        drawn = []
+        for start in tqdm(range(0, len(rows), group), desc="sampling", unit="batch", delay=2):
+            at = np.arange(start, start + group)
+            drawn.append(jax.device_get(run(tokens[at % len(rows)], free[at % len(rows)], at)))
+        return self._collected(drawn, len(rows), lengths, trace)
+
+    def _sampler(self, sampler: str | Sampler, steps: int) -> Sampler:
+        if isinstance(sampler, Sampler):
+            return sampler
+        if sampler not in SAMPLERS:
+            raise UserError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+        if steps < 1:
+            raise UserError(f"steps must be at least 1, not {steps}")
+        return SAMPLERS[sampler](self.process, self.schedule, steps)
+
+    def _laid_out(self, rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of any lengths as tokens: Int32[N L], free: Bool[N L] and lengths: Int[N].
+
+        What follows the end of a row stays masked with Absorbing; with Uniform the whole block is sampled, and cut.
+        Either way the row has the model's exact marginal law.
+        """
+        lengths = np.array([len(ids) for ids, _ in rows])
+        masks = isinstance(self.process, Absorbing)
+        shape = (len(rows), int(lengths.max()) if masks else self.block_length)
+        tokens = np.full(shape, self.process.mask if masks else 0, np.int32)
+        free = np.full(shape, not masks)
+        for row, (ids, given) in enumerate(rows):
+            tokens[row, : len(ids)] = ids
+            free[row, : len(ids)] = ~given
+        return tokens, free, lengths
+
+    def _collected(self, drawn, count: int, lengths: np.ndarray, trace: bool) -> Samples:
+        calls = int(max(group.calls for group in drawn))
+        beyond = np.arange(lengths.max()) >= lengths[:, None]
+        tokens = np.concatenate([group.tokens for group in drawn])[:count, : lengths.max()]
+        tokens = np.where(beyond, -1, tokens)
+        states = None
+        if trace:
+            states = np.concatenate([group.trace[:calls] for group in drawn], axis=1)[:, :count, : lengths.max()]
+            states = np.where(beyond, -1, states)
+        texts = None
+        if self.tokenizer is not None:
+            texts = [self.tokenizer.decode(row[:length]) for row, length in zip(tokens, lengths)]
+        return Samples(texts, tokens, calls, states)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_score(network, params, tokens, sigma):
+    return network.log_score(params, tokens, sigma)
+
+
+@functools.partial(jax.jit, static_argnums=range(5))
+def _sample(network, sampler, block, reshaped, trace, params, key, heat, top_p, tokens, free, rows):
+    """One group of rows. Compiled once a shape; heat and top_p are arguments, `reshaped` says whether they matter."""
+    denoiser = network.denoiser(params)
+    if tokens.shape[1] < block:
+        denoiser = in_block(denoiser, block, network.process.mask)
+    if reshaped:
+        denoiser = edited(denoiser, lambda log_clean: temperature(log_clean, heat))
+        denoiser = edited(denoiser, lambda log_clean: nucleus(log_clean, top_p))
+    return sample(key, denoiser, sampler, tokens, free, rows, trace)
+
+
+def load(path: str | Path) -> Model:
+    """A model from a run directory, an exported model or a published SEDD checkpoint directory.
+
+    UserError if there is none, or if it is damaged.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UserError(f"there is no folder {directory}; train a model there, or give another")
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} holds no model: it has no config.json")
+    try:
+        about = json.loads((directory / "config.json").read_text())
+    except ValueError:
+        raise UserError(f"{directory / 'config.json'} is damaged: it is no JSON") from None
+    if pretrained.is_published(about):
+        config, params = pretrained.load(directory)
+        return _assembled(config, config.data.vocab_size, params, None)
+    if "config" not in about:
+        raise UserError(f"{directory} holds no model: its config.json is of another kind")
+    config = configs.from_dict(about["config"])
+    tokenizer = load_tokenizer(directory / "tokenizer") if (directory / "tokenizer").is_dir() else None
+    _, _, network = configs.build(config, about["vocab_size"])
+    like = jax.eval_shape(network.init, jax.random.key(0))
+    weights = directory / "weights.safetensors"
+    params = _exported(weights, like) if weights.is_file() else _trained(directory, config, like)
+    return _assembled(config, about["vocab_size"], params, tokenizer)
+
+
+def train(config: ConfigDict, workdir: str | Path) -> Model:
+    """Trains, or continues the run that is in `workdir`, and returns its model. See `sedd.training.fit.fit`."""
+    fit(config, workdir)
+    return load(workdir)
+
+
+def _assembled(config: ConfigDict, vocab_size: int, params: dict, tokenizer: Tokenizer | None) -> Model:
+    process, schedule, network = configs.build(config, vocab_size)
+    return Model(config, jax.device_put(params), tokenizer, process, schedule, network)
+
+
+def _trained(directory: Path, config: ConfigDict, like: dict) -> dict:
+    if not (directory / "checkpoints").is_dir():
+        raise UserError(f"{directory} holds no checkpoint yet; train a little longer")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like)
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        return checkpoints.restore_params(like, ema=bool(config.training.ema_decay))
+
+
+def _exported(file: Path, like: dict) -> dict:
+    try:
+        arrays = load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged ({error}); export the model again") from None
+    expected = {name: (leaf.shape, leaf.dtype) for name, leaf in _named(like).items()}
+    found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    if found != expected:
+        wrong = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        raise UserError(f"{file} does not fit its config.json: {wrong} is {found.get(wrong)}, not {expected.get(wrong)}")
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in _named(like)])
+
+
+def _named(tree: dict) -> dict[str, Any]:
+    """The leaves of a tree of parameters by their paths."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -1,0 +1,65 @@
+"""The mesh, and where each array lies on it: what `jax.pmap` became.
+
+One step is jitted over a mesh with the axes 'data', 'fsdp' and 'model'. The batch is split over the first two; the
+parameters, their average and the optimiser's state by one table of parameter paths.
+"""
+
+import math
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from sedd.errors import UserError
+
+AXES = ("data", "fsdp", "model")
+WHOLE = 1 << 20  # bytes below which an array is not split
+
+# The last two axes of a parameter, by its path; what stands before them (scanned layers) is not split. fsdp splits the
+# width, model splits the padded vocabulary, the attention's heads and the MLP's hidden units.
+_TABLE = (
+    (r"trunk/embedding$", ("model", "fsdp")),
+    (r"head/out/kernel$", ("fsdp", "model")),
+    (r"(qkv|up)/kernel$", ("fsdp", "model")),
+    (r"block\w*/(out|down)/kernel$", ("model", "fsdp")),
+    (r"modulation/kernel$", (None, "fsdp")),
+)
+
+
+def make_mesh(config: ConfigDict) -> Mesh:
+    """The mesh over all devices, from `config.mesh`. UserError if the axes do not multiply to their number."""
+    devices = jax.device_count()
+    sizes = [config.mesh[axis] for axis in AXES]
+    if sizes.count(-1) == 1:
+        sizes[sizes.index(-1)] = max(1, devices // -math.prod(sizes))
+    if math.prod(sizes) != devices or min(sizes) < 1:
+        raise UserError(f"config: the mesh of {dict(config.mesh)} devices does not fit the {devices} that there are")
+    rows = config.training.batch_size // config.training.accumulation
+    if rows % (sizes[0] * sizes[1]):
+        raise UserError(
+            f"config: {rows} rows (training.batch_size / accumulation) cannot be split over {sizes[0] * sizes[1]} devices"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over 'data' and 'fsdp'."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def shardings(mesh: Mesh, tree) -> object:
+    """The sharding of each leaf of a tree of arrays or their shapes; paths may end in a parameter's path."""
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = next((axes for pattern, axes in _TABLE if re.search(pattern, name)), None)
+        if axes is None or leaf.ndim < 2 or leaf.size * np.dtype(leaf.dtype).itemsize < WHOLE:
+            return NamedSharding(mesh, P())
+        axes = (None,) * (leaf.ndim - 2) + axes
+        fits = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape)]
+        return NamedSharding(mesh, P(*fits))
+
+    return jax.tree_util.tree_map_with_path(one, tree)

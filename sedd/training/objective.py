@@ -1,0 +1,73 @@
+"""The loss of a global batch, row by row, and its noise: pure functions of (parameters, tokens, rows, key).
+
+No key lives in the training loop. The key of a step is folded with the global index of each row, and everything that
+is random about a row (its noise level within its stratum, its mask, its dropout) comes from that, so that the numbers
+do not depend on devices or accumulation.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sedd.diffusion import draws
+from sedd.diffusion.loss import count_loss, denoising_loss
+from sedd.diffusion.schedule import Schedule
+from sedd.network.network import Network
+
+_LEVEL, _NOISE, _DROPOUT = 0, 1, 2  # what the rows' keys are folded with
+
+
+def strata(count: int) -> np.ndarray:
+    """The stratum of each of `count` examples: the rank of its index with the bits reversed. Int[count].
+
+    Any contiguous slice of the batch, a device's or a microbatch's, then spans all the levels.
+    """
+    bits = max(1, (count - 1).bit_length())
+    reversed_bits = [int(f"{i:0{bits}b}"[::-1], 2) for i in range(count)]
+    return np.argsort(np.argsort(reversed_bits))
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The paper's loss: the score entropy summed over positions, for each row of a batch of `batch_size` rows.
+
+    levels: "times", stratified over [min_time, 1] (SEDD, algorithm 1), or "counts", numbers of masked tokens in
+    antithetic pairs: rows 2i and 2i + 1 mask k and L + 1 - k tokens, so that the head runs at L + 1 positions a pair.
+    """
+
+    network: Network
+    schedule: Schedule
+    batch_size: int
+    levels: str = "times"
+    min_time: float = 1e-3
+
+    def __call__(self, params: dict, tokens: jax.Array, rows: jax.Array, key: jax.Array) -> jax.Array:
+        """tokens: Int[B L]; rows: Int[B], their indices in the global batch; key: of the step. Float[B], nats a row."""
+        keys = draws.row_keys(key, rows)
+        paired = self.levels == "counts"
+        dropout = draws.fold(keys, _DROPOUT) if self.network.dropout else None
+        stats = self.network.stats(params, dropout, masked_pairs=paired)
+        noise = draws.fold(keys, _NOISE)
+        if paired:
+            counts = self.counts(rows, key, tokens.shape[1])
+            loss = count_loss(self.network.process, stats, noise, tokens, counts)
+        else:
+            loss = denoising_loss(self.network.process, self.schedule, stats, noise, tokens, self.times(rows, key))
+        return jnp.sum(loss, axis=-1)
+
+    def times(self, rows: jax.Array, key: jax.Array) -> jax.Array:
+        """Stratified times. Int[B] -> Float[B] in [min_time, 1]."""
+        return self.min_time + (1 - self.min_time) * self._level(rows, key, self.batch_size)
+
+    def counts(self, rows: jax.Array, key: jax.Array, length: int) -> jax.Array:
+        """Stratified numbers of masked tokens, k and length + 1 - k in the two rows of a pair. Int[B] -> Int[B]."""
+        level = self._level(rows // 2, key, self.batch_size // 2)
+        below = jnp.minimum((level * length).astype(jnp.int32), length - 1)
+        return jnp.where(rows % 2 == 0, 1 + below, length - below)
+
+    def _level(self, index, key, count):
+        """U[0, 1) in the stratum of each index among `count`. Int[B] -> Float[B]."""
+        own = draws.uniform(draws.fold(draws.row_keys(key, index), _LEVEL))
+        return (jnp.asarray(strata(count))[index] + own) / count

@@ -1,0 +1,54 @@
+"""The optimisers: the paper's AdamW, and Muon for the trunk's matrices with Adam for the rest."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+
+def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """The optimiser that `config` (the group `optimizer`) describes, for a run of so many steps."""
+    betas = dict(b1=config.b1, b2=config.b2)
+    if config.name == "adamw":
+        rate = learning_rate(config, config.learning_rate, steps)
+        update = optax.adamw(rate, weight_decay=config.weight_decay, **betas)
+    else:
+        update = optax.contrib.muon(
+            learning_rate(config, config.learning_rate, steps),
+            adam_learning_rate=learning_rate(config, config.adam_learning_rate, steps),
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=_matrices,
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def learning_rate(config: ConfigDict, peak: float, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """The rate of each update: 1/warmup, 2/warmup, ... of the peak, then the peak, falling evenly to 0 if it decays."""
+
+    def rate(count):
+        warm = jnp.minimum((count + 1) / config.warmup_steps, 1.0)
+        if config.decay == "none":
+            return peak * warm
+        left = (steps - count) / max(1, steps - config.warmup_steps)
+        return peak * warm * jnp.clip(left, 0.0, 1.0)
+
+    return rate
+
+
+def _matrices(params: dict) -> dict:
+    """The kernels of the trunk, which Muon takes, layer by layer where they are scanned; None for what Adam takes.
+
+    Without this, optax would give every 2-D array to Muon, the embedding too, and every scanned kernel to Adam.
+    """
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not name.endswith("kernel") or name == "head/out/kernel":
+            return None
+        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(one, params)

@@ -1,0 +1,95 @@
+"""The training state, and the one sharded step."""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from sedd import parallel
+from sedd.training.objective import Objective
+from sedd.training.optimizer import learning_rate
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training changes. ema: the average of the parameters, or None."""
+
+    step: jax.Array
+    params: dict
+    ema: dict | None
+    optimizer: optax.OptState
+
+    @property
+    def best(self) -> dict:
+        """The parameters to evaluate and sample with."""
+        return self.params if self.ema is None else self.ema
+
+
+def init_state(config: ConfigDict, objective: Objective, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step: a pure function of the config, to be jitted with its shardings."""
+    params = objective.network.init(jax.random.key(config.training.seed))
+    ema = jax.tree.map(jnp.copy, params) if config.training.ema_decay else None
+    return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
+
+
+def make_step(
+    config: ConfigDict, objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[Callable[[], TrainState], Callable[[TrainState, jax.Array], tuple[TrainState, dict]], TrainState]:
+    """The jitted functions that make the state and that take a step, and the state's shardings.
+
+    The step takes the state, which is donated, and the tokens of the whole batch, Int[B L]; it returns the new state
+    and the metrics: loss (nats per token), gradient_norm (of the loss summed over positions, averaged over rows) and
+    learning_rate.
+    """
+    training = config.training
+    microbatches = (training.accumulation, training.batch_size // training.accumulation)
+
+    def loss_and_gradient(params, tokens, key):
+        def of_rows(params, tokens, rows):
+            return jnp.sum(objective(params, tokens, rows, key)) / training.batch_size
+
+        def add(total, microbatch):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(of_rows)(params, *microbatch)), None
+
+        rows = jnp.arange(training.batch_size)
+        if training.accumulation == 1:
+            return jax.value_and_grad(of_rows)(params, tokens, rows)
+        parts = (tokens.reshape(*microbatches, -1), rows.reshape(microbatches))
+        parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, P(None, ("data", "fsdp"))))
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(add, zero, parts)[0]
+
+    def step(state, tokens):
+        key = jax.random.fold_in(jax.random.key(training.seed), state.step)
+        loss, gradient = loss_and_gradient(state.params, tokens, key)
+        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = None if state.ema is None else averaged(state.ema, params, state.step + 1, training.ema_decay)
+        metrics = {
+            "loss": loss / tokens.shape[1],
+            "gradient_norm": optax.global_norm(gradient),
+            "learning_rate": learning_rate(config.optimizer, config.optimizer.learning_rate, training.steps)(state.step),
+        }
+        return TrainState(state.step + 1, params, ema, moments), metrics
+
+    def init():
+        return init_state(config, objective, optimizer)
+
+    where = parallel.shardings(mesh, jax.eval_shape(init))
+    whole = NamedSharding(mesh, P())
+    init = jax.jit(init, out_shardings=where)
+    step = jax.jit(
+        step, donate_argnums=0, in_shardings=(where, parallel.batch_sharding(mesh)), out_shardings=(where, whole)
+    )
+    return init, step, where
+
+
+def averaged(ema: dict, params: dict, updates: jax.Array, decay: float) -> dict:
+    """The exponential average after so many updates, with the reference's warm-up: min(decay, (1 + n) / (10 + n))."""
+    decay = jnp.minimum(decay, (1 + updates) / (10 + updates))
+    return jax.tree.map(lambda old, new: old - (1 - decay) * (old - new), ema, params)

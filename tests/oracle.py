@@ -1,0 +1,213 @@
+"""Laws whose exact answers are known, and the statistics that hold draws against them.
+
+`Joint` holds a law over all V^L sequences and answers by enumeration, its noise a matrix exponential; `MarkovChain`
+answers for the absorbing process at any length. Laws over sequences are vectors, in the order of `states`.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+import scipy.stats
+
+from sedd.diffusion.process import Absorbing
+from sedd.diffusion.score import clamped
+
+
+def states(num_states, length):
+    """Every sequence of so many states, in the order of their indices. Int[S^L L]."""
+    return np.indices((num_states,) * length).reshape(length, -1).T
+
+
+def index(x, num_states):
+    """The index of each sequence among all. Int[... L] -> Int[...]."""
+    return np.asarray(x) @ num_states ** np.arange(np.shape(x)[-1])[::-1]
+
+
+def channel(process, sigma, length=1):
+    """q_sigma(x | x0) of whole sequences, x0 over clean ones: expm(sigma Q) at each position. Float[V^L S^L]."""
+    pi = np.zeros(process.num_states)
+    pi[process.vocab_size :] = 1.0  # the mask, if there is one
+    pi = pi if pi.any() else pi + 1 / pi.size
+    q = scipy.linalg.expm(sigma * (pi[:, None] - np.eye(pi.size)))[:, : process.vocab_size]
+    return functools.reduce(np.kron, [q.T] * length)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Joint:
+    """A law over sequences of clean tokens. p: Float[V ... V], an axis a position."""
+
+    p: np.ndarray
+
+    @classmethod
+    def random(cls, vocab_size=3, length=3, seed=0):
+        """A law in which the tokens depend on each other."""
+        weights = np.exp(np.random.default_rng(seed).normal(size=(vocab_size,) * length))
+        return cls(weights / weights.sum())
+
+    def independent(self):
+        """The law with the same marginals, whose tokens do not depend on each other."""
+        axes = range(self.p.ndim)
+        marginals = [self.p.sum(tuple(j for j in axes if j != i)) for i in axes]
+        return Joint(functools.reduce(np.multiply.outer, marginals))
+
+    def law(self, process, sigma):
+        """p_sigma over all noisy sequences. Float[S^L]."""
+        return self.p.ravel() @ channel(process, sigma, self.p.ndim)
+
+    def score(self, process, sigma):
+        """The concrete scores p_sigma(x with x_i := y) / p_sigma(x), at every x. Float[S^L L S]."""
+        length, num_states = self.p.ndim, process.num_states
+        at, y = np.eye(length, dtype=bool)[:, None], np.arange(num_states)[:, None]
+        changed = np.where(at, y, states(num_states, length)[:, None, None])
+        law = self.law(process, sigma)
+        return law[index(changed, num_states)] / law[:, None, None]
+
+    def conditional(self, tokens, free):
+        """The law given the tokens that are not free. Int[... L], Bool[... L] -> Float[... V^L]."""
+        x = states(len(self.p), self.p.ndim)
+        agree = np.all(np.asarray(free)[..., None, :] | (x == np.asarray(tokens)[..., None, :]), axis=-1)
+        weights = agree * self.p.ravel()
+        return weights / weights.sum(-1, keepdims=True)
+
+    def surprise(self, x0, free=True):
+        """-log p(the free tokens given the others). Int[B L], Bool[B L] -> Float[B]."""
+        law = self.conditional(x0, np.broadcast_to(free, np.shape(x0)))
+        return -np.log(np.take_along_axis(law, index(x0, len(self.p))[:, None], axis=-1)[:, 0])
+
+    def draw(self, rows, seed=0):
+        """Clean sequences. Int[rows L]."""
+        chosen = np.random.default_rng(seed).choice(self.p.size, rows, p=self.p.ravel())
+        return states(len(self.p), self.p.ndim)[chosen]
+
+    def denoiser(self, process, given=False):
+        """The exact Denoiser, of any row of S^L, at sigma 0 and infinity too.
+
+        given: Bool[B L], tokens that it knows to be clean, whatever sigma says of the others.
+        """
+
+        def log_clean(x, sigma, positions=None):
+            length = x.shape[-1]
+            noise = jnp.where(given, 0.0, sigma[:, None])
+            if isinstance(process, Absorbing):  # what is seen of a token, nothing or all, does not depend on sigma
+                noise = jnp.ones_like(noise)
+            seen = jax.vmap(jax.vmap(lambda x, sigma: process.transition_matrix(sigma)[x]))
+            seen = seen(x, jnp.broadcast_to(noise, x.shape))[..., : process.vocab_size]  # q(x_j | v), Float[B L V]
+
+            def without(i):
+                others = [term for j in range(length) if j != i for term in (seen[:, j], [length, j])]
+                return jnp.einsum(jnp.asarray(self.p), list(range(length)), *others, [length, i])
+
+            weights = jnp.stack([without(i) for i in range(length)], axis=1)
+            if positions is not None:
+                weights = jnp.take_along_axis(weights, positions[..., None], axis=1)
+            return jnp.log(weights / weights.sum(-1, keepdims=True))
+
+        return log_clean
+
+    def integral(self, process, stats_fn, low, high, nodes=96):
+        """The score entropy integrated over sigma, its mean over x taken exactly, for each x0. Float[V^L]."""
+        length, clean = self.p.ndim, states(process.vocab_size, self.p.ndim)
+        x = np.tile(states(process.num_states, length), (len(clean), 1))
+        x0 = np.repeat(clean, len(x) // len(clean), axis=0)
+
+        @jax.jit
+        def entropy(sigma):
+            stats = stats_fn(jnp.asarray(x), jnp.full(len(x), sigma), jnp.asarray(x0))
+            return process.score_entropy(stats, x, x0, sigma).sum(-1).reshape(len(clean), -1)
+
+        at, weight = np.polynomial.legendre.leggauss(nodes)
+        half = np.log(high / low) / 2
+        sigmas = low * np.exp(half * (at + 1))
+        return sum(
+            half * w * sigma * (channel(process, sigma, length) * entropy(sigma)).sum(-1)
+            for w, sigma in zip(weight, sigmas, strict=True)
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MarkovChain:
+    """A chain of tokens of any length. start: Float[V]; step: Float[V V], the next token's law in each row."""
+
+    start: np.ndarray
+    step: np.ndarray
+
+    @classmethod
+    def random(cls, vocab_size=3, seed=0):
+        """A chain whose tokens remember."""
+        weights = np.exp(2 * np.random.default_rng(seed).normal(size=(1 + vocab_size, vocab_size)))
+        weights /= weights.sum(-1, keepdims=True)
+        return cls(weights[0], weights[1:])
+
+    def joint(self, length):
+        """The law of its first tokens, held whole."""
+        p = self.start
+        for _ in range(length - 1):
+            p = p[..., None] * self.step
+        return Joint(p)
+
+    def denoiser(self, x, sigma, positions=None):
+        """The exact Denoiser of the absorbing process: what is passed on from the left, times that from the right."""
+        vocab_size = len(self.start)
+        seen = jnp.where(x[..., None] == vocab_size, 1.0, jax.nn.one_hot(x, vocab_size)).swapaxes(0, 1)  # Float[L B V]
+
+        def passed(step, start, seen):
+            def along(message, seen):
+                after = (message * seen) @ step
+                return after / after.sum(-1, keepdims=True), message
+
+            return jax.lax.scan(along, jnp.broadcast_to(start, seen.shape[1:]), seen)[1]
+
+        start, step = jnp.asarray(self.start), jnp.asarray(self.step)
+        weights = passed(step, start, seen) * passed(step.T, jnp.ones_like(start), seen[::-1])[::-1]
+        log_clean = jnp.log(weights / weights.sum(-1, keepdims=True)).swapaxes(0, 1)
+        return log_clean if positions is None else jnp.take_along_axis(log_clean, positions[..., None], axis=1)
+
+
+def kernel(jump, x, num_states):
+    """Where one factorised step takes each sequence. Jump of Float[K L], Int[K L] -> Float[K S^L], rows sum to 1."""
+    log_dest = jnp.pad(jump.log_dest, [(0, 0), (0, 0), (0, num_states - jump.log_dest.shape[-1])], constant_values=-jnp.inf)
+    moves = jump.p_move[..., None]
+    arrives = jnp.where(moves > 0, moves * jax.nn.softmax(log_dest), 0.0)
+    token = (1 - moves) * jax.nn.one_hot(x, num_states) + arrives
+    return functools.reduce(lambda left, right: jax.vmap(jnp.kron)(left, right), token.swapaxes(0, 1))
+
+
+def sampler_law(sampler, denoiser, tokens, free=True):
+    """The exact law of a sampler whose steps are a `jump` each, in float64. Int[L], Bool[L] -> Float[S^L]."""
+    with jax.enable_x64(True):
+        tokens, free = jnp.asarray(tokens), jnp.broadcast_to(jnp.asarray(free), np.shape(tokens))
+        x = jnp.asarray(states(sampler.process.num_states, len(tokens)))
+        law = jnp.prod(jnp.where(free, sampler.process.stationary()[x], x == tokens), axis=-1)
+        plan, any_steps = sampler.plan(None, free), dataclasses.replace(sampler, steps=1)
+        for k in range(sampler.steps):
+            law = _pushed(law, any_steps, denoiser, x, jax.tree.map(lambda leaf: leaf[k], plan), tokens, free)
+        return np.asarray(law)
+
+
+@functools.partial(jax.jit, static_argnames=("sampler", "denoiser"))
+def _pushed(law, sampler, denoiser, x, entry, tokens, free):
+    log_clean = clamped(denoiser, tokens, free)(x, jnp.full(len(x), entry.sigma), None)
+    jump = sampler.jump(log_clean, x, entry)
+    return law @ kernel(jump._replace(p_move=jnp.where(free, jump.p_move, 0.0)), x, sampler.process.num_states)
+
+
+def total_variation(p, q):
+    """Half the sum of the absolute differences of two laws."""
+    return np.abs(p - q).sum() / 2
+
+
+def p_value(seen, law):
+    """Pearson's chi-square of drawn indices against a law; cells of fewer than five due draws are pooled."""
+    seen, law = np.bincount(np.ravel(seen), minlength=len(law)), np.asarray(law)
+    due = law * seen.sum()
+    rare = due < 5
+    seen, due = (np.append(cells[~rare], cells[rare].sum()) for cells in (seen, due))
+    if due[-1] < 1e-6:
+        if seen[-1] > 0:
+            return 0.0  # an impossible draw
+        seen, due = seen[:-1], due[:-1]
+    return scipy.stats.chi2.sf(np.sum((seen - due) ** 2 / due), max(len(due) - 1, 1))

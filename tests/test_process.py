@@ -1,0 +1,166 @@
+"""The closed forms of both processes against their definitions: matrix exponentials, enumerated ratios, dense sums."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from oracle import channel, index, p_value, states
+
+from sedd.diffusion import draws
+from sedd.diffusion.process import Absorbing, Uniform
+from sedd.diffusion.score import score_stats
+
+SIGMAS = [1e-4, 1e-2, 0.3, 1.0, 5.0, 20.0]
+
+
+def askable(process, x):
+    """Where a Denoiser may be asked: under masks, or everywhere."""
+    return x == process.mask if isinstance(process, Absorbing) else np.ones(x.shape, bool)
+
+
+def test_forward_law_is_the_matrix_exponential(process, float64):
+    """SEDD's Q has columns that sum to 0; the closed forms are exp(sigma Q), entry by entry."""
+    x, x0 = np.arange(process.num_states)[:, None], np.arange(process.vocab_size)
+    rate = process.rate_matrix()
+    np.testing.assert_allclose(rate.sum(0), 0.0, atol=1e-15)
+    np.testing.assert_allclose(rate @ process.stationary(), 0.0, atol=1e-15)
+    for sigma in SIGMAS:
+        np.testing.assert_allclose(process.transition_matrix(sigma), scipy.linalg.expm(sigma * rate), atol=1e-12)
+        exact = channel(process, sigma).T
+        np.testing.assert_allclose(np.exp(process.log_transition(x, x0, sigma)), exact, atol=1e-12)
+
+
+def test_perturb_and_prior_draw_the_forward_law(process):
+    """With other noise at each position, as `sigma` broadcasts. Control: noise a twentieth off."""
+    x0, sigma, rows = np.array([2, 0, 1]), np.array([0.2, 0.7, 1.5]), 100_000
+    keys = draws.row_keys(jax.random.key(0), jnp.arange(rows))
+
+    def p(x, sigma):
+        law = functools.reduce(np.kron, [channel(process, s)[v] for s, v in zip(sigma, x0, strict=True)])
+        return p_value(index(x, process.num_states), law)
+
+    x, prior = process.perturb(keys, jnp.tile(x0, (rows, 1)), jnp.asarray(sigma)), process.prior(keys, 3)
+    assert x.dtype == prior.dtype == jnp.int32
+    print(p(x, sigma), p(x, 1.05 * sigma), p(prior, 3 * [40.0]), p(prior, 3 * [4.0]))
+    assert p(x, sigma) > 1e-3 and p(prior, 3 * [40.0]) > 1e-3
+    assert p(x, 1.05 * sigma) < 1e-6 and p(prior, 3 * [4.0]) < 1e-6
+
+
+def test_scores_are_ratios_of_the_noisy_law(process, joint, float64):
+    """log_score of the exact r, the rates, and the way back to r; each is off by O(1) if a constant is wrong."""
+    x = states(process.num_states, 3)
+    asked, current = askable(process, x), np.eye(process.num_states, dtype=bool)[x][..., :3]
+    for sigma in SIGMAS[:-1]:
+        log_clean = joint.denoiser(process)(x, jnp.full(len(x), sigma), None)
+        here = jnp.take_along_axis(log_clean, jnp.minimum(x, 2)[..., None], axis=-1)[..., 0]
+        log_score = process.log_score(log_clean, here, sigma)
+        exact = joint.score(process, sigma)[..., :3]
+        np.testing.assert_allclose(log_score[asked], np.log(exact)[asked], atol=1e-10)
+        rate = np.where(current, 0.0, process.stationary()[x][..., None] * exact)
+        np.testing.assert_allclose(process.rate(log_clean, x, sigma), rate, rtol=1e-10)
+        back = process.clean_from_score(log_score, sigma)
+        np.testing.assert_allclose(back[asked], log_clean[asked], atol=1e-10)
+
+
+def test_tweedie_is_the_mixture_of_posteriors(process, joint, float64):
+    """p(y | x) = sum_v p(x0_i = v | x) q(y | v) q(x_i | y) / q(x_i | v), the posterior of x0_i by enumeration."""
+    x, clean = states(process.num_states, 3), states(3, 3)
+    for sigma, sigma_next in [(5.0, 1.0), (1.0, 0.99), (0.5, 1e-3), (0.1, 0.0)]:
+        first, both = channel(process, sigma_next), channel(process, sigma)  # q(y | v) and q(x | v), in row v
+        step = np.asarray(process.transition_matrix(sigma - sigma_next))  # q(x | y), in row x
+        weights = joint.p.ravel()[:, None] * channel(process, sigma, 3)
+        posterior = np.einsum("kx,kiv->xiv", weights / weights.sum(0), np.eye(3)[clean])
+        ratio = np.where(both.T[x] > 0, posterior / np.maximum(both.T[x], 1e-300), 0.0)
+        exact = np.einsum("xiv,vy,xiy->xiy", ratio, first, step[x])
+        log_clean = joint.denoiser(process)(x, jnp.full(len(x), sigma), None)
+        p_move, log_dest = process.tweedie(log_clean, x, sigma, sigma_next)
+        stays = np.eye(process.num_states)[x]
+        moves = np.pad(p_move[..., None] * jax.nn.softmax(log_dest), [(0, 0)] * 2 + [(0, process.num_states - 3)])
+        np.testing.assert_allclose((1 - p_move)[..., None] * stays + moves, exact, atol=1e-12)
+
+
+def test_uniform_tweedie_is_right_in_float32_with_many_tokens():
+    """A ratio taken as 1 - (something near 1), at little noise or at much, would show as a percent or more."""
+    V = 50257
+    process, log_r = Uniform(V), jax.nn.log_softmax(4 * jax.random.normal(jax.random.key(0), (3, V)))
+    x = jnp.array([int(jnp.argmax(log_r[0])), 7, int(jnp.argmin(log_r[2]))])
+    for sigma, sigma_next in [(1e-4, 0.0), (1e-3, 1e-4), (0.1, 0.05), (1.0, 0.9), (7.0, 3.0), (20.0, 12.0), (20.0, 0.0)]:
+        jump = process.tweedie(log_r, x, jnp.float32(sigma), jnp.float32(sigma_next))
+        with jax.enable_x64(True):
+            sigmas = np.float64(np.float32(sigma)), np.float64(np.float32(sigma_next))
+            exact = process.tweedie(jnp.asarray(log_r, jnp.float64), x, *sigmas)
+        assert jump.p_move.dtype == jump.log_dest.dtype == jnp.float32
+        off = np.abs(jump.p_move / exact.p_move - 1).max()
+        tv = np.abs(scipy.special.softmax(jump.log_dest, -1) - scipy.special.softmax(exact.log_dest, -1)).sum(-1).max() / 2
+        print(sigma, sigma_next, np.asarray(exact.p_move), off, tv)
+        assert off < 1e-4 and tv < 1e-5
+
+
+def dense_score_entropy(process, log_score, x, x0, sigma):
+    """SEDD's definition: sum_{y != x} Q(x, y) (s_y - rho_y log s_y + K(rho_y)), rho_y = q(y | x0) / q(x | x0)."""
+    q = channel(process, sigma)[x0]
+    here = np.take_along_axis(q, x[..., None], -1)
+    rho = q / np.where(here > 0, here, 1.0)
+    terms = np.exp(log_score) - rho * log_score + scipy.special.xlogy(rho, rho) - rho
+    rates = process.stationary()[x][..., None]  # Q(x, y) = pi_x off the diagonal
+    return np.sum(np.where(np.arange(process.num_states) != x[..., None], rates * terms, 0.0), axis=-1)
+
+
+@pytest.mark.parametrize("columns", ["clean", "all"])
+def test_three_statistics_hold_the_score_entropy(process, columns, float64):
+    """Of any free score, at x0 and off it; for the absorbing process with a mask column and without."""
+    x, x0 = (np.tile(v.ravel(), (20, 1)) for v in np.meshgrid(np.arange(process.num_states), np.arange(3)))
+    free = np.random.default_rng(0).normal(size=(*x.shape, process.num_states))
+    stats = score_stats(jnp.asarray(free[..., :3] if columns == "clean" else free), x, x0)
+    for sigma in SIGMAS[:-1]:
+        exact = dense_score_entropy(process, free, x, x0, sigma)
+        print(sigma, np.nanmax(np.abs(process.score_entropy(stats, x, x0, sigma)/exact-1)))
+        np.testing.assert_allclose(process.score_entropy(stats, x, x0, sigma), exact, rtol=1e-10)
+
+
+def naive_uniform_score_entropy(log_score, x, x0, sigma):
+    """The control: the true ratio as one minus something near one, and the three terms taken apart."""
+    V = log_score.shape[-1]
+    ratio = 1 - V / (jnp.exp(sigma) - 1 + V)
+    at_x0 = jnp.take_along_axis(log_score, x0[..., None], -1)[..., 0]
+    mean = jnp.sum(log_score, -1) / V
+    cross = jnp.where(x == x0, ratio * mean, at_x0 / (jnp.exp(sigma) - 1) + mean)
+    off = ((-jnp.log(ratio) - 1) / ratio - (V - 2)) / V
+    constant = jnp.where(x == x0, (V - 1) / V * ratio * (jnp.log(ratio) - 1), off)
+    return jnp.mean(jnp.exp(log_score), -1) - 1 / V - cross + constant
+
+
+@pytest.mark.parametrize("vocab_size", [27, 30522, 50257])
+def test_uniform_score_entropy_is_right_in_float32(vocab_size):
+    """Off the truth by a tenth or more, it and its gradient are right at every noise. Control: the naive form is not."""
+    process, rng = Uniform(vocab_size), np.random.default_rng(0)
+    x, x0 = np.array([1, 1, 1, 1]), np.array([1, 2, 1, 2])  # at x0, and off it
+    others = np.arange(vocab_size) != x[:, None]
+    away = rng.uniform(0.1, 1.0, others.shape) * rng.choice([-1, 1], others.shape)
+    away[:2] = 0.1
+    errors = []
+    for sigma in np.geomspace(1e-6, 20, 12, dtype=np.float32):
+        log_rho = np.log1p(vocab_size / np.expm1(np.float64(sigma))) * (np.arange(vocab_size) == x0[:, None])
+        log_rho -= log_rho[:, x[:1]]
+        log_score = np.where(others, log_rho + away, 0.0).astype(np.float32)
+        rho, miss = np.exp(log_rho) * others / vocab_size, log_score - log_rho  # in float64
+        exact, slope = np.sum(rho * (np.expm1(miss) - miss), -1), rho * np.expm1(miss)
+
+        def entropy(log_score):
+            return process.score_entropy(score_stats(log_score, x, x0), x, x0, sigma)
+
+        def off(form):
+            value, back = jax.vjp(form, log_score)
+            gradient = np.asarray(back(jnp.ones_like(value))[0])
+            return np.max(np.abs(value / exact - 1)), np.max(np.abs(gradient - slope).sum(-1) / np.abs(slope).sum(-1))
+        
+        naive = lambda log_score: naive_uniform_score_entropy(log_score, x, x0, sigma)
+        errors.append([off(entropy), off(naive)])
+        print(sigma,  errors[-1], np.asarray(entropy(log_score)/exact-1))
+    ours, theirs = np.max(errors, axis=0)
+    print(ours, theirs)
+    assert np.all(ours < 1e-3)
+    assert not np.all(theirs < 1e-3)

@@ -263,7 +263,8 @@ class Model:
             top_p,
         )
         drawn = []
-        for start in tqdm(range(0, len(rows), group), desc="sampling", unit="batch", delay=2):
+        starts = range(0, len(rows), group)
+        for start in tqdm(starts, desc="sampling", unit="batch", delay=2, disable=len(starts) == 1):
             at = np.arange(start, start + group)
             drawn.append(jax.device_get(run(tokens[at % len(rows)], free[at % len(rows)], at)))
         return self._collected(drawn, len(rows), lengths, trace)

@@ -63,3 +63,8 @@ def shardings(mesh: Mesh, tree) -> object:
         return NamedSharding(mesh, P(*fits))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def placed(shapes, shardings) -> object:
+    """Shapes with their shardings, as what is to be restored is described."""
+    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings)

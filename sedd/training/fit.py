@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from sedd import config as configs
@@ -17,6 +16,7 @@ from sedd import parallel
 from sedd.data.batches import batches, check_block_length
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.errors import UserError
+from sedd.evaluation.perplexity import from_corpus, perplexity
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.metrics import Metrics
 from sedd.training.objective import Objective
@@ -44,62 +44,47 @@ def fit(config: ConfigDict, workdir: str | Path):
     """
     workdir = Path(workdir)
     config = configs.validate(config)
-    corpus = open_corpus(config.data.corpus)
-    check_block_length(corpus, "train", config.data.block_length)
+    training, data = config.training, config.data
+    corpus = open_corpus(data.corpus)
+    check_block_length(corpus, "train", data.block_length)
     _, schedule, network = configs.build(config, _vocab_size(config, corpus))
-    training = config.training
-    objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
     mesh = parallel.make_mesh(config)
     claim(workdir, config, corpus)
 
-    optimizer = make_optimizer(config.optimizer, training.steps)
-    init, step, where = make_step(config, objective, optimizer, mesh)
+    objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
+    init, step, where = make_step(config, objective, make_optimizer(config.optimizer, training.steps), mesh)
+    rows = parallel.batch_sharding(mesh)
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, _stop_signals() as stopping:
-        like = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(init),
-            where,
-        )
-        state = checkpoints.restore(like)
+        state = checkpoints.restore(parallel.placed(jax.eval_shape(init), where))
         state = init() if state is None else state
-        state = _loop(config, corpus, mesh, step, state, checkpoints, workdir, stopping)
-        checkpoints.save(state)
-    if stopping.is_set() and int(state.step) < training.steps:
+        start = int(state.step)
+        source = batches(corpus, data.block_length, training.batch_size, training.seed, start)
+        tokens_per_step = training.batch_size * data.block_length
+        log = Metrics(workdir / "metrics.jsonl", start, training.steps, tokens_per_step)
+        with contextlib.closing(source), log:
+            for number in range(start + 1, training.steps + 1):
+                state, metrics = step(state, jax.device_put(next(source), rows))
+                log.record(number, metrics)
+                if config.evaluation.every and number % config.evaluation.every == 0:
+                    log.note(number, _held_out(config, corpus, schedule, network, state))
+                if number % config.checkpoint.every == 0 or stopping.is_set() or number == training.steps:
+                    log.settle()  # nothing is saved whose loss is not finite
+                    checkpoints.save(state)
+                if stopping.is_set():
+                    break
+    if int(state.step) < training.steps:
         raise Interrupted(int(state.step))
 
 
-def _loop(config, corpus, mesh, step, state: TrainState, checkpoints, workdir, stopping) -> TrainState:
-    """Takes steps until the last, or until it is asked to stop."""
-    training, data = config.training, config.data
-    start = int(state.step)
-    source = batches(corpus, data.block_length, training.batch_size, training.seed, start)
-    rows = parallel.batch_sharding(mesh)
-    tokens_per_step = training.batch_size * data.block_length
-    with contextlib.closing(source), Metrics(workdir / "metrics.jsonl", start, training.steps, tokens_per_step) as log:
-        behind = None  # a step's numbers are read after the next one is under way
-        for number in range(start + 1, training.steps + 1):
-            state, metrics = step(state, jax.device_put(next(source), rows))
-            if behind is not None:
-                _record(log, *behind)
-            behind = number, metrics
-            if number % config.checkpoint.every == 0 or stopping.is_set():
-                _record(log, *behind)  # nothing is saved whose loss was not finite
-                behind = None
-                checkpoints.save(state)
-            if stopping.is_set():
-                break
-        if behind is not None:
-            _record(log, *behind)
-    return state
-
-
-def _record(log: Metrics, number: int, metrics: dict[str, jax.Array]):
-    values = {name: float(value) for name, value in metrics.items()}
-    if not np.isfinite(values["loss"]):
-        raise UserError(
-            f"the loss of step {number} is not finite; the last checkpoint stays. Lower optimizer.learning_rate"
-        )
-    log.record(number, values)
+def _held_out(config, corpus, schedule, network, state: TrainState) -> dict[str, float]:
+    """The bound on the validation split, as a record of the metrics."""
+    scored = from_corpus(corpus, "validation", config.data.block_length)
+    report = perplexity(network, schedule, state.best, scored, num_draws=config.evaluation.draws, progress=False)
+    return {
+        "validation_nats_per_token": report.nats_per_token,
+        "validation_standard_error": report.standard_error,
+        "validation_bits_per_byte": report.bits_per_byte,
+    }
 
 
 def _vocab_size(config: ConfigDict, corpus: Corpus) -> int:

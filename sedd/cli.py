@@ -8,6 +8,10 @@ from pathlib import Path
 from sedd.version import __version__
 
 
+# What the quickstart infills between, for each built-in corpus.
+_BLANKED = {"names": ("GREEK SMALL LETTER", " WITH TONOS"), "functions": ("def __init__(self", "):\n    self.")}
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
@@ -51,11 +55,13 @@ def _parser() -> argparse.ArgumentParser:
 
     quick = command("quickstart", _quickstart, "Train on a built-in corpus, evaluate, sample and infill.", True)
     quick.add_argument("--workdir", default="runs/quickstart", help="where the run goes (%(default)s)")
-    quick.add_argument("--source", default="builtin:names", help="builtin:names or builtin:functions (%(default)s)")
+    corpora = tuple(f"builtin:{name}" for name in _BLANKED)
+    quick.add_argument("--source", default=corpora[0], choices=corpora, help="(%(default)s)")
 
     prep = command("prepare", _prepare, "Tokenise a source once, into a corpus directory.")
     prep.add_argument("--source", required=True, help="text:GLOB, builtin:names or builtin:functions")
-    prep.add_argument("--tokenizer", default="sentencepiece:8000", help="sentencepiece:SIZE or :FILE, bytes, characters")
+    kinds = "sentencepiece:SIZE, sentencepiece:FILE, bytes or characters (%(default)s)"
+    prep.add_argument("--tokenizer", default="sentencepiece:8000", help=kinds)
     prep.add_argument("--out", required=True, help="the corpus directory to make")
     prep.add_argument("--seed", type=int, default=0, help="draws the held-out documents")
 
@@ -180,7 +186,7 @@ def _quickstart(args, settings):
     print("4. sampling", file=sys.stderr)
     for number, text in enumerate(model.sample(num_samples=2).texts):
         print(f"\nsample {number + 1}\n{text.strip()}")
-    before, after = _BLANKED.get(name, _BLANKED["names"])
+    before, after = _BLANKED[name]
     template = f"{before}<blank:4>{after}"
     filled = model.infill(template, steps=32).texts[0]
     print(f"\ninfilled between '{before}' and '{after}'\n{filled}")
@@ -194,8 +200,6 @@ def _quickstart(args, settings):
     ):
         print(f"  {line}")
 
-
-_BLANKED = {"names": ("GREEK SMALL LETTER", " WITH TONOS"), "functions": ("def __init__(self", "):\n    self.")}
 
 if __name__ == "__main__":
     sys.exit(main())

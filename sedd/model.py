@@ -6,7 +6,6 @@
 import dataclasses
 import functools
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from sedd import config as configs
-from sedd import pretrained
+from sedd import pretrained, prompts
 from sedd.data.corpus import Corpus
 from sedd.data.tokenizers import Tokenizer, load_tokenizer
 from sedd.diffusion.process import Absorbing, Process
@@ -34,7 +33,6 @@ from sedd.training.checkpoint import Checkpoints
 from sedd.training.fit import fit
 
 GROUP = 64  # rows sampled at a time, unless told otherwise
-BLANK = re.compile(r"<blank:(\d+)>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +102,7 @@ class Model:
         if num_samples < 1:
             raise UserError(f"the number of samples must be at least 1, not {num_samples}")
         self._check_length(length, "length")
-        row = (np.zeros(length, np.int32), np.zeros(length, bool))
-        return self._draw([row] * num_samples, steps, sampler, temperature, top_p, seed, batch_size, trace)
+        return self._draw([prompts.blank(length)] * num_samples, steps, sampler, temperature, top_p, seed, batch_size, trace)
 
     def infill(
         self,
@@ -142,11 +139,15 @@ class Model:
         if num_samples < 1:
             raise UserError(f"the number of samples must be at least 1, not {num_samples}")
         if ways[0]:
-            rows = [self._row_of_template(text) for text in ([template] if isinstance(template, str) else template)]
+            templates = [template] if isinstance(template, str) else template
+            rows = [prompts.of_template(text, self._require_tokenizer()) for text in templates]
         elif ways[1]:
-            rows = [self._row_between(prefix or "", suffix or "", self.block_length if length is None else length)]
+            length = self.block_length if length is None else length
+            rows = [prompts.between(prefix or "", suffix or "", length, self._require_tokenizer())]
         else:
-            rows = self._rows_of_arrays(tokens, given)
+            rows = prompts.of_arrays(tokens, given, self.process.vocab_size)
+        for row in rows:
+            self._check_length(len(row.tokens), "what to fill in")
         rows = [row for row in rows for _ in range(num_samples)]
         return self._draw(rows, steps, sampler, temperature, top_p, seed, batch_size, trace)
 
@@ -197,50 +198,8 @@ class Model:
         if not 1 <= length <= self.block_length:
             raise UserError(f"{what} is {length} tokens; it must be from 1 to the model's block of {self.block_length}")
 
-    def _row_of_template(self, template: str) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a row, and which of them are given. (Int32[L], Bool[L])"""
-        parts = BLANK.split(template)
-        if len(parts) == 1:
-            raise UserError(f"the template {template!r} has no blank; write one such as <blank:8>")
-        ids, given = [], []
-        for number, part in enumerate(parts):
-            is_text = number % 2 == 0
-            if not is_text and int(part) == 0:
-                raise UserError(f"the template {template!r} has a blank of 0 tokens; leave it out, or make it longer")
-            piece = self._require_tokenizer().encode(part) if is_text else np.zeros(int(part), np.int32)
-            ids.append(piece)
-            given.append(np.full(len(piece), is_text))
-        ids, given = np.concatenate(ids), np.concatenate(given)
-        self._check_length(len(ids), f"the template {template!r}")
-        return ids, given
-
-    def _row_between(self, prefix: str, suffix: str, length: int) -> tuple[np.ndarray, np.ndarray]:
-        self._check_length(length, "length")
-        before, after = (self._require_tokenizer().encode(text) for text in (prefix, suffix))
-        blank = length - len(before) - len(after)
-        if blank < 1:
-            raise UserError(
-                f"prefix and suffix take {len(before) + len(after)} tokens, which leaves none of the length of {length} "
-                "to fill in; shorten them, or make the length larger"
-            )
-        ids = np.concatenate([before, np.zeros(blank, np.int32), after])
-        position = np.arange(length)
-        return ids, (position < len(before)) | (position >= len(before) + blank)
-
-    def _rows_of_arrays(self, tokens: Any, given: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-        if tokens is None or given is None:
-            raise UserError("infill: tokens and given go together")
-        tokens, given = np.atleast_2d(np.asarray(tokens)), np.atleast_2d(np.asarray(given))
-        if tokens.shape != given.shape or given.dtype != bool:
-            raise UserError(f"given must be a bool array of the shape of tokens, {tokens.shape}")
-        self._check_length(tokens.shape[1], "the length of tokens")
-        known = tokens[given]
-        if known.size and not (0 <= known.min() and known.max() < self.process.vocab_size):
-            raise UserError(f"given tokens must be from 0 to {self.process.vocab_size - 1}")
-        return list(zip(tokens.astype(np.int32), given))
-
     def _draw(self, rows, steps, sampler, temperature, top_p, seed, batch_size, trace) -> Samples:
-        """Samples rows of (ids, given), in groups of one shape."""
+        """Samples the free positions of prompts, in groups of one shape."""
         sampler = self._sampler(sampler, steps)
         if not temperature > 0:
             raise UserError(f"temperature must be positive, not {temperature}")
@@ -248,7 +207,7 @@ class Model:
             raise UserError(f"top_p must lie in (0, 1], not {top_p}")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
-        tokens, free, lengths = self._laid_out(rows)
+        tokens, free, lengths = prompts.laid_out(rows, self.process, self.block_length)
         group = min(len(rows), batch_size or GROUP)
         run = functools.partial(
             _sample,
@@ -277,22 +236,6 @@ class Model:
         if steps < 1:
             raise UserError(f"steps must be at least 1, not {steps}")
         return SAMPLERS[sampler](self.process, self.schedule, steps)
-
-    def _laid_out(self, rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows of any lengths as tokens: Int32[N L], free: Bool[N L] and lengths: Int[N].
-
-        What follows the end of a row stays masked with Absorbing; with Uniform the whole block is sampled, and cut.
-        Either way the row has the model's exact marginal law.
-        """
-        lengths = np.array([len(ids) for ids, _ in rows])
-        masks = isinstance(self.process, Absorbing)
-        shape = (len(rows), int(lengths.max()) if masks else self.block_length)
-        tokens = np.full(shape, self.process.mask if masks else 0, np.int32)
-        free = np.full(shape, not masks)
-        for row, (ids, given) in enumerate(rows):
-            tokens[row, : len(ids)] = ids
-            free[row, : len(ids)] = ~given
-        return tokens, free, lengths
 
     def _collected(self, drawn, count: int, lengths: np.ndarray, trace: bool) -> Samples:
         calls = int(max(group.calls for group in drawn))

@@ -37,11 +37,9 @@ def make_mesh(config: ConfigDict) -> Mesh:
         sizes[sizes.index(-1)] = max(1, devices // -math.prod(sizes))
     if math.prod(sizes) != devices or min(sizes) < 1:
         raise UserError(f"config: the mesh of {dict(config.mesh)} devices does not fit the {devices} that there are")
-    rows = config.training.batch_size // config.training.accumulation
-    if rows % (sizes[0] * sizes[1]):
-        raise UserError(
-            f"config: {rows} rows (training.batch_size / accumulation) cannot be split over {sizes[0] * sizes[1]} devices"
-        )
+    rows, parts = config.training.batch_size // config.training.accumulation, sizes[0] * sizes[1]
+    if rows % parts:
+        raise UserError(f"config: {rows} rows (training.batch_size / accumulation) cannot be split over {parts} devices")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -67,4 +65,6 @@ def shardings(mesh: Mesh, tree) -> object:
 
 def placed(shapes, shardings) -> object:
     """Shapes with their shardings, as what is to be restored is described."""
-    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
+    )

@@ -14,7 +14,7 @@ import scipy.linalg
 import scipy.stats
 
 from sedd.diffusion.process import Absorbing
-from sedd.diffusion.score import clamped
+from sedd.diffusion.score import ScoreStats, clamped
 
 
 def states(num_states, length):
@@ -89,6 +89,7 @@ class Joint:
         given: Bool[B L], tokens that it knows to be clean, whatever sigma says of the others.
         """
 
+        @jax.jit
         def log_clean(x, sigma, positions=None):
             length = x.shape[-1]
             noise = jnp.where(given, 0.0, sigma[:, None])
@@ -99,7 +100,7 @@ class Joint:
 
             def without(i):
                 others = [term for j in range(length) if j != i for term in (seen[:, j], [length, j])]
-                return jnp.einsum(jnp.asarray(self.p), list(range(length)), *others, [length, i])
+                return jnp.einsum(jnp.asarray(self.p, seen.dtype), list(range(length)), *others, [length, i])
 
             weights = jnp.stack([without(i) for i in range(length)], axis=1)
             if positions is not None:
@@ -149,6 +150,7 @@ class MarkovChain:
             p = p[..., None] * self.step
         return Joint(p)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def denoiser(self, x, sigma, positions=None):
         """The exact Denoiser of the absorbing process: what is passed on from the left, times that from the right."""
         vocab_size = len(self.start)
@@ -167,11 +169,24 @@ class MarkovChain:
         return log_clean if positions is None else jnp.take_along_axis(log_clean, positions[..., None], axis=1)
 
 
+def scaled(process, stats_fn, factor):
+    """The StatsFn of scores that are wrong by a factor: what controls are made of."""
+
+    def stats(x, sigma, x0):
+        right, more = stats_fn(x, sigma, x0), jnp.log(factor)
+        others = process.vocab_size - (x < process.vocab_size)
+        target = jnp.where(x == x0, 0.0, right.target + more)
+        return ScoreStats(right.log_sum + more, right.sum_log + others * more, target)
+
+    return stats
+
+
+@functools.partial(jax.jit, static_argnames="num_states")
 def kernel(jump, x, num_states):
     """Where one factorised step takes each sequence. Jump of Float[K L], Int[K L] -> Float[K S^L], rows sum to 1."""
-    log_dest = jnp.pad(jump.log_dest, [(0, 0), (0, 0), (0, num_states - jump.log_dest.shape[-1])], constant_values=-jnp.inf)
     moves = jump.p_move[..., None]
-    arrives = jnp.where(moves > 0, moves * jax.nn.softmax(log_dest), 0.0)
+    arrives = jnp.where(moves > 0, moves * jax.nn.softmax(jump.log_dest), 0.0)
+    arrives = jnp.pad(arrives, [(0, 0), (0, 0), (0, num_states - arrives.shape[-1])])
     token = (1 - moves) * jax.nn.one_hot(x, num_states) + arrives
     return functools.reduce(lambda left, right: jax.vmap(jnp.kron)(left, right), token.swapaxes(0, 1))
 
@@ -198,6 +213,12 @@ def _pushed(law, sampler, denoiser, x, entry, tokens, free):
 def total_variation(p, q):
     """Half the sum of the absolute differences of two laws."""
     return np.abs(p - q).sum() / 2
+
+
+def standard_errors(values):
+    """The mean of independent draws, in its standard errors from 0."""
+    values = np.asarray(values, np.float64)
+    return values.mean() / values.std(ddof=1) * len(values) ** 0.5
 
 
 def p_value(seen, law):

@@ -14,8 +14,8 @@ from sedd.diffusion.samplers import move
 
 
 def test_a_rare_move_to_one_of_many_states_gets_its_share():
-    """Two stages, in the accurate mode, draw it. Control: one default categorical of float32 over all states does not."""
-    states, mass, here = 50257, 1e-3, 300
+    """Two stages, in the accurate mode, draw it. Control: one float32 categorical of JAX's default mode does not."""
+    states, mass, here = 50257, 1.5e-3, 300
     flat = jnp.zeros(states).at[here].set(-jnp.inf)
     whole = jnp.full(states, jnp.log(mass / (states - 1))).at[here].set(jnp.log1p(-mass))
 
@@ -25,12 +25,11 @@ def test_a_rare_move_to_one_of_many_states_gets_its_share():
     def p(draw, rows):
         keys = draws.row_keys(jax.random.key(0), jnp.arange(rows))
         moved = int(jnp.sum(jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=256))(keys) != here))
-        import time; print(moved, "of", rows * mass, time.time())
         return scipy.stats.binomtest(moved, rows, mass).pvalue
 
     assert p(staged, 2**16) > 1e-3
     assert p(lambda key: draws.categorical(key, whole), 2**16) > 1e-3
-    assert p(lambda key: jax.random.categorical(key, whole), 3 * 2**12) < 1e-4
+    assert p(lambda key: jax.random.categorical(key, whole), 2**13) < 1e-4
 
 
 def test_categorical_follows_the_law():
@@ -42,7 +41,6 @@ def test_categorical_follows_the_law():
     drawn = jax.jit(jax.vmap(draws.categorical, in_axes=(0, None)))(keys, jnp.asarray(log_weights, jnp.float32))
     assert drawn.dtype == jnp.int32
     other = law * (1 + 0.1 * (-1) ** np.arange(300))
-    print(p_value(drawn, law), p_value(drawn, other / other.sum()))
     assert p_value(drawn, law) > 1e-3
     assert p_value(drawn, other / other.sum()) < 1e-6
 
@@ -52,7 +50,6 @@ def test_bernoulli_keeps_the_ends():
     keys = draws.row_keys(jax.random.key(0), jnp.arange(300_000)).reshape(-1, 3)
     happens = np.asarray(draws.bernoulli(keys, jnp.array([0.0, 1e-3, 1.0]))).sum(0)
     assert happens[0] == 0 and happens[2] == len(keys)
-    print(happens[1])
     assert scipy.stats.binomtest(int(happens[1]), len(keys), 1e-3).pvalue > 1e-3
     assert scipy.stats.binomtest(int(happens[1]), len(keys), 2e-3).pvalue < 1e-6
 
@@ -78,6 +75,5 @@ def test_ranks_are_a_uniformly_random_order():
     orders = np.array(list(itertools.permutations(range(3))))
     seen = np.argmax(np.all(ranks[:, None, [0, 2, 3]] == orders, axis=-1), axis=-1)
     assert np.array_equal(orders[seen], ranks[:, [0, 2, 3]])
-    print(p_value(seen, np.full(6, 1 / 6)), p_value(seen, np.array([1.1, 0.9] * 3) / 6))
     assert p_value(seen, np.full(6, 1 / 6)) > 1e-3
     assert p_value(seen, np.array([1.1, 0.9] * 3) / 6) < 1e-6

@@ -47,6 +47,7 @@ def make_step(
     learning_rate.
     """
     training = config.training
+    rate = learning_rate(config.optimizer, config.optimizer.learning_rate, training.steps)
     microbatches = (training.accumulation, training.batch_size // training.accumulation)
 
     def loss_and_gradient(params, tokens, key):
@@ -72,8 +73,8 @@ def make_step(
         ema = None if state.ema is None else averaged(state.ema, params, state.step + 1, training.ema_decay)
         metrics = {
             "loss": loss / tokens.shape[1],
-            "gradient_norm": optax.global_norm(gradient),
-            "learning_rate": learning_rate(config.optimizer, config.optimizer.learning_rate, training.steps)(state.step),
+            "gradient_norm": optax.tree.norm(gradient),
+            "learning_rate": rate(state.step),
         }
         return TrainState(state.step + 1, params, ema, moments), metrics
 

@@ -1,0 +1,89 @@
+"""What is given and what is to be filled in: rows of tokens from templates, prefixes and suffixes, or arrays."""
+
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sedd.data.tokenizers import Tokenizer
+from sedd.diffusion.process import Absorbing, Process
+from sedd.errors import UserError
+
+BLANK = re.compile(r"<blank:(\d+)>")
+
+
+class Prompt(NamedTuple):
+    """One row, of any length."""
+
+    tokens: np.ndarray  # Int32[L]
+    given: np.ndarray  # Bool[L], False where it is to be filled in
+
+
+def blank(length: int) -> Prompt:
+    """Nothing given."""
+    return Prompt(np.zeros(length, np.int32), np.zeros(length, bool))
+
+
+def of_text(text: str, tokenizer: Tokenizer) -> Prompt:
+    """All given."""
+    tokens = tokenizer.encode(text)
+    return Prompt(tokens, np.ones(len(tokens), bool))
+
+
+def joined(*parts: Prompt) -> Prompt:
+    """One after the other."""
+    return Prompt(*map(np.concatenate, zip(*parts)))
+
+
+def of_template(template: str, tokenizer: Tokenizer) -> Prompt:
+    """Text with blanks of so many tokens, as in "The <blank:8> sat on the <blank:5>."."""
+    pieces = BLANK.split(template)  # text, a number, text, a number, ..., text
+    if len(pieces) == 1:
+        raise UserError(f"the template {template!r} has no blank; write one such as <blank:8>")
+    if any(int(number) == 0 for number in pieces[1::2]):
+        raise UserError(f"the template {template!r} has a blank of 0 tokens; leave it out, or make it longer")
+    texts = [of_text(text, tokenizer) for text in pieces[::2]]
+    blanks = [blank(int(number)) for number in pieces[1::2]]
+    return joined(texts[0], *(part for pair in zip(blanks, texts[1:]) for part in pair))
+
+
+def between(prefix: str, suffix: str, length: int, tokenizer: Tokenizer) -> Prompt:
+    """A blank between two texts, which makes them `length` tokens in all."""
+    before, after = of_text(prefix, tokenizer), of_text(suffix, tokenizer)
+    known = len(before.tokens) + len(after.tokens)
+    if known >= length:
+        raise UserError(
+            f"prefix and suffix take {known} tokens, which leaves none of the length of {length} to fill in; "
+            "shorten them, or make the length larger"
+        )
+    return joined(before, blank(length - known), after)
+
+
+def of_arrays(tokens: Any, given: Any, vocab_size: int) -> list[Prompt]:
+    """Rows of arrays. tokens: Int[N L] or Int[L], read where given: Bool of the same shape."""
+    if tokens is None or given is None:
+        raise UserError("infill: tokens and given go together")
+    tokens, given = np.atleast_2d(np.asarray(tokens)), np.atleast_2d(np.asarray(given))
+    if tokens.shape != given.shape or given.dtype != bool:
+        raise UserError(f"given must be a bool array of the shape of tokens, {tokens.shape}")
+    known = tokens[given]
+    if known.size and not (0 <= known.min() and known.max() < vocab_size):
+        raise UserError(f"given tokens must be from 0 to {vocab_size - 1}")
+    return [Prompt(*row) for row in zip(np.where(given, tokens, 0).astype(np.int32), given)]
+
+
+def laid_out(rows: list[Prompt], process: Process, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of any lengths for the sampling loop: tokens Int32[N L], free Bool[N L], lengths Int[N].
+
+    With Absorbing what follows the end of a row is held masked; with Uniform the whole block is sampled, to be cut.
+    Either way the row has the model's exact marginal law.
+    """
+    masks = isinstance(process, Absorbing)
+    lengths = np.array([len(row.tokens) for row in rows])
+    shape = (len(rows), int(lengths.max()) if masks else block)
+    tokens = np.full(shape, process.mask if masks else 0, np.int32)
+    free = np.full(shape, not masks)
+    for number, row in enumerate(rows):
+        tokens[number, : lengths[number]] = row.tokens
+        free[number, : lengths[number]] = ~row.given
+    return tokens, free, lengths

@@ -1,0 +1,140 @@
+"""The command line: the whole way on a small corpus, and every mistake in one line."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+from small import SETTINGS, small_corpus
+
+import sedd
+from sedd.cli import main
+
+COMPILED = []  # one entry for each compilation in this process
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: COMPILED.append(seconds) if event.endswith("backend_compile_duration") else None
+)
+FLAGS = [f"--config.{setting}" for setting in SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with texts, a corpus, and a run."""
+    folder = tmp_path_factory.mktemp("place")
+    small_corpus(folder)
+    small_corpus(folder / "other", "bytes")
+    assert main(["train", f"--workdir={folder}/run", f"--config.data.corpus={folder}/corpus", *FLAGS]) == 0
+    (folder / "latin.txt").write_bytes("na\xefve".encode("latin-1"))
+    (folder / "tiny.txt").write_text("twenty characters or so, no more")
+    (folder / "empty.txt").write_text("")
+    return folder
+
+
+def test_prepare(place, capsys):
+    assert main(["prepare", f"--source=text:{place}/texts/*.txt", "--tokenizer=bytes", f"--out={place}/made"]) == 0
+    assert re.search(r"train +54 documents", capsys.readouterr().out)
+    assert sedd.open_corpus(place / "made").vocab_size == 257
+
+
+def test_eval(place, capsys):
+    """The corpus of the run by default; for people, or as JSON."""
+    assert main(["eval", f"--model={place}/run", "--draws=2"]) == 0
+    assert "nats per token" in capsys.readouterr().out
+    assert main(["eval", f"--model={place}/run", f"--data={place}/corpus", "--split=train", "--draws=2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["draws"] == 2
+
+
+def test_sample(place, capsys):
+    assert main(["sample", f"--model={place}/run", "--num_samples=2", "--steps=3", "--json"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(records) == 2 and all(len(record["tokens"]) == 16 for record in records)
+    assert main(["sample", f"--model={place}/run", "--steps=3"]) == 0
+    assert capsys.readouterr().out.startswith("---\n")
+
+
+def test_infill(place, capsys):
+    assert main(["infill", f"--model={place}/run", "the <blank:2> times", "--steps=3"]) == 0
+    assert re.search(r"^the .*times$", capsys.readouterr().out, re.M | re.S)
+    assert main(["infill", f"--model={place}/run", "--prefix=the ", "--length=6", "--steps=3"]) == 0
+    assert "the " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("train --workdir={0}/new --config.optimizer.lerning_rate=1", "nearest is optimizer.learning_rate"),
+        ("train --workdir={0}/new --config={0}/absent.py", "no such file"),
+        ("train --workdir={0}/new --config.data.corpus={0}/absent", "no folder"),
+        ("train --workdir={0}/new --config.data.corpus={0}/corpus --config.data.block_length=9999999", "shorter than"),
+        ("train --workdir={0}/run --config.data.corpus={0}/corpus", "another run"),
+        ("train --workdir={0}/texts --config.data.corpus={0}/corpus", "holds no run"),
+        ("train --workdir={0}/new --config.data.corpus={0}/corpus --config.data.vocab_size=5", "data.vocab_size is 5"),
+        ("train --workdir={0}/new --config.data.corpus={0}/corpus --config.mesh.data=3", "does not fit the 8"),
+        ("train", "--workdir"),
+        ("train --workdir={0}/new --worksdir=x", "takes no --worksdir=x"),
+        ("prepare --source=text:{0}/absent*.txt --out={0}/new", "no file"),
+        ("prepare --source=text:{0}/empty.txt --out={0}/new", "no text"),
+        ("prepare --source=text:{0}/latin.txt --out={0}/new", "UTF-8"),
+        ("prepare --source=text:{0}/tiny.txt --out={0}/new --tokenizer=sentencepiece:8000", "8000"),
+        ("prepare --source=tables:x --out={0}/new", "unknown source"),
+        ("prepare --source=text:{0}/tiny.txt --tokenizer=words --out={0}/new", "unknown tokenizer"),
+        ("prepare --source=text:{0}/tiny.txt --tokenizer=bytes --out={0}/corpus", "choose another --out"),
+        ("eval --model={0}/absent", "no folder"),
+        ("eval --model={0}/run --data={0}/other/corpus", "another tokenizer"),
+        ("eval --model={0}/run --split=tset", "there are train, validation, test"),
+        ("eval --model={0}/run --draws=0", "draws must be at least 1"),
+        ("eval --model={0}/run --config.training.steps=1", "takes no --config"),
+        ("sample --model={0}/run --steps=0", "steps must be at least 1"),
+        ("sample --model={0}/run --num_samples=0", "number of samples must be at least 1"),
+        ("sample --model={0}/run --sampler=best", "there are euler, tweedie"),
+        ("sample --model={0}/run --length=17", "block of 16"),
+        ("sample --model={0}/run --steps=many", "invalid int value"),
+        ("infill --model={0}/run the", "no blank"),
+        ("infill --model={0}/run the<blank:0>", "blank of 0"),
+        ("infill --model={0}/run", "takes a template"),
+        ("infill --model={0}/run --prefix=thetimestablethetable", "leaves none"),
+        ("quickstart --source=builtin:poems", "invalid choice"),
+        ("", "COMMAND"),
+        ("dance", "invalid choice"),
+    ],
+)
+def test_mistakes_are_one_line(place, command, message, capsys, monkeypatch):
+    """Status 2, one line that says what to change, no traceback, nothing compiled, nothing left behind."""
+    monkeypatch.chdir(place)
+    compiled = len(COMPILED)
+    try:
+        status = main(command.format(place).split())
+    except SystemExit as stopped:  # argparse's own
+        status = stopped.code
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and message in error, error
+    assert not (place / "new").exists() and len(COMPILED) == compiled > 0
+
+
+def test_version_and_exit_status_of_the_process():
+    def run(*args):
+        return subprocess.run([sys.executable, "-m", "sedd.cli", *args], capture_output=True, text=True)
+
+    assert run("--version").stdout.strip() == f"sedd {sedd.__version__}"
+    wrong = run("sample", "--model=nowhere")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and not wrong.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["names", "functions"])
+def test_quickstart(tmp_path, name):
+    """One command from nothing to an infilled sentence; its bound well under the unigram's entropy."""
+    command = [sys.executable, "-m", "sedd.cli", "quickstart", f"--source=builtin:{name}", "--workdir=runs/quickstart"]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    numbers = dict(re.findall(r"^  (\w[\w, ]*?) {2,}(\d+\.\d+)", done.stdout, re.M))
+    assert float(numbers["this model, a bound"]) <= 0.68 * float(numbers["unigram"]), done.stdout
+    assert {"bigram", "zlib", "xz, given train"} <= numbers.keys() and "±" in done.stdout
+    assert "sample 2" in done.stdout and "nats/token" in done.stderr
+    before, after, filled = re.search(r"infilled between '(.*)' and '(.*)'\n([\s\S]*?)\n\nnext:", done.stdout).groups()
+    assert filled.startswith(before) and filled.endswith(after.encode().decode("unicode_escape"))
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["quickstart"]

@@ -1,0 +1,75 @@
+"""The shape of the house: which way imports point, and what importing it does not do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import sedd
+
+PACKAGE = Path(sedd.__file__).parent
+ROOMS = ["cli", "model", "prompts", "pretrained", "training", "evaluation", "parallel", "config", "data", "network", "diffusion"]
+LEAVES = {"errors", "version"}  # what anyone may import
+ALONE = {"data", "diffusion"}  # rooms that know of no other
+DIFFUSION = ["samplers", "likelihood", "loss", "process", "schedule", "score", "draws"]
+
+
+def imports(file):
+    """The modules of the package that a file imports, as dotted paths without `sedd.`."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sedd":
+            base = node.module.removeprefix("sedd").strip(".")
+            for alias in node.names:
+                yield base or alias.name
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.removeprefix("sedd.") for alias in node.names if alias.name.startswith("sedd"))
+
+
+def test_imports_point_downwards():
+    found = 0
+    for file in PACKAGE.rglob("*.py"):
+        room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room in LEAVES | {"__init__"}:
+            continue
+        for module in imports(file):
+            other = module.split(".")[0]
+            found += 1
+            if other in LEAVES or other == room:
+                continue
+            assert ROOMS.index(room) < ROOMS.index(other), f"{file.name} of {room} imports {module}"
+            assert room not in ALONE, f"{file.name} of {room} imports {module}"
+    assert found > 50
+
+
+def test_the_mathematics_knows_no_network():
+    """Within diffusion/ too the arrows point one way, and nothing of the trunk's library is there."""
+    for name in DIFFUSION:
+        file = PACKAGE / "diffusion" / f"{name}.py"
+        assert "flax" not in file.read_text()
+        for module in imports(file):
+            other = module.split(".")[-1]
+            if other != "diffusion":
+                assert DIFFUSION.index(name) < DIFFUSION.index(other), f"{name} imports {other}"
+
+
+def test_importing_does_nothing():
+    """No data set or checkpoint library, no torch, no device, no flag."""
+    code = (
+        "import sys, sedd; from jax._src import xla_bridge; from absl import flags\n"
+        "heavy = {'tensorflow_datasets', 'tensorflow', 'orbax', 'grain', 'torch', 'sentencepiece', 'scipy'}\n"
+        "print(sorted(heavy & set(sys.modules)), list(xla_bridge._backends), flags.FLAGS.is_parsed())"
+    )
+    out = subprocess.run([sys.executable, "-c", code, "--no_such_flag"], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[] [] False"
+
+
+def test_public_names_exist():
+    assert all(hasattr(sedd, name) for name in sedd.__all__)
+
+
+def test_files_stay_readable():
+    """A file of one sitting, lines that fit."""
+    for file in PACKAGE.rglob("*.py"):
+        lines = file.read_text().splitlines()
+        assert len(lines) <= 350, file
+        assert max(map(len, lines), default=0) <= 120, file

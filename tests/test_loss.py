@@ -1,0 +1,100 @@
+"""The training losses average to the bound, and score free tokens only."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import index, scaled, standard_errors
+
+from sedd.diffusion import draws
+from sedd.diffusion.loss import count_loss, denoising_loss
+from sedd.diffusion.process import Absorbing
+from sedd.diffusion.schedule import Geometric, LogLinear
+from sedd.diffusion.score import score_stats, stats_from
+
+ROWS = 30_000
+KEYS = draws.row_keys(jax.random.key(0), jnp.arange(ROWS))
+
+
+def free_score(log_score):
+    """The StatsFn of a table of scores."""
+    return lambda x, sigma, x0: score_stats(log_score, x, x0)
+
+
+@pytest.mark.parametrize("schedule", [LogLinear(0.01), Geometric(0.01, 4.0)], ids=str)
+def test_denoising_loss_averages_to_the_integral(process, joint, schedule):
+    """Over uniform times, whatever the schedule. Control: scores that are half too large."""
+    x0, t = joint.draw(ROWS), draws.uniform(draws.fold(KEYS, 1))
+    stats_fn = stats_from(process, joint.denoiser(process))
+    with jax.enable_x64(True):
+        low, high = max(float(schedule.sigma(0.0)), 1e-9), float(schedule.sigma(1.0))
+        integral = joint.integral(process, stats_fn, low, high)
+
+    @jax.jit
+    def loss(factor):
+        return denoising_loss(process, schedule, scaled(process, stats_fn, factor), KEYS, x0, t).sum(-1)
+
+    assert abs(standard_errors(loss(1.0) - integral[index(x0, 3)])) < 4
+    assert standard_errors(loss(1.5) - integral[index(x0, 3)]) > 4
+
+
+@pytest.mark.parametrize("given", [0.0, 0.4])
+def test_count_loss_averages_to_the_entropy(joint, given):
+    """Over uniform counts, of the free tokens given the others. Control: scores that are half too large."""
+    process, rng = Absorbing(3), np.random.default_rng(0)
+    x0, free = joint.draw(ROWS), rng.random((ROWS, 3)) >= given
+    free[:, 0] |= ~free.any(-1)
+    k = rng.integers(1, free.sum(-1) + 1)
+    stats_fn = stats_from(process, joint.denoiser(process))
+
+    @jax.jit
+    def loss(factor):
+        return count_loss(process, scaled(process, stats_fn, factor), KEYS, x0, k, jnp.asarray(free))
+
+    assert np.array_equal((loss(1.0) > 0).sum(-1), k) and np.all(free | (loss(1.0) == 0))
+    assert abs(standard_errors(loss(1.0).sum(-1) - joint.surprise(x0, free))) < 4
+    assert standard_errors(loss(1.5).sum(-1) - joint.surprise(x0, free)) > 4
+
+
+def test_given_tokens_are_seen_clean_and_not_scored(process):
+    """The network would otherwise learn to be given noise, or be paid for what it was told."""
+    x0, free = np.tile([[0, 1, 2, 1]], (64, 1)), np.arange(64)[:, None] % 4 != np.arange(4)
+
+    @jax.jit
+    def loss_and_seen():
+        seen = []
+
+        def stats_fn(x, sigma, x0):
+            seen.append(x)
+            return score_stats(jnp.zeros((*x.shape, 3)), x, x0)
+
+        t = jnp.full(64, 0.95)
+        return denoising_loss(process, Geometric(), stats_fn, KEYS[:64], x0, t, jnp.asarray(free)), seen[0]
+
+    loss, seen = map(np.asarray, loss_and_seen())
+    assert np.array_equal(seen[~free], x0[~free]) and np.any(seen[free] != x0[free])
+    assert np.all(loss[~free] == 0) and np.all(np.isfinite(loss)) and np.any(loss[free] > 0)
+
+
+def test_loss_and_gradient_are_finite_at_the_ends_of_time(process):
+    """A uniform time in float32 is exactly 0 once in eight million: one such row must not spoil a run."""
+    x0, t = np.tile([0, 1, 2], (3, 1)), jnp.array([0.0, 2.0**-23, 1.0])
+
+    def loss(log_score):
+        return denoising_loss(process, LogLinear(), free_score(log_score), KEYS[:3], x0, t).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.full((3, 3, 3), 0.1))
+    assert np.isfinite(value) and np.all(np.isfinite(gradient))
+
+
+def test_a_row_with_nothing_free_costs_nothing():
+    """Neither the loss nor its gradient may be NaN, whatever count such a row is told."""
+    x0, k, free = np.tile([0, 1, 2], (3, 1)), np.array([1, 0, 1]), np.array([[True], [False], [False]]).repeat(3, 1)
+
+    def loss(log_score):
+        loss = count_loss(Absorbing(3), free_score(log_score), KEYS[:3], x0, k, jnp.asarray(free))
+        return loss.sum(), loss
+
+    gradient, value = jax.jit(jax.grad(loss, has_aux=True))(jnp.zeros((3, 3, 3)))
+    assert np.all(value[1:] == 0) and np.all(np.isfinite(gradient))
+    assert np.any(gradient[0] != 0) and np.all(gradient[1:] == 0)

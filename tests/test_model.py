@@ -1,0 +1,183 @@
+"""The model as people use it: load, save, sample, infill."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import small_config, small_corpus
+
+import sedd
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module", params=["absorbing", "uniform"])
+def run(request, corpus, tmp_path_factory):
+    """A run of a few steps with each process."""
+    workdir = tmp_path_factory.mktemp("runs") / request.param
+    settings = [f"process.name={request.param}"] + ["training.levels=times"] * (request.param == "uniform")
+    sedd.train(small_config(corpus, *settings, "training.steps=30"), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return sedd.load(run)
+
+
+def test_exported_model_is_the_run(model, tmp_path):
+    model.save(tmp_path / "exported")
+    other = sedd.load(tmp_path / "exported")
+    assert other.config.to_dict() == model.config.to_dict()
+    wanted = model.sample(num_samples=3, steps=6, seed=4)
+    assert other.sample(num_samples=3, steps=6, seed=4).texts == wanted.texts
+    with pytest.raises(sedd.UserError, match="not empty"):
+        model.save(tmp_path / "exported")
+
+
+def test_sample(model):
+    drawn = model.sample(num_samples=5, steps=8, seed=1, trace=True)
+    assert drawn.tokens.shape == (5, 16) and len(drawn.texts) == 5 and 0 < drawn.network_calls <= 8
+    assert drawn.trace.shape == (drawn.network_calls, 5, 16)
+    np.testing.assert_array_equal(drawn.trace[-1], drawn.tokens)
+    assert drawn.tokens.min() >= 0 and drawn.tokens.max() < model.process.vocab_size
+    assert [model.tokenizer.decode(row) for row in drawn.tokens] == drawn.texts
+    assert model.sample(num_samples=5, steps=8, seed=2).texts != drawn.texts
+
+
+def test_batch_size_changes_no_sample(model):
+    """Groups of two with one row left over, against all at once."""
+    whole = model.sample(num_samples=5, steps=8, seed=1)
+    np.testing.assert_array_equal(model.sample(num_samples=5, steps=8, seed=1, batch_size=2).tokens, whole.tokens)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "tweedie"])
+def test_short_samples_and_samplers_by_name_or_object(model, sampler):
+    short = model.sample(length=5, steps=4, sampler=sampler)
+    assert short.tokens.shape == (1, 5)
+    kind = {"euler": sedd.Euler, "tweedie": sedd.Tweedie}[sampler]
+    made = kind(model.process, model.schedule, 4)
+    np.testing.assert_array_equal(model.sample(length=5, sampler=made).tokens, short.tokens)
+
+
+def test_temperature_and_nucleus_sharpen(model):
+    """Near 0 both leave the likeliest token only, so that all rows agree on what is revealed first."""
+    settings = dict(num_samples=16, steps=1, length=1)
+    for sharp in (dict(temperature=1e-3), dict(top_p=1e-3)):
+        assert len(set(model.sample(**settings, **sharp).texts)) < len(set(model.sample(**settings).texts))
+        assert len(set(model.sample(**settings, **sharp).texts)) == 1 or isinstance(model.process, sedd.Uniform)
+
+
+def test_template(model):
+    """Text stays as it is, wherever the blanks are; samples of a template stand side by side."""
+    template = ["<blank:3>times<blank:2>", "the <blank:4>"]
+    drawn = model.infill(template, num_samples=3, steps=4)
+    times, the = model.tokenizer.encode("times"), model.tokenizer.encode("the ")
+    assert (drawn.tokens[:3, 3:8] == times).all() and (drawn.tokens[3:, :4] == the).all()
+    assert (drawn.tokens >= 0).sum(1).tolist() == [10, 10, 10, 8, 8, 8]
+    assert all("times" in text for text in drawn.texts[:3]) and all(text[:4] == "the " for text in drawn.texts[3:])
+
+
+def test_prefix_and_suffix(model):
+    drawn = model.infill(prefix="the ", suffix="table", length=12, steps=4)
+    assert drawn.texts[0].startswith("the ") and drawn.texts[0].endswith("table") and drawn.tokens.shape == (1, 12)
+    assert model.infill(prefix="the ", steps=4).tokens.shape == (1, 16)
+
+
+def test_arrays_with_different_positions_in_each_row(model):
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, model.process.vocab_size, (6, 16))
+    given = random.random((6, 16)) < np.linspace(0, 1, 6)[:, None]
+    given[5] = True
+    drawn = model.infill(tokens=tokens, given=given, num_samples=2, steps=4)
+    for row in range(12):
+        at = given[row // 2]
+        np.testing.assert_array_equal(drawn.tokens[row][at], tokens[row // 2][at])
+    assert not np.array_equal(drawn.tokens[0], drawn.tokens[1])
+
+
+def test_nothing_to_fill_in_needs_no_network(model):
+    tokens = np.zeros(16, int)
+    drawn = model.infill(tokens=tokens, given=np.ones(16, bool), steps=4)
+    np.testing.assert_array_equal(drawn.tokens, [tokens])
+    if isinstance(model.process, sedd.Absorbing):
+        assert drawn.network_calls == 0
+
+
+def test_log_score_and_denoiser(model):
+    """The mask's column is there, the current token has 0; given tokens are seen wherever the state is."""
+    states, tokens = model.process.num_states, np.zeros((2, 16), int)
+    sigma = jnp.array([0.5, 2.0])
+    score = model.log_score(tokens, sigma)
+    assert score.shape == (2, 16, states) and score.dtype == jnp.float32
+    np.testing.assert_array_equal(score[..., 0], 0)
+    given = np.arange(16) < 8
+    state = np.where(given, 3, 0)[None].repeat(2, 0)
+    seen = model.denoiser(tokens, np.broadcast_to(given, (2, 16)))(state, sigma, None)
+    np.testing.assert_array_equal(seen, model.denoiser()(tokens, sigma, None))
+
+
+@pytest.mark.parametrize(
+    "ask, message",
+    [
+        (lambda model: model.sample(num_samples=0), "number of samples must be at least 1"),
+        (lambda model: model.sample(steps=0), "steps must be at least 1"),
+        (lambda model: model.sample(length=17), "length is 17 tokens; it must be from 1 to the model's block of 16"),
+        (lambda model: model.sample(sampler="best"), "no sampler 'best'; there are euler, tweedie"),
+        (lambda model: model.sample(temperature=0), "temperature must be positive"),
+        (lambda model: model.sample(top_p=1.5), "top_p must lie in"),
+        (lambda model: model.sample(batch_size=0), "batch_size must be at least 1"),
+        (lambda model: model.infill("the table"), "has no blank"),
+        (lambda model: model.infill("the <blank:0>"), "blank of 0"),
+        (lambda model: model.infill("the <blank:20>"), "24 tokens; it must be from 1 to the model's block of 16"),
+        (lambda model: model.infill(prefix="the times table ", suffix="times"), "leaves none of the length of 16"),
+        (lambda model: model.infill("the <blank:2>", length=9), "length goes with a prefix"),
+        (lambda model: model.infill(), "takes a template, or"),
+        (lambda model: model.infill("<blank:1>", prefix="the"), "takes a template, or"),
+        (lambda model: model.infill(tokens=[1, 2]), "go together"),
+        (lambda model: model.infill(tokens=[1, 2], given=[True]), "of the shape of tokens"),
+        (lambda model: model.infill(tokens=[1, 2000], given=[False, True]), "given tokens must be from 0"),
+        (lambda model: model.denoiser(tokens=[[1]]), "go together"),
+        (lambda model: model.perplexity(["", "the"]), "text 1 of 2 is empty"),
+        (lambda model: model.perplexity([]), "no texts"),
+        (lambda model: model.perplexity(["the"], draws=0), "draws must be at least 1"),
+    ],
+)
+def test_mistakes(model, ask, message):
+    with pytest.raises(sedd.UserError, match=message) as caught:
+        ask(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_model(tmp_path, model):
+    with pytest.raises(sedd.UserError, match="no folder"):
+        sedd.load(tmp_path / "absent")
+    with pytest.raises(sedd.UserError, match="no config.json"):
+        sedd.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(sedd.UserError, match="no JSON"):
+        sedd.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": []}')
+    with pytest.raises(sedd.UserError, match="another kind"):
+        sedd.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"config": model.config.to_dict(), "vocab_size": 30}))
+    with pytest.raises(sedd.UserError, match="no checkpoint yet"):
+        sedd.load(tmp_path)
+
+
+def test_weights_that_do_not_fit(tmp_path, model):
+    model.save(tmp_path / "exported")
+    config = tmp_path / "exported/config.json"
+    about = json.loads(config.read_text())
+    about["config"]["network"]["width"] = 32
+    config.write_text(json.dumps(about))
+    with pytest.raises(sedd.UserError, match="does not fit its config.json"):
+        sedd.load(tmp_path / "exported")
+    weights = tmp_path / "exported/weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(sedd.UserError, match="damaged"):
+        sedd.load(tmp_path / "exported")

@@ -1,0 +1,177 @@
+"""The network: one function however it is laid out, run and asked."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sedd.diffusion import draws
+from sedd.diffusion.loss import count_loss
+from sedd.diffusion.process import Absorbing, Uniform
+from sedd.network.network import Network
+from sedd.network.trunk import padded
+
+B, L, V = 4, 12, 37
+NETWORK = Network(Absorbing(V), "denoiser", width=16, layers=3, heads=2, sigma_range=(1e-3, 7.0), condition=8)
+
+
+def random_params(network, seed=1):
+    """Parameters without the zeros of initialisation, so that every path counts."""
+    params = network.init(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(tree, [jax.random.normal(key, leaf.shape) * 0.3 for key, leaf in zip(keys, leaves)])
+
+
+@pytest.fixture
+def noisy():
+    """x, sigma and x0 with masks."""
+    x0 = jax.random.randint(jax.random.key(2), (B, L), 0, V)
+    sigma = jnp.array([0.1, 0.5, 1.0, 3.0])
+    return Absorbing(V).perturb(draws.row_keys(jax.random.key(3), jnp.arange(B)), x0, sigma[:, None]), sigma, x0
+
+
+def stacked(params):
+    """The parameters of unrolled layers as those of scanned ones."""
+    trunk = dict(params["trunk"])
+    blocks = [trunk.pop(f"block_{layer}") for layer in range(NETWORK.layers)]
+    return {**params, "trunk": {**trunk, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}}
+
+
+@pytest.mark.parametrize("scan, remat", [(False, True), (True, False), (True, True)])
+def test_scanned_and_rematerialised_layers_are_the_same_function(noisy, scan, remat):
+    """Values and gradients, with dropout: its masks must not depend on how the layers are compiled."""
+    params, (x, sigma, x0) = random_params(NETWORK), noisy
+    keys = draws.row_keys(jax.random.key(4), jnp.arange(B))
+
+    def loss(params, **changes):
+        network = dataclasses.replace(NETWORK, dropout=0.2, **changes)
+        return jnp.sum(network.stats(params, keys)(x, sigma, x0).log_sum * (x == V)) + jnp.sum(
+            network.log_score(params, x, sigma)[..., 0]
+        )
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    other = stacked(params) if scan else params
+    found, found_gradient = jax.value_and_grad(lambda params: loss(params, scan=scan, remat=remat))(other)
+    np.testing.assert_allclose(found, value, rtol=1e-5)
+    wanted = stacked(gradient) if scan else gradient
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found_gradient, wanted)
+
+
+def test_dropout_comes_from_the_key_of_the_example(noisy):
+    """The same row, in another batch and place, drops the same entries; another key does not."""
+    params, (x, sigma, x0) = random_params(NETWORK), noisy
+    network = dataclasses.replace(NETWORK, dropout=0.5)
+    keys = draws.row_keys(jax.random.key(4), jnp.arange(B))
+    whole = network.stats(params, keys)(x, sigma, x0).target
+    alone = network.stats(params, keys[2:3])(x[2:3], sigma[2:3], x0[2:3]).target
+    np.testing.assert_allclose(alone[0], whole[2], rtol=1e-5, atol=1e-6)
+    assert not np.allclose(network.stats(params, keys[1:2])(x[2:3], sigma[2:3], x0[2:3]).target, alone)
+
+
+@pytest.mark.parametrize("process", [Absorbing(V), Uniform(V)], ids=["absorbing", "uniform"])
+@pytest.mark.parametrize("prediction", ["denoiser", "score"])
+def test_asking_for_positions_is_asking_for_all(noisy, process, prediction):
+    x, sigma, _ = noisy
+    x = jnp.minimum(x, process.num_states - 1)
+    network = dataclasses.replace(NETWORK, process=process, prediction=prediction)
+    denoiser = network.denoiser(random_params(network))
+    positions = jnp.array([[3, 0], [1, 1], [11, 5], [2, 7]])
+    some = denoiser(x, sigma, positions)
+    np.testing.assert_allclose(
+        some, jnp.take_along_axis(denoiser(x, sigma, None), positions[..., None], axis=1), rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(jnp.exp(some).sum(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["denoiser", "score"])
+def test_head_at_masked_positions_only(prediction):
+    """Pairs that mask L + 1 of 2 L positions: the same loss and gradient as with the head everywhere."""
+    network = dataclasses.replace(NETWORK, prediction=prediction)
+    params = random_params(network)
+    x0 = jax.random.randint(jax.random.key(2), (B, L), 0, V)
+    keys = draws.row_keys(jax.random.key(3), jnp.arange(B))
+    k = jnp.array([1, L, 5, L - 4])
+
+    def loss(params, masked_pairs):
+        stats = network.stats(params, masked_pairs=masked_pairs)
+        return jnp.sum(count_loss(network.process, stats, keys, x0, k))
+
+    value, gradient = jax.value_and_grad(loss)(params, False)
+    packed, packed_gradient = jax.value_and_grad(loss)(params, True)
+    np.testing.assert_allclose(packed, value, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), packed_gradient, gradient)
+    everywhere = f"f32[{B},{L},{V}]"  # the size of all log scores, which only the dense head has
+    assert everywhere in str(jax.make_jaxpr(lambda params: loss(params, False))(params))
+    assert everywhere not in str(jax.make_jaxpr(lambda params: loss(params, True))(params))
+
+
+def test_what_lies_beyond_the_length_is_not_seen(noisy):
+    """Rows bound to a valid length are those of the shorter text by itself."""
+    x, sigma, _ = noisy
+    params = random_params(NETWORK)
+    lengths = jnp.array([5, 12, 1, 7])
+    whole = NETWORK.denoiser(params, lengths)(x, sigma, None)
+    for row, length in enumerate(lengths):
+        alone = NETWORK.denoiser(params)(x[row : row + 1, :length], sigma[row : row + 1], None)
+        np.testing.assert_allclose(whole[row, :length], alone[0], rtol=1e-4, atol=1e-4)
+    assert not np.allclose(whole[0, :5], NETWORK.denoiser(params)(x, sigma, None)[0, :5], atol=1e-2)
+
+
+def test_padding_of_the_vocabulary_leaves_no_trace(noisy):
+    """Whatever stands in the padded rows and columns, nothing changes; they are stored to a multiple of 128."""
+    x, sigma, _ = noisy
+    params = random_params(NETWORK)
+    assert params["trunk"]["embedding"].shape[0] == padded(V + 1) == 128
+    changed = jax.tree.map(jnp.copy, params)
+    changed["trunk"]["embedding"] = params["trunk"]["embedding"].at[V + 1 :].set(1e6)
+    changed["head"]["out"]["kernel"] = params["head"]["out"]["kernel"].at[:, V + 1 :].set(1e6)
+    changed["head"]["out"]["bias"] = params["head"]["out"]["bias"].at[V + 1 :].set(1e6)
+    np.testing.assert_array_equal(NETWORK.log_score(changed, x, sigma), NETWORK.log_score(params, x, sigma))
+
+
+def test_log_score_of_a_denoiser_is_that_of_the_process(noisy):
+    """Under masks: r_y / (e^sigma - 1), and 0 at the mask itself."""
+    x, sigma, _ = noisy
+    params = random_params(NETWORK)
+    found = NETWORK.log_score(params, x, sigma)
+    log_clean = NETWORK.denoiser(params)(x, sigma, None)
+    wanted = log_clean - jnp.log(jnp.expm1(sigma))[:, None, None]
+    masked = np.asarray(x == V)
+    np.testing.assert_allclose(found[..., :V][masked], wanted[masked], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(found[..., V])[masked], 0)
+
+
+def test_bfloat16_trunk_and_float32_head(noisy):
+    """bfloat16 reaches no parameter and no output, and moves the result by its own precision only."""
+    x, sigma, _ = noisy
+    params = random_params(NETWORK)
+    half = dataclasses.replace(NETWORK, dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.init(jax.random.key(0)))} == {"float32"}
+    found, wanted = half.log_score(params, x, sigma), NETWORK.log_score(params, x, sigma)
+    assert found.dtype == jnp.float32 and not np.array_equal(found, wanted)
+    assert np.abs(found - wanted).max() < 0.3 and np.abs(found - wanted).mean() < 0.03
+
+
+def test_a_fresh_network_believes_in_the_uniform_law(noisy):
+    """The head starts from zero."""
+    x, sigma, _ = noisy
+    log_clean = NETWORK.denoiser(NETWORK.init(jax.random.key(0)))(x, sigma, None)
+    np.testing.assert_allclose(log_clean, -np.log(V), rtol=1e-6)
+
+
+def test_noise_told_is_clipped_to_the_trained_range(noisy):
+    x, _, _ = noisy
+    denoiser = NETWORK.denoiser(random_params(NETWORK))
+    at = [denoiser(x, jnp.full(B, sigma), None) for sigma in (0.0, 1e-3, 7.0, np.inf)]
+    np.testing.assert_array_equal(at[0], at[1])
+    np.testing.assert_array_equal(at[2], at[3])
+    assert not np.allclose(at[0], at[2])
+
+
+@pytest.mark.parametrize("change", [{"prediction": "noise"}, {"heads": 3}])
+def test_impossible_networks(change):
+    with pytest.raises(ValueError, match="network"):
+        dataclasses.replace(NETWORK, **change)

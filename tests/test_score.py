@@ -1,0 +1,105 @@
+"""The statistics of a score, the exact denoisers themselves, and what makes one Denoiser of another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import MarkovChain, states
+
+from sedd.diffusion.process import Absorbing
+from sedd.diffusion.samplers import leap
+from sedd.diffusion.score import clamped, edited, in_block, nucleus, score_stats, stats_from, temperature
+
+
+def test_statistics_of_a_denoiser_are_those_of_the_dense_scores(process, joint, float64):
+    """Of the enumerated ratios: a sum that takes in y = x or the mask, or a target off by one, differs."""
+    x, sigma = states(process.num_states, 3), 0.4
+    x0 = np.random.default_rng(0).integers(0, 3, x.shape)
+    stats = stats_from(process, joint.denoiser(process))(x, jnp.full(len(x), sigma), x0)
+    score = joint.score(process, sigma)[..., :3]
+    others = np.arange(3) != x[..., None]
+    target = np.where(x == x0, 0.0, np.log(np.take_along_axis(score, x0[..., None], -1)[..., 0]))
+    asked = (x == process.mask) if isinstance(process, Absorbing) else np.ones(x.shape, bool)
+    np.testing.assert_allclose(stats.log_sum[asked], np.log(np.sum(score * others, -1))[asked], atol=1e-12)
+    np.testing.assert_allclose(stats.sum_log[asked], np.sum(np.log(score) * others, -1)[asked], atol=1e-12)
+    np.testing.assert_allclose(stats.target[asked], target[asked], atol=1e-12)
+
+
+def test_the_chain_agrees_with_enumeration(float64):
+    """Two independent ways to the exact Denoiser, at both ends of the noise and at chosen positions."""
+    chain, x = MarkovChain.random(), states(4, 3)
+    asked = x == 3
+    for sigma in (0.0, 0.7, np.inf):
+        at = jnp.full(len(x), sigma)
+        exact = chain.joint(3).denoiser(Absorbing(3))(x, at)
+        np.testing.assert_allclose(chain.denoiser(x, at)[asked], exact[asked], atol=1e-12)
+    positions = np.random.default_rng(0).integers(0, 3, (len(x), 2))
+    some = chain.denoiser(x, at, positions)
+    np.testing.assert_array_equal(some, np.take_along_axis(chain.denoiser(x, at), positions[..., None], 1))
+
+
+def test_exact_denoiser_is_a_law_at_every_noise(process, joint):
+    """In float32, at noise 0 and infinity too, and the same at the positions asked for as anywhere."""
+    x = states(process.num_states, 3)
+    positions = np.random.default_rng(0).integers(0, 3, (len(x), 2))
+    for sigma in (0.0, 1e-6, 0.7, 20.0, np.inf):
+        log_clean = joint.denoiser(process)(x, jnp.full(len(x), sigma, jnp.float32))
+        assert log_clean.dtype == jnp.float32
+        np.testing.assert_allclose(jnp.exp(log_clean).sum(-1), 1.0, rtol=1e-5)
+        some = joint.denoiser(process)(x, jnp.full(len(x), sigma, jnp.float32), positions)
+        np.testing.assert_array_equal(some, np.take_along_axis(np.asarray(log_clean), positions[..., None], 1))
+
+
+def test_work_in_a_longer_block_sees_the_exact_marginal(float64):
+    """Four tokens in a block of nine whose rest stays masked. An unmasked or missing rest would shift the law."""
+    chain, x = MarkovChain.random(), states(4, 4)
+    sigma = jnp.zeros(len(x))
+    inside = in_block(chain.denoiser, 9, 3)
+    np.testing.assert_allclose(inside(x, sigma), chain.denoiser(x, sigma), atol=1e-12)
+    positions = np.tile([2, 0], (len(x), 1))
+    np.testing.assert_allclose(inside(x, sigma, positions), chain.denoiser(x, sigma)[:, [2, 0]], atol=1e-12)
+
+
+def test_given_tokens_are_seen_whatever_the_state(process, joint):
+    """A sampler's inner states may have lost them."""
+    x, tokens, free = np.array([[0, 1, 2], [2, 2, 2]]), np.array([[1, 1, 1], [0, 0, 0]]), np.eye(2, 3, dtype=bool)
+    sigma = jnp.ones(2)
+    seen = clamped(joint.denoiser(process), tokens, free)(x, sigma)
+    assert np.array_equal(seen, joint.denoiser(process)(np.array([[0, 1, 1], [0, 2, 0]]), sigma))
+
+
+def test_temperature_one_and_top_p_one_change_nothing():
+    """Not even a token that float32 cannot tell from impossible."""
+    log_clean = jax.nn.log_softmax(jnp.array([[0.0, -1.0, -90.0, -jnp.inf], [0.0, -40.0, -2.0, -17.0]]))
+    assert np.array_equal(temperature(log_clean, 1.0), log_clean)
+    assert np.array_equal(nucleus(log_clean, 1.0), log_clean)
+    assert np.array_equal(jax.jit(nucleus)(log_clean, 1.0), log_clean)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_nucleus_is_the_smallest_likeliest_set(top_p):
+    """Against a sort in float64: one token more or fewer, or a tail that stays, fails."""
+    log_clean = jax.nn.log_softmax(3 * jax.random.normal(jax.random.key(0), (20, 3000)))
+    p = np.exp(np.asarray(log_clean, np.float64))
+    order = np.argsort(-p, axis=-1)
+    before = np.cumsum(np.take_along_axis(p, order, -1), -1) - np.take_along_axis(p, order, -1)
+    needed = (before < top_p) | (np.arange(3000) == 0)
+    kept = np.take_along_axis(np.asarray(nucleus(log_clean, top_p)), order, -1)
+    ranked = np.take_along_axis(np.asarray(log_clean), order, -1)
+    np.testing.assert_array_equal(kept, np.where(needed, ranked, -np.inf))
+
+
+def test_an_edit_leaves_the_speed_of_revealing(joint):
+    """Absorbing: a temperature or a nucleus says where tokens go, not when; unnormalised, Euler would run too fast."""
+    process, x, sigma = Absorbing(3), states(4, 3), 0.7
+    denoiser = joint.denoiser(process)
+    plain = denoiser(x, jnp.full(len(x), sigma))
+
+    def speeds(log_clean):
+        held = leap(process.rate(log_clean, x, sigma), 0.1)
+        return np.stack([held.p_move, process.tweedie(log_clean, x, sigma, 0.5).p_move])
+
+    for edit in (lambda log_clean: temperature(log_clean, 0.3), lambda log_clean: nucleus(log_clean, 0.5)):
+        other = edited(denoiser, edit)(x, jnp.full(len(x), sigma))
+        assert np.abs(np.exp(plain) - np.exp(other)).max() > 0.1
+        np.testing.assert_allclose(speeds(other), speeds(plain), rtol=1e-5)

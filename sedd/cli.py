@@ -169,6 +169,7 @@ def _quickstart(args, settings):
     from sedd import config as configs
     from sedd.data.prepare import prepare
     from sedd.evaluation.baselines import baselines
+    from sedd.evaluation.perplexity import with_error
     from sedd.model import train
 
     name = args.source.removeprefix("builtin:")
@@ -180,9 +181,9 @@ def _quickstart(args, settings):
     print("3. bounding the likelihood of the held-out text", file=sys.stderr)
     report = model.perplexity(corpus)
     print(f"held-out text: {report.num_bytes:,} bytes of {name}, in bits per byte")
-    print(f"  {'this model, a bound':22}{report.bits_per_byte:6.3f} ± {report.bits_per_byte_error:.3f}")
+    print(f"  {'this model, a bound':22} {with_error(report.bits_per_byte, report.bits_per_byte_error, 3)}")
     for code, bits in baselines(corpus, "test").items():
-        print(f"  {code:22}{bits:6.3f}")
+        print(f"  {code:22} {bits:.3f}")
     print("4. sampling", file=sys.stderr)
     for number, text in enumerate(model.sample(num_samples=2).texts):
         print(f"\nsample {number + 1}\n{text.strip()}")

@@ -26,7 +26,7 @@ _CHOICES = {
     "network.dtype": ("float32", "bfloat16"),
     "training.levels": ("times", "counts"),
     "optimizer.name": ("adamw", "muon"),
-    "optimizer.decay": ("none", "linear"),
+    "optimizer.decay": ("constant", "linear"),
 }
 _OPTIONAL = {"data.vocab_size": int}
 _POSITIVE = ("network.width", "network.layers", "network.heads", "network.condition", "data.block_length")
@@ -78,7 +78,7 @@ def default() -> ConfigDict:
         "b2": 0.98,  # Adam
         "weight_decay": 0.0,
         "warmup_steps": 20,
-        "decay": "linear",  # to 0 at the last step, or "none"
+        "decay": "linear",  # to 0 at the last step, or "constant"
         "clip_norm": 32.0,  # of the gradient of the loss summed over positions and averaged over rows
     })
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "model": 1})  # devices along each axis; -1: all that are left

@@ -109,24 +109,25 @@ class Joint:
 
         return log_clean
 
-    def integral(self, process, stats_fn, low, high, nodes=96):
-        """The score entropy integrated over sigma, its mean over x taken exactly, for each x0. Float[V^L]."""
+    def expectation(self, process, stats_fn, term):
+        """sigma -> the mean of a row's sum of term(stats, x, x0, sigma), taken exactly over x, for each x0. Float[V^L]."""
         length, clean = self.p.ndim, states(process.vocab_size, self.p.ndim)
-        x = np.tile(states(process.num_states, length), (len(clean), 1))
-        x0 = np.repeat(clean, len(x) // len(clean), axis=0)
+        x = jnp.tile(states(process.num_states, length), (len(clean), 1))
+        x0 = jnp.repeat(clean, len(x) // len(clean), axis=0)
 
         @jax.jit
-        def entropy(sigma):
-            stats = stats_fn(jnp.asarray(x), jnp.full(len(x), sigma), jnp.asarray(x0))
-            return process.score_entropy(stats, x, x0, sigma).sum(-1).reshape(len(clean), -1)
+        def terms(sigma):
+            return term(stats_fn(x, jnp.full(len(x), sigma), x0), x, x0, sigma).sum(-1).reshape(len(clean), -1)
 
-        at, weight = np.polynomial.legendre.leggauss(nodes)
+        return lambda sigma: np.sum(channel(process, sigma, length) * np.asarray(terms(sigma)), axis=-1)
+
+    def integral(self, process, stats_fn, low, high, nodes=96):
+        """The mean score entropy of each x0, integrated over sigma by quadrature in its logarithm. Float[V^L]."""
+        entropy = self.expectation(process, stats_fn, process.score_entropy)
+        at, weights = np.polynomial.legendre.leggauss(nodes)
         half = np.log(high / low) / 2
         sigmas = low * np.exp(half * (at + 1))
-        return sum(
-            half * w * sigma * (channel(process, sigma, length) * entropy(sigma)).sum(-1)
-            for w, sigma in zip(weight, sigmas, strict=True)
-        )
+        return sum(half * weight * sigma * entropy(sigma) for weight, sigma in zip(weights, sigmas, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from sedd.diffusion.score import score_stats, stats_from
 
 
 def test_the_bound_is_the_likelihood_of_each_sequence(process, joint, float64):
-    """prior + integral + joint reconstruction = -log p(x0): a wrong constant, sign or range shows for all 27 of them."""
+    """prior + integral + joint reconstruction = -log p(x0): a wrong constant, sign or range shows for each x0."""
     low, high = 1e-3, 12.0
     at_low, at_high = channel(process, low, 3), channel(process, high, 3)
     prior = scipy.special.rel_entr(at_high, joint.law(process, high)).sum(-1)  # the base is the law's own p_T
@@ -29,6 +29,18 @@ def test_the_bound_is_the_likelihood_of_each_sequence(process, joint, float64):
     stats_fn = stats_from(process, joint.denoiser(process))
     assert np.abs(gap(stats_fn)).max() < 1e-6
     assert gap(scaled(process, stats_fn, 1.1)).min() > 1e-3
+
+
+def test_the_bound_of_the_last_step_averages_to_the_entropy(process, joint, float64):
+    """With the process's own reconstruction, each token apart, it is tight to second order in the last noise."""
+    stats_fn, surprise = stats_from(process, joint.denoiser(process)), -np.log(joint.p.ravel())
+    reconstruction = joint.expectation(process, stats_fn, process.reconstruction)
+
+    def gap(low, high=40.0):
+        return joint.p.ravel() @ (joint.integral(process, stats_fn, low, high) + reconstruction(low) - surprise)
+
+    assert 0 <= gap(1e-4) < 1e-6 and gap(1e-2) < 1e-2
+    assert joint.p.ravel() @ reconstruction(1e-4) > 1e-4  # the control: what would be missing
 
 
 @pytest.mark.parametrize("given", [0.0, 0.4])

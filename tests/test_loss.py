@@ -13,7 +13,10 @@ from sedd.diffusion.schedule import Geometric, LogLinear
 from sedd.diffusion.score import score_stats, stats_from
 
 ROWS = 30_000
-KEYS = draws.row_keys(jax.random.key(0), jnp.arange(ROWS))
+
+
+def row_keys(rows=ROWS):
+    return draws.row_keys(jax.random.key(0), jnp.arange(rows))
 
 
 def free_score(log_score):
@@ -24,7 +27,8 @@ def free_score(log_score):
 @pytest.mark.parametrize("schedule", [LogLinear(0.01), Geometric(0.01, 4.0)], ids=str)
 def test_denoising_loss_averages_to_the_integral(process, joint, schedule):
     """Over uniform times, whatever the schedule. Control: scores that are half too large."""
-    x0, t = joint.draw(ROWS), draws.uniform(draws.fold(KEYS, 1))
+    x0, keys = joint.draw(ROWS), row_keys()
+    t = draws.uniform(draws.fold(keys, 1))
     stats_fn = stats_from(process, joint.denoiser(process))
     with jax.enable_x64(True):
         low, high = max(float(schedule.sigma(0.0)), 1e-9), float(schedule.sigma(1.0))
@@ -32,7 +36,7 @@ def test_denoising_loss_averages_to_the_integral(process, joint, schedule):
 
     @jax.jit
     def loss(factor):
-        return denoising_loss(process, schedule, scaled(process, stats_fn, factor), KEYS, x0, t).sum(-1)
+        return denoising_loss(process, schedule, scaled(process, stats_fn, factor), keys, x0, t).sum(-1)
 
     assert abs(standard_errors(loss(1.0) - integral[index(x0, 3)])) < 4
     assert standard_errors(loss(1.5) - integral[index(x0, 3)]) > 4
@@ -44,12 +48,12 @@ def test_count_loss_averages_to_the_entropy(joint, given):
     process, rng = Absorbing(3), np.random.default_rng(0)
     x0, free = joint.draw(ROWS), rng.random((ROWS, 3)) >= given
     free[:, 0] |= ~free.any(-1)
-    k = rng.integers(1, free.sum(-1) + 1)
+    k, keys = rng.integers(1, free.sum(-1) + 1), row_keys()
     stats_fn = stats_from(process, joint.denoiser(process))
 
     @jax.jit
     def loss(factor):
-        return count_loss(process, scaled(process, stats_fn, factor), KEYS, x0, k, jnp.asarray(free))
+        return count_loss(process, scaled(process, stats_fn, factor), keys, x0, k, jnp.asarray(free))
 
     assert np.array_equal((loss(1.0) > 0).sum(-1), k) and np.all(free | (loss(1.0) == 0))
     assert abs(standard_errors(loss(1.0).sum(-1) - joint.surprise(x0, free))) < 4
@@ -69,7 +73,7 @@ def test_given_tokens_are_seen_clean_and_not_scored(process):
             return score_stats(jnp.zeros((*x.shape, 3)), x, x0)
 
         t = jnp.full(64, 0.95)
-        return denoising_loss(process, Geometric(), stats_fn, KEYS[:64], x0, t, jnp.asarray(free)), seen[0]
+        return denoising_loss(process, Geometric(), stats_fn, row_keys(64), x0, t, jnp.asarray(free)), seen[0]
 
     loss, seen = map(np.asarray, loss_and_seen())
     assert np.array_equal(seen[~free], x0[~free]) and np.any(seen[free] != x0[free])
@@ -81,7 +85,7 @@ def test_loss_and_gradient_are_finite_at_the_ends_of_time(process):
     x0, t = np.tile([0, 1, 2], (3, 1)), jnp.array([0.0, 2.0**-23, 1.0])
 
     def loss(log_score):
-        return denoising_loss(process, LogLinear(), free_score(log_score), KEYS[:3], x0, t).sum()
+        return denoising_loss(process, LogLinear(), free_score(log_score), row_keys(3), x0, t).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.full((3, 3, 3), 0.1))
     assert np.isfinite(value) and np.all(np.isfinite(gradient))
@@ -92,7 +96,7 @@ def test_a_row_with_nothing_free_costs_nothing():
     x0, k, free = np.tile([0, 1, 2], (3, 1)), np.array([1, 0, 1]), np.array([[True], [False], [False]]).repeat(3, 1)
 
     def loss(log_score):
-        loss = count_loss(Absorbing(3), free_score(log_score), KEYS[:3], x0, k, jnp.asarray(free))
+        loss = count_loss(Absorbing(3), free_score(log_score), row_keys(3), x0, k, jnp.asarray(free))
         return loss.sum(), loss
 
     gradient, value = jax.jit(jax.grad(loss, has_aux=True))(jnp.zeros((3, 3, 3)))

@@ -87,14 +87,15 @@ def test_uniform_tweedie_is_right_in_float32_with_many_tokens():
     V = 50257
     process, log_r = Uniform(V), jax.nn.log_softmax(4 * jax.random.normal(jax.random.key(0), (3, V)))
     x = jnp.array([int(jnp.argmax(log_r[0])), 7, int(jnp.argmin(log_r[2]))])
-    for sigma, sigma_next in [(1e-4, 0.0), (1e-3, 1e-4), (0.1, 0.05), (1.0, 0.9), (7.0, 3.0), (20.0, 12.0), (20.0, 0.0)]:
+    steps = [(1e-4, 0.0), (1e-3, 1e-4), (0.1, 0.05), (1.0, 0.9), (7.0, 3.0), (20.0, 12.0), (20.0, 0.0)]
+    for sigma, sigma_next in steps:
         jump = process.tweedie(log_r, x, jnp.float32(sigma), jnp.float32(sigma_next))
         with jax.enable_x64(True):
             sigmas = np.float64(np.float32(sigma)), np.float64(np.float32(sigma_next))
             exact = process.tweedie(jnp.asarray(log_r, jnp.float64), x, *sigmas)
         assert jump.p_move.dtype == jump.log_dest.dtype == jnp.float32
         np.testing.assert_allclose(jump.p_move, np.asarray(exact.p_move), rtol=1e-5)
-        goes, due = (scipy.special.softmax(np.asarray(log_dest), axis=-1) for log_dest in (jump.log_dest, exact.log_dest))
+        goes, due = (scipy.special.softmax(np.asarray(step.log_dest), axis=-1) for step in (jump, exact))
         assert np.abs(goes - due).sum(-1).max() / 2 < 1e-6
 
 
@@ -134,7 +135,7 @@ def naive_uniform_score_entropy(log_score, x, x0, sigma):
 
 @pytest.mark.parametrize("vocab_size", [27, 30522, 50257])
 def test_uniform_score_entropy_is_right_in_float32(vocab_size):
-    """Off the truth by a tenth or more, it and its gradient are right at every noise. Control: the naive form is not."""
+    """Off the truth by a tenth or more, it and its gradient are right at every noise. Control: the naive form."""
     process, rng = Uniform(vocab_size), np.random.default_rng(0)
     x, x0 = np.array([1, 1, 1, 1]), np.array([1, 2, 1, 2])  # at x0, and off it
     others = np.arange(vocab_size) != x[:, None]
@@ -152,7 +153,6 @@ def test_uniform_score_entropy_is_right_in_float32(vocab_size):
         log_score = np.where(others, log_rho + away, 0.0).astype(np.float32)
         rho, miss = np.exp(log_rho) * others / vocab_size, log_score - log_rho  # in float64
         exact, slope = np.sum(rho * (np.expm1(miss) - miss), -1), rho * np.expm1(miss)
-
         wrong = [np.max(np.abs(np.float64(f(log_score, sigma)) / exact - 1)) for f in (entropy, naive)]
         errors.append([*wrong, np.max(np.abs(gradient(log_score, sigma) - slope).sum(-1) / np.abs(slope).sum(-1))])
     ours, naives, gradients = np.max(errors, axis=0)

@@ -42,16 +42,19 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A bound, its three terms and its error in nats per token, and the same in other units."""
+    """A bound, its three terms and its error in nats per token, and the same in other units.
+
+    The errors are None where there is one cluster only, which tells nothing of them.
+    """
 
     nats_per_token: float
-    standard_error: float
+    standard_error: float | None
     prior: float
     diffusion: float
     reconstruction: float
     perplexity: float
     bits_per_byte: float
-    bits_per_byte_error: float
+    bits_per_byte_error: float | None
     num_tokens: int
     num_bytes: int
     clusters: int
@@ -60,20 +63,24 @@ class Report:
     lengths: str  # how text shorter than a block was scored
 
     def to_json(self) -> str:
-        """One JSON object; null where one cluster tells nothing of the error."""
-        fields = dataclasses.asdict(self).items()
-        return json.dumps({name: None if value != value else value for name, value in fields}, indent=2)
+        """One JSON object."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
 
     def __str__(self) -> str:
         parts = f"prior {self.prior:.4f}, diffusion {self.diffusion:.4f}, reconstruction {self.reconstruction:.4f}"
-        low, high = (math.exp(self.nats_per_token + sign * self.standard_error) for sign in (-1, 1))
+        error = self.standard_error and self.perplexity * self.standard_error
         return (
-            f"bound         {self.nats_per_token:.4f} ± {self.standard_error:.4f} nats per token ({parts})\n"
-            f"perplexity    {self.perplexity:.3f} ({low:.3f} to {high:.3f})\n"
-            f"bits per byte {self.bits_per_byte:.4f} ± {self.bits_per_byte_error:.4f}\n"
+            f"bound         {with_error(self.nats_per_token, self.standard_error)} nats per token ({parts})\n"
+            f"perplexity    {with_error(self.perplexity, error, 3)}\n"
+            f"bits per byte {with_error(self.bits_per_byte, self.bits_per_byte_error)}\n"
             f"scored        {self.num_tokens:,} tokens, {self.num_bytes:,} bytes, {self.draws} noise levels a block; "
             f"± is one standard error over {self.clusters} clusters"
         )
+
+
+def with_error(value: float, error: float | None, digits: int = 4) -> str:
+    """A number and its error, as people read it."""
+    return f"{value:.{digits}f} ± " + ("unknown" if error is None else f"{error:.{digits}f}")
 
 
 def from_corpus(corpus: Corpus, split: str, block_length: int) -> Scored:
@@ -155,7 +162,7 @@ def _report(terms: np.ndarray, scored: Scored, num_draws: int, seed: int, networ
     nats = prior + diffusion + reconstruction
     of_cluster = np.bincount(scored.clusters, terms.sum(axis=1)) - nats * np.bincount(scored.clusters, scored.lengths)
     count = len(of_cluster)
-    error = math.sqrt(count / (count - 1) * np.sum(of_cluster**2)) / num_tokens if count > 1 else math.nan
+    error = math.sqrt(count / (count - 1) * np.sum(of_cluster**2)) / num_tokens if count > 1 else None
     bits = num_tokens / scored.num_bytes / math.log(2)
     in_block = isinstance(network.process, Absorbing)
     return Report(
@@ -166,7 +173,7 @@ def _report(terms: np.ndarray, scored: Scored, num_draws: int, seed: int, networ
         reconstruction=float(reconstruction),
         perplexity=math.exp(nats),
         bits_per_byte=float(nats * bits),
-        bits_per_byte_error=error * bits,
+        bits_per_byte_error=error and error * bits,
         num_tokens=num_tokens,
         num_bytes=scored.num_bytes,
         clusters=count,

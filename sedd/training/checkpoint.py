@@ -1,9 +1,10 @@
-"""Checkpoints: Orbax behind one file, with a digest of every array, verified when it is read back.
+"""Checkpoints: Orbax behind one file, and a digest of every file of theirs, verified before anything is read.
 
-Orbax notices files that are cut short or missing, but not a changed byte; so each checkpoint carries the CRC of its
-arrays, and reading one walks back to the newest that verifies.
+Orbax notices arrays that are cut short or missing, but restores a changed byte without a word; and it never goes back
+to an older checkpoint by itself.
 """
 
+import json
 import sys
 import zlib
 from pathlib import Path
@@ -15,17 +16,21 @@ import numpy as np
 from sedd.errors import UserError
 from sedd.training.step import TrainState
 
+DIGESTS = "digests.json"
+
 
 class Checkpoints:
-    """The checkpoints of a run, in a folder. A context manager: leaving it waits for what is still being written."""
+    """The checkpoints of a run, in a folder: each is written whole or not at all. A context manager."""
 
     def __init__(self, directory: Path, keep: int = 1):
         """keep: how many of the newest stay."""
-        import orbax.checkpoint as ocp  # slow to import, and of no use to who only samples
+        import orbax.checkpoint as ocp  # slow to import, and of no use to who only samples from an exported model
 
         self.directory = directory.absolute()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
         )
         self._args = ocp.args
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -37,55 +42,53 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, state: TrainState):
-        """Writes the state in the background, unless its step is there already. Arrays are copied first."""
+        """Writes the state, unless its step is there already."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        items = {name: _flat(tree) for name, tree in _items(state).items()}
-        digests = {name: _digests(arrays) for name, arrays in items.items()}
-        arrays = {name: self._args.StandardSave(arrays) for name, arrays in items.items()}
-        self._manager.save(step, args=self._args.Composite(digests=self._args.JsonSave(digests), **arrays))
+        arrays = {name: self._args.StandardSave(_flat(tree)) for name, tree in _items(state).items()}
+        self._manager.save(step, args=self._args.Composite(**arrays))
+        _seal(self.directory / str(step))
 
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest state that verifies, or None where none was ever written.
 
         like: the shapes, types and shardings, as `jax.ShapeDtypeStruct`.
         """
-        found = self._newest(_items(like))
-        if found is None:
+        step = self._newest()
+        if step is None:
             return None
-        step, items = found
+        items = self._read(step, _items(like))
         step = jax.device_put(np.int32(step), like.step.sharding)
         return TrainState(step, items["params"], items.get("ema"), items["optimizer"])
 
     def restore_params(self, like: dict, ema: bool) -> dict:
         """The parameters to evaluate and sample with, of the newest checkpoint that verifies."""
-        name = "ema" if ema else "params"
-        found = self._newest({name: like})
-        if found is None:
+        step, name = self._newest(), "ema" if ema else "params"
+        if step is None:
             raise UserError(f"{self.directory} holds no checkpoint yet; train a little longer")
-        return found[1][name]
+        return self._read(step, {name: like})[name]
 
-    def _newest(self, like: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
-            try:
-                return step, self._read(step, like)
-            except Exception as error:  # Orbax raises bare Exceptions, among others
-                reason = str(error).strip().splitlines()[0][:200]
-                print(f"sedd: the checkpoint of step {step} does not verify ({reason})", file=sys.stderr)
-        if steps:
-            raise UserError(f"no checkpoint under {self.directory} verifies; restore that folder, or train elsewhere")
+    def _newest(self) -> int | None:
+        """The newest step that verifies. UserError where there are checkpoints, but none does."""
+        damaged = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if _is_whole(self.directory / str(step)):
+                for worse in damaged:
+                    print(f"sedd: the checkpoint of step {worse} is damaged; going back to step {step}", file=sys.stderr)
+                return step
+            damaged.append(step)
+        if damaged:
+            raise UserError(f"the checkpoints in {self.directory} are damaged, all of them; restore them from a copy")
         return None
 
     def _read(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         arrays = {name: self._args.StandardRestore(_flat(tree)) for name, tree in like.items()}
-        composite = self._args.Composite(digests=self._args.JsonRestore(), **arrays)
-        read = self._manager.restore(step, args=composite)
-        for name in like:
-            if _digests(read[name]) != read.digests[name]:
-                raise ValueError(f"the arrays of {name} are not those that were written")
-        return {name: jax.tree.unflatten(jax.tree.structure(tree), read[name].values()) for name, tree in like.items()}
+        read = self._manager.restore(step, args=self._args.Composite(**arrays))
+        return {
+            name: jax.tree.unflatten(jax.tree.structure(tree), [read[name][path] for path in _flat(tree)])
+            for name, tree in like.items()
+        }
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -95,12 +98,26 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their paths, in the order of the tree."""
+    """The leaves of a tree by their paths."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _digests(arrays: dict[str, Any]) -> dict[str, list]:
-    """Type, shape and CRC of each array."""
-    host = {name: np.ascontiguousarray(array) for name, array in jax.device_get(arrays).items()}
-    return {name: [str(array.dtype), list(array.shape), zlib.crc32(array)] for name, array in host.items()}
+def _seal(checkpoint: Path):
+    """Writes the digests of a finished checkpoint; without them it does not count."""
+    part = checkpoint / f"{DIGESTS}.part"
+    part.write_text(json.dumps(_digests(checkpoint), indent=2) + "\n")
+    part.rename(checkpoint / DIGESTS)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return json.loads((checkpoint / DIGESTS).read_text()) == _digests(checkpoint)
+    except (OSError, ValueError):
+        return False
+
+
+def _digests(checkpoint: Path) -> dict[str, int]:
+    """The CRC of each file."""
+    files = (file for file in sorted(checkpoint.rglob("*")) if file.is_file() and not file.name.startswith(DIGESTS))
+    return {str(file.relative_to(checkpoint)): zlib.crc32(file.read_bytes()) for file in files}

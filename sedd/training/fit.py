@@ -80,11 +80,7 @@ def _held_out(config, corpus, schedule, network, state: TrainState) -> dict[str,
     """The bound on the validation split, as a record of the metrics."""
     scored = from_corpus(corpus, "validation", config.data.block_length)
     report = perplexity(network, schedule, state.best, scored, num_draws=config.evaluation.draws, progress=False)
-    return {
-        "validation_nats_per_token": report.nats_per_token,
-        "validation_standard_error": report.standard_error,
-        "validation_bits_per_byte": report.bits_per_byte,
-    }
+    return {"validation_nats_per_token": report.nats_per_token, "validation_bits_per_byte": report.bits_per_byte}
 
 
 def _vocab_size(config: ConfigDict, corpus: Corpus) -> int:

@@ -31,7 +31,7 @@ def learning_rate(config: ConfigDict, peak: float, steps: int) -> Callable[[jax.
 
     def rate(count):
         warm = jnp.minimum((count + 1) / config.warmup_steps, 1.0)
-        if config.decay == "none":
+        if config.decay == "constant":
             return peak * warm
         left = (steps - count) / max(1, steps - config.warmup_steps)
         return peak * warm * jnp.clip(left, 0.0, 1.0)

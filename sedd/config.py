@@ -62,7 +62,7 @@ def default() -> ConfigDict:
         "vocab_size": None,  # None: the corpus'; else checked against it
     })
     config.training = ConfigDict({
-        "steps": 700,
+        "steps": 1000,
         "batch_size": 64,  # of one update, whatever the devices and the accumulation
         "accumulation": 1,  # microbatches an update
         "seed": 0,
@@ -77,7 +77,7 @@ def default() -> ConfigDict:
         "b1": 0.9,  # Adam
         "b2": 0.98,  # Adam
         "weight_decay": 0.0,
-        "warmup_steps": 20,
+        "warmup_steps": 30,
         "decay": "linear",  # to 0 at the last step, or "constant"
         "clip_norm": 32.0,  # of the gradient of the loss summed over positions and averaged over rows
     })

@@ -83,34 +83,35 @@ class Joint:
         chosen = np.random.default_rng(seed).choice(self.p.size, rows, p=self.p.ravel())
         return states(len(self.p), self.p.ndim)[chosen]
 
-    def denoiser(self, process, given=False):
-        """The exact Denoiser, of any row of S^L, at sigma 0 and infinity too.
+    @functools.cache
+    def denoiser(self, process):
+        """The exact Denoiser, of any x, at sigma 0 and infinity too."""
+        return self.informed(process, False)
 
-        given: Bool[B L], tokens that it knows to be clean, whatever sigma says of the others.
-        """
+    def informed(self, process, given):
+        """The exact Denoiser that knows which tokens are given, and so clean at every sigma. given: Bool[B L]."""
+        return lambda x, sigma, positions=None: self._log_clean(process, given, x, sigma, positions)
 
-        @jax.jit
-        def log_clean(x, sigma, positions=None):
-            length = x.shape[-1]
-            noise = jnp.where(given, 0.0, sigma[:, None])
-            if isinstance(process, Absorbing):  # what is seen of a token, nothing or all, does not depend on sigma
-                noise = jnp.ones_like(noise)
-            seen = jax.vmap(jax.vmap(lambda x, sigma: process.transition_matrix(sigma)[x]))
-            seen = seen(x, jnp.broadcast_to(noise, x.shape))[..., : process.vocab_size]  # q(x_j | v), Float[B L V]
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def _log_clean(self, process, given, x, sigma, positions):
+        length = x.shape[-1]
+        noise = jnp.where(given, 0.0, sigma[:, None])
+        if isinstance(process, Absorbing):  # what is seen of a token, nothing or all, does not depend on sigma
+            noise = jnp.ones_like(noise)
+        seen = jax.vmap(jax.vmap(lambda x, sigma: process.transition_matrix(sigma)[x]))
+        seen = seen(x, jnp.broadcast_to(noise, x.shape))[..., : process.vocab_size]  # q(x_j | v), Float[B L V]
 
-            def without(i):
-                others = [term for j in range(length) if j != i for term in (seen[:, j], [length, j])]
-                return jnp.einsum(jnp.asarray(self.p, seen.dtype), list(range(length)), *others, [length, i])
+        def without(i):
+            others = [term for j in range(length) if j != i for term in (seen[:, j], [length, j])]
+            return jnp.einsum(jnp.asarray(self.p, seen.dtype), list(range(length)), *others, [length, i])
 
-            weights = jnp.stack([without(i) for i in range(length)], axis=1)
-            if positions is not None:
-                weights = jnp.take_along_axis(weights, positions[..., None], axis=1)
-            return jnp.log(weights / weights.sum(-1, keepdims=True))
-
-        return log_clean
+        weights = jnp.stack([without(i) for i in range(length)], axis=1)
+        if positions is not None:
+            weights = jnp.take_along_axis(weights, positions[..., None], axis=1)
+        return jnp.log(weights / weights.sum(-1, keepdims=True))
 
     def expectation(self, process, stats_fn, term):
-        """sigma -> the mean of a row's sum of term(stats, x, x0, sigma), taken exactly over x, for each x0. Float[V^L]."""
+        """sigma -> the exact mean over x of a row's sum of term(stats, x, x0, sigma), for each x0. Float[V^L]."""
         length, clean = self.p.ndim, states(process.vocab_size, self.p.ndim)
         x = jnp.tile(states(process.num_states, length), (len(clean), 1))
         x0 = jnp.repeat(clean, len(x) // len(clean), axis=0)

@@ -15,7 +15,7 @@ from sedd.diffusion.samplers import move
 
 def test_a_rare_move_to_one_of_many_states_gets_its_share():
     """Two stages, in the accurate mode, draw it. Control: one float32 categorical of JAX's default mode does not."""
-    states, mass, here = 50257, 1.5e-3, 300
+    states, mass, here = 50257, 1.25e-3, 300
     flat = jnp.zeros(states).at[here].set(-jnp.inf)
     whole = jnp.full(states, jnp.log(mass / (states - 1))).at[here].set(jnp.log1p(-mass))
 
@@ -29,7 +29,7 @@ def test_a_rare_move_to_one_of_many_states_gets_its_share():
 
     assert p(staged, 2**15) > 1e-3
     assert p(lambda key: draws.categorical(key, whole), 2**15) > 1e-3
-    assert p(lambda key: jax.random.categorical(key, whole), 2**13) < 1e-4
+    assert p(lambda key: jax.random.categorical(key, whole), 2**13) < 1e-3
 
 
 def test_categorical_follows_the_law():
@@ -58,13 +58,13 @@ def test_noise_belongs_to_row_and_position():
     """Keyed by slot in the batch, or among the positions asked for, a sample would depend on how it was computed."""
     rows, positions = jnp.array([7, 3, 11, 4]), jnp.array([5, 0, 2, 9])
 
+    @jax.jit
     def noise(rows, positions):
         return draws.uniform(draws.fold(draws.sites(draws.row_keys(jax.random.key(0), rows), positions), 1))
 
     whole = noise(rows, positions)
     assert len(np.unique(whole)) == whole.size
-    assert np.array_equal(noise(rows[2:], positions), whole[2:])
-    assert np.array_equal(noise(rows, positions[1:3]), whole[:, 1:3])
+    assert np.array_equal(noise(rows[1:], positions[2:]), whole[1:, 2:])
 
 
 def test_ranks_are_a_uniformly_random_order():

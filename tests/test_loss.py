@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from oracle import index, scaled, standard_errors
 
 from sedd.diffusion import draws
@@ -15,7 +14,7 @@ from sedd.diffusion.score import score_stats, stats_from
 ROWS = 30_000
 
 
-def row_keys(rows=ROWS):
+def row_keys(rows):
     return draws.row_keys(jax.random.key(0), jnp.arange(rows))
 
 
@@ -24,15 +23,13 @@ def free_score(log_score):
     return lambda x, sigma, x0: score_stats(log_score, x, x0)
 
 
-@pytest.mark.parametrize("schedule", [LogLinear(0.01), Geometric(0.01, 4.0)], ids=str)
-def test_denoising_loss_averages_to_the_integral(process, joint, schedule):
-    """Over uniform times, whatever the schedule. Control: scores that are half too large."""
-    x0, keys = joint.draw(ROWS), row_keys()
+def test_denoising_loss_averages_to_the_integral(process, joint):
+    """Over uniform times, of the score entropy over its noise. Control: scores that are half too large."""
+    x0, keys, schedule = joint.draw(ROWS), row_keys(ROWS), LogLinear(0.01)
     t = draws.uniform(draws.fold(keys, 1))
     stats_fn = stats_from(process, joint.denoiser(process))
     with jax.enable_x64(True):
-        low, high = max(float(schedule.sigma(0.0)), 1e-9), float(schedule.sigma(1.0))
-        integral = joint.integral(process, stats_fn, low, high)
+        integral = joint.integral(process, stats_fn, 1e-9, float(schedule.sigma(1.0)))
 
     @jax.jit
     def loss(factor):
@@ -42,13 +39,12 @@ def test_denoising_loss_averages_to_the_integral(process, joint, schedule):
     assert standard_errors(loss(1.5) - integral[index(x0, 3)]) > 4
 
 
-@pytest.mark.parametrize("given", [0.0, 0.4])
-def test_count_loss_averages_to_the_entropy(joint, given):
+def test_count_loss_averages_to_the_entropy(joint):
     """Over uniform counts, of the free tokens given the others. Control: scores that are half too large."""
     process, rng = Absorbing(3), np.random.default_rng(0)
-    x0, free = joint.draw(ROWS), rng.random((ROWS, 3)) >= given
-    free[:, 0] |= ~free.any(-1)
-    k, keys = rng.integers(1, free.sum(-1) + 1), row_keys()
+    x0, free = joint.draw(ROWS), rng.random((ROWS, 3)) < 0.6
+    free |= (np.arange(ROWS)[:, None] % 2 == 0) | ~free.any(-1, keepdims=True)  # in half of the rows, all
+    k, keys = rng.integers(1, free.sum(-1) + 1), row_keys(ROWS)
     stats_fn = stats_from(process, joint.denoiser(process))
 
     @jax.jit

@@ -56,8 +56,10 @@ def test_scores_are_ratios_of_the_noisy_law(process, joint, float64):
         log_clean = joint.denoiser(process)(x, jnp.full(len(x), sigma), None)
         here = jnp.take_along_axis(log_clean, jnp.minimum(x, 2)[..., None], axis=-1)[..., 0]
         log_score = process.log_score(log_clean, here, sigma)
-        exact = joint.score(process, sigma)[..., :3]
+        whole = joint.score(process, sigma)
+        exact, noised = whole[..., :3], whole / whole.sum(-1, keepdims=True)
         np.testing.assert_allclose(log_score[asked], np.log(exact)[asked], atol=1e-10)
+        np.testing.assert_allclose(np.exp(process.log_noised(log_clean, sigma)), noised, atol=1e-12)
         rate = np.where(current, 0.0, process.stationary()[x][..., None] * exact)
         np.testing.assert_allclose(process.rate(log_clean, x, sigma), rate, rtol=1e-10)
         back = process.clean_from_score(log_score, sigma)
@@ -82,21 +84,43 @@ def test_tweedie_is_the_mixture_of_posteriors(process, joint, float64):
         np.testing.assert_allclose((1 - p_move)[..., None] * stays + moves, exact, atol=1e-12)
 
 
-def test_uniform_tweedie_is_right_in_float32_with_many_tokens():
+@pytest.fixture(scope="module")
+def many_tokens():
+    """The process, log r and x at 50257 tokens in float32: x the likeliest token, some token, the least likely one."""
+    log_r = jax.nn.log_softmax(4 * jax.random.normal(jax.random.key(0), (3, 50257)))
+    return Uniform(50257), log_r, jnp.array([int(jnp.argmax(log_r[0])), 7, int(jnp.argmin(log_r[2]))])
+
+
+def test_uniform_tweedie_is_right_in_float32(many_tokens):
     """A ratio taken as 1 - (something near 1), at little noise or at much, would show as a percent or more."""
-    V = 50257
-    process, log_r = Uniform(V), jax.nn.log_softmax(4 * jax.random.normal(jax.random.key(0), (3, V)))
-    x = jnp.array([int(jnp.argmax(log_r[0])), 7, int(jnp.argmin(log_r[2]))])
+    process, log_r, x = many_tokens
+    tweedie = jax.jit(process.tweedie)
     steps = [(1e-4, 0.0), (1e-3, 1e-4), (0.1, 0.05), (1.0, 0.9), (7.0, 3.0), (20.0, 12.0), (20.0, 0.0)]
-    for sigma, sigma_next in steps:
-        jump = process.tweedie(log_r, x, jnp.float32(sigma), jnp.float32(sigma_next))
+    for step in np.float32(steps):
+        jump = tweedie(log_r, x, *step)
         with jax.enable_x64(True):
-            sigmas = np.float64(np.float32(sigma)), np.float64(np.float32(sigma_next))
-            exact = process.tweedie(jnp.asarray(log_r, jnp.float64), x, *sigmas)
+            exact = jax.tree.map(np.asarray, tweedie(jnp.asarray(log_r, jnp.float64), x, *np.float64(step)))
         assert jump.p_move.dtype == jump.log_dest.dtype == jnp.float32
-        np.testing.assert_allclose(jump.p_move, np.asarray(exact.p_move), rtol=1e-5)
-        goes, due = (scipy.special.softmax(np.asarray(step.log_dest), axis=-1) for step in (jump, exact))
+        np.testing.assert_allclose(jump.p_move, exact.p_move, rtol=1e-5)
+        goes, due = (scipy.special.softmax(np.asarray(jump.log_dest), axis=-1) for jump in (jump, exact))
         assert np.abs(goes - due).sum(-1).max() / 2 < 1e-6
+
+
+def test_uniform_scores_keep_what_they_know_in_float32(many_tokens):
+    """At much noise all scores are near 1. Control: the plain difference of two log m has lost it there."""
+    process, log_r, x = many_tokens
+    here = jnp.take_along_axis(log_r, x[:, None], -1)[:, 0]
+    for sigma in np.float32([1e-4, 0.1, 1.0, 7.0, 12.0, 20.0]):
+        with jax.enable_x64(True):
+            m = np.exp(process.log_noised(jnp.asarray(log_r, jnp.float64), np.float64(sigma)))
+        exact = np.log1p((m - m[[0, 1, 2], x][:, None]) / m[[0, 1, 2], x][:, None])
+        log_score = process.log_score(log_r, here, sigma)
+        plain = process.log_noised(log_r, sigma) - process.log_noised(log_r, sigma)[[0, 1, 2], x][:, None]
+        off = [np.abs(value - exact).max() / np.abs(exact).max() for value in (np.float64(log_score), plain)]
+        assert log_score.dtype == jnp.float32 and off[0] < 1e-5
+        back = process.clean_from_score(log_score, sigma)
+        assert np.abs(np.exp(back) - np.exp(log_r)).sum(-1).max() / 2 < 1e-3
+    assert off[1] > 1e-3
 
 
 def dense_score_entropy(process, log_score, x, x0, sigma):

@@ -161,8 +161,8 @@ def test_learning_rate():
     """The first update takes 1/warmup of the peak; the decay ends above 0 at the last update."""
     config = configs.default().optimizer
     rate = learning_rate(config, 1.0, 100)
-    np.testing.assert_allclose([rate(0), rate(1), rate(19)], [1 / 20, 2 / 20, 1], rtol=1e-6)
-    np.testing.assert_allclose([rate(20), rate(60), rate(99), rate(100)], [1, 0.5, 1 / 80, 0], atol=1e-6)
+    np.testing.assert_allclose([rate(0), rate(1), rate(29)], [1 / 30, 2 / 30, 1], rtol=1e-6)
+    np.testing.assert_allclose([rate(30), rate(65), rate(99), rate(100)], [1, 0.5, 1 / 70, 0], atol=1e-6)
     config.decay = "constant"
     assert learning_rate(config, 1.0, 100)(99) == 1
 

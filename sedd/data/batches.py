@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from sedd.data.corpus import Corpus
+from sedd.data.splits import philox
 from sedd.errors import UserError
 
 PREFETCH = 4  # batches read ahead of the consumer
@@ -81,7 +82,7 @@ def _block_start(num_tokens: int, block_length: int, seed: int, example: int) ->
 @functools.lru_cache(maxsize=2)
 def _epoch(num_tokens: int, num_blocks: int, block_length: int, seed: int, epoch: int) -> tuple[int, np.ndarray]:
     """The offset of an epoch and the order of its blocks, Int64[num_blocks]; kept, since a batch takes but a few."""
-    random = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)))
+    random = philox(seed, epoch)
     largest = min(block_length - 1, num_tokens - num_blocks * block_length)
     return random.integers(largest, endpoint=True), random.permutation(num_blocks)
 

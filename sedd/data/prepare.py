@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sedd.data.corpus import FORMAT, Corpus, open_corpus
 from sedd.data.source import Source
 from sedd.data.sources import open_source
-from sedd.data.splits import SPLITS, Segment, segments
+from sedd.data.splits import SPLITS, Segment, has_many_documents, philox, segments
 from sedd.data.survey import PROGRESS_DELAY, Survey, survey
 from sedd.data.tokenizers import make_tokenizer, tokenizer_file
 from sedd.data.writer import hash_of_splits, token_dtype, write_splits
@@ -31,7 +31,7 @@ def prepare(source: str, tokenizer: str, out: str | Path, seed: int = 0) -> Corp
       source: what `open_source` takes, such as `text:books/*.txt`.
       tokenizer: what `make_tokenizer` takes, such as `sentencepiece:8000`.
       out: the directory to make.
-      seed: draws the held-out documents.
+      seed: draws the held-out documents, and the order of the documents of a split.
 
     Raises:
       UserError: a spec is wrong, the source is empty or too short to split, or `out` holds something else.
@@ -76,6 +76,7 @@ def _write(out: Path, text: Source, counted: Survey, origin: dict) -> None:
     end_of_text = text.joiner is None and counted.documents > 1
     train, held_out = _texts(parts(), SPLITS[:1]), _texts(parts(), SPLITS[1:])
     tokenizer = make_tokenizer(origin["tokenizer"], train, end_of_text, held_out)
+    order = philox(origin["seed"], 1) if has_many_documents(counted) else None
     with _appearing(out) as folder:
         tokenizer.save(folder / "tokenizer")
         meta = {
@@ -84,7 +85,7 @@ def _write(out: Path, text: Source, counted: Survey, origin: dict) -> None:
             **origin,
             "vocab_size": tokenizer.vocab_size,
             "dtype": token_dtype(tokenizer).str,
-            "splits": write_splits(folder, _with_progress(parts(), counted.num_bytes), tokenizer),
+            "splits": write_splits(folder, _with_progress(parts(), counted.num_bytes), tokenizer, order),
             "hash": hash_of_splits(folder, tokenizer),
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")

@@ -22,16 +22,21 @@ class Segment(NamedTuple):
     ends_document: bool
 
 
-def segments(source: Source, counted: Survey, seed: int) -> Iterator[Segment]:
-    """Reads the source once more and says to which split its text belongs; the order stays the source's.
+def has_many_documents(counted: Survey) -> bool:
+    """Whether documents are drawn for the splits; else the text is cut."""
+    return counted.documents >= FEW_DOCUMENTS
 
-    Documents are drawn at random, or with fewer than `FEW_DOCUMENTS` the text is cut in order: the first 90 per cent
-    of its characters, then 5 and 5.
+
+def segments(source: Source, counted: Survey, seed: int) -> Iterator[Segment]:
+    """Reads the source once more and says to which split its text belongs.
+
+    Documents are drawn at random, or where they are few the text is cut in order: the first 90 per cent of its
+    characters, then 5 and 5.
 
     Raises:
       UserError: a split would be empty.
     """
-    if counted.documents >= FEW_DOCUMENTS:
+    if has_many_documents(counted):
         return _drawn(source, counted.documents, seed)
     ends = [counted.characters * percent // 100 for percent in (100 - 2 * HELD_OUT, 100 - HELD_OUT, 100)]
     spans = list(zip(SPLITS, [0, *ends], ends, strict=False))
@@ -41,9 +46,14 @@ def segments(source: Source, counted: Survey, seed: int) -> Iterator[Segment]:
     return _cut(source, spans)
 
 
+def philox(seed: int, purpose: int) -> np.random.Generator:
+    """The random numbers of one purpose."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, purpose], np.uint64)))
+
+
 def _drawn(source: Source, documents: int, seed: int) -> Iterator[Segment]:
     held_out = round(documents * HELD_OUT / 100)
-    order = np.random.Generator(np.random.Philox(key=seed % 2**64)).permutation(documents)
+    order = philox(seed, 0).permutation(documents)
     split_of = np.zeros(documents, np.uint8)
     split_of[order[:held_out]] = 1
     split_of[order[held_out : 2 * held_out]] = 2

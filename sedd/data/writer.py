@@ -12,8 +12,15 @@ from sedd.data.splits import SPLITS, Segment
 from sedd.data.tokenizers import Tokenizer
 
 
-def write_splits(folder: Path, parts: Iterable[Segment], tokenizer: Tokenizer) -> dict[str, dict[str, int]]:
+def write_splits(
+    folder: Path, parts: Iterable[Segment], tokenizer: Tokenizer, order: np.random.Generator | None
+) -> dict[str, dict[str, int]]:
     """Tokenises and writes all splits in one pass.
+
+    Args:
+      order: puts the documents of each split in a random order, so that the blocks of all splits are alike: in the
+        source's order the neighbours of a held-out document would be further apart than those of a training document.
+        None keeps the source's order.
 
     Returns:
       The counts of each split: `documents`, `tokens` and `bytes`.
@@ -25,6 +32,9 @@ def write_splits(folder: Path, parts: Iterable[Segment], tokenizer: Tokenizer) -
             if part.ends_document and tokenizer.end_of_text is not None:
                 ids = np.append(ids, tokenizer.end_of_text)
             writers[part.split].append(ids, len(part.text.encode("utf-8")))
+    if order is not None:
+        for split in SPLITS:
+            _shuffle(folder, split, token_dtype(tokenizer), order)
     return {split: writer.counts() for split, writer in writers.items()}
 
 
@@ -41,6 +51,19 @@ def hash_of_splits(folder: Path, tokenizer: Tokenizer) -> str:
             digest.update(hashlib.file_digest(tokens, "sha256").digest())
         digest.update(np.load(folder / f"{split}.offsets.npy").tobytes())
     return digest.hexdigest()
+
+
+def _shuffle(folder: Path, split: str, dtype: np.dtype, random: np.random.Generator) -> None:
+    """Rewrites the files of a split with its documents in random order, one document in memory at a time."""
+    offsets, num_bytes = np.load(folder / f"{split}.offsets.npy"), np.load(folder / f"{split}.bytes.npy")
+    tokens = np.memmap(folder / f"{split}.tokens", dtype, mode="r")
+    order = random.permutation(len(num_bytes))
+    with open(folder / "shuffled", "wb", buffering=2**20) as file:
+        for document in order:
+            file.write(tokens[offsets[document] : offsets[document + 1]].tobytes())
+    (folder / "shuffled").replace(folder / f"{split}.tokens")
+    np.save(folder / f"{split}.offsets.npy", np.concatenate([[0], np.cumsum(np.diff(offsets)[order])]).astype("<i8"))
+    np.save(folder / f"{split}.bytes.npy", num_bytes[order])
 
 
 class _SplitWriter:

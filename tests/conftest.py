@@ -1,9 +1,16 @@
-"""What every test shares. The environment is set before JAX is imported: eight virtual devices, on the CPU."""
+"""What every test shares. The environment is set before JAX is imported: eight virtual devices, on the CPU.
+
+What one test compiles is kept for the others, and for the processes that they start, until the end of the session.
+"""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+_compiled = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -5,12 +5,19 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.stats
 from oracle import p_value
 
 from sedd.diffusion import draws
 from sedd.diffusion.process import Jump
 from sedd.diffusion.samplers import move
+
+
+def changes(draw, rows, here):
+    """How many of so many draws, each with its own key, are not `here`."""
+    keys = draws.row_keys(jax.random.key(0), jnp.arange(rows))
+    return int(jnp.sum(jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=16))(keys) != here))
 
 
 def test_a_rare_move_to_one_of_many_states_gets_its_share():
@@ -23,13 +30,23 @@ def test_a_rare_move_to_one_of_many_states_gets_its_share():
         return move(key[None], jnp.array([[here]]), Jump(jnp.array([[mass]]), flat[None, None]))[0, 0]
 
     def p(draw, rows):
-        keys = draws.row_keys(jax.random.key(0), jnp.arange(rows))
-        moved = int(jnp.sum(jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=256))(keys) != here))
-        return scipy.stats.binomtest(moved, rows, mass).pvalue
+        return scipy.stats.binomtest(changes(draw, rows, here), rows, mass).pvalue
 
     assert p(staged, 2**15) > 1e-3
     assert p(lambda key: draws.categorical(key, whole), 2**15) > 1e-3
     assert p(lambda key: jax.random.categorical(key, whole), 2**13) < 1e-3
+
+
+@pytest.mark.slow
+def test_the_rarest_events_get_their_share():
+    """JAX's default modes know no probability between 0 and 2^-23: 32 in place of 4, and none in place of 15."""
+    keys = draws.row_keys(jax.random.key(0), jnp.arange(2**20))
+    happened = sum(int(draws.bernoulli(draws.fold(keys, k), 2.0**-26).sum()) for k in range(256))
+    assert scipy.stats.binomtest(happened, 2**28, 2.0**-26).pvalue > 1e-3
+    states, mass, rows = 128 * 40_000, 1e-3, 15_000  # a block holds 2.5e-8
+    whole = jnp.full(states, jnp.log(mass / (states - 1))).at[7].set(jnp.log1p(-mass))
+    moved = changes(lambda key: draws.categorical(key, whole), rows, 7)
+    assert scipy.stats.binomtest(moved, rows, mass).pvalue > 1e-3
 
 
 def test_categorical_follows_the_law():

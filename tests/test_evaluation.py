@@ -23,7 +23,7 @@ def fresh(corpus, *settings):
     """A model that was never trained: its head is 0, so that its law is uniform, whatever the process."""
     config = small_config(corpus, *settings)
     process, schedule, network = configs.build(config, corpus.vocab_size)
-    params = network.init(jax.random.key(0))
+    params = jax.jit(network.init)(jax.random.key(0))
     return sedd.Model(config, params, corpus.tokenizer, process, schedule, network)
 
 

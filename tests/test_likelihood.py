@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from oracle import channel, scaled, standard_errors, states
+from oracle import channel, index, scaled, standard_errors, states
 
 from sedd.diffusion import draws
 from sedd.diffusion.likelihood import sigma_bound
@@ -42,26 +42,46 @@ def test_the_bound_of_the_last_step_averages_to_the_entropy(process, joint, floa
     assert joint.p.ravel() @ reconstruction(1e-4) > 1e-4  # the control: what would be missing
 
 
-def test_draws_of_the_bound_average_to_the_entropy(process, joint):
-    """Levels and weights; of the free tokens, in half of the rows all, given the others, which are not scored.
+ROWS = 30_000
 
-    Each draw is held against the surprise of its own sequence. Control: scores that are half too large.
-    """
-    rows = 40_000
-    x0, free = joint.draw(rows), np.random.default_rng(0).random((rows, 3)) < 0.6
-    free = jnp.asarray(free | (np.arange(rows)[:, None] % 2 == 0))
-    ends = {} if isinstance(process, Absorbing) else {"low": 1e-4, "high": 12.0}
-    keys = draws.row_keys(jax.random.key(0), jnp.arange(rows))
-    stats_fn = stats_from(process, joint.informed(process, ~free))
+
+def drawn_bound(process, stats_fn, x0, **settings):
+    """One draw a row, of scores that are wrong by a factor."""
 
     @jax.jit
     def bound(factor):
+        keys = draws.row_keys(jax.random.key(0), jnp.arange(ROWS))
         level = draws.uniform(draws.fold(keys, 2))
-        return sum(sigma_bound(process, scaled(process, stats_fn, factor), keys, x0, level, free=free, **ends))
+        return sum(sigma_bound(process, scaled(process, stats_fn, factor), keys, x0, level, **settings))
 
-    surprise = joint.surprise(x0, free)
-    assert abs(standard_errors(bound(1.0) - surprise)) < 4
-    assert standard_errors(bound(1.5) - surprise) > 4
+    return bound
+
+
+def test_draws_average_to_the_bound_between_two_noises(process, joint):
+    """Each against the exact bound of its own sequence: levels, weights, ends. Control: scores half too large."""
+    low, high, top = (0.3, math.inf, 40.0) if isinstance(process, Absorbing) else (0.3, 3.0, 3.0)
+    x0, stats_fn = joint.draw(ROWS), stats_from(process, joint.denoiser(process))
+    with jax.enable_x64(True):
+        exact = joint.integral(process, stats_fn, low, top) + 3 * process.prior_divergence(high)
+        exact += joint.expectation(process, stats_fn, process.reconstruction)(low)
+    bound = drawn_bound(process, stats_fn, x0, low=low, high=high)
+    assert abs(standard_errors(bound(1.0) - exact[index(x0, 3)])) < 4
+    assert standard_errors(bound(1.5) - exact[index(x0, 3)]) > 4
+
+
+def test_draws_given_tokens_average_to_the_conditional_entropy(process, joint):
+    """Other tokens are free in each row; the rest is seen clean and not scored. Control: scores half too large."""
+    x0, free = joint.draw(ROWS), np.random.default_rng(0).random((ROWS, 3)) < 0.6
+    informed = stats_from(process, joint.informed(process, ~free))
+
+    def stats_fn(x, sigma, x0):  # no number if a given token was touched
+        stats = informed(x, sigma, x0)
+        return stats._replace(log_sum=jnp.where(jnp.all(free | (x == x0), -1)[:, None], stats.log_sum, jnp.nan))
+
+    ends = {} if isinstance(process, Absorbing) else {"low": 1e-4, "high": 12.0}
+    bound = drawn_bound(process, stats_fn, x0, free=jnp.asarray(free), **ends)
+    assert abs(standard_errors(bound(1.0) - joint.surprise(x0, free))) < 4
+    assert standard_errors(bound(1.5) - joint.surprise(x0, free)) > 4
 
 
 def test_the_bound_is_finite_at_every_level(process, joint):

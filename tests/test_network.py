@@ -19,7 +19,7 @@ NETWORK = Network(Absorbing(V), "denoiser", width=16, layers=3, heads=2, sigma_r
 
 def random_params(network, seed=1):
     """Parameters without the zeros of initialisation, so that every path counts."""
-    params = network.init(jax.random.key(0))
+    params = jax.jit(network.init)(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return jax.tree.unflatten(tree, [jax.random.normal(key, leaf.shape) * 0.3 for key, leaf in zip(keys, leaves)])

@@ -119,8 +119,8 @@ def test_uniform_scores_keep_what_they_know_in_float32(many_tokens):
         off = [np.abs(value - exact).max() / np.abs(exact).max() for value in (np.float64(log_score), plain)]
         assert log_score.dtype == jnp.float32 and off[0] < 1e-5
         back = process.clean_from_score(log_score, sigma)
-        assert np.abs(np.exp(back) - np.exp(log_r)).sum(-1).max() / 2 < 1e-3
-    assert off[1] > 1e-3
+        assert np.abs(np.exp(back) - np.exp(log_r)).sum(-1).max() / 2 < (1e-6 if sigma < 1e-3 else 1e-3)
+    assert off[1] > 1e-3  # at the last noise, which is the most
 
 
 def dense_score_entropy(process, log_score, x, x0, sigma):

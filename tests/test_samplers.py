@@ -106,6 +106,20 @@ def test_infilling_uniform_needs_a_denoiser_that_knows_what_is_given(joint):
     assert unaware.max() > 0.03 and unaware[-1] == aware[-1]  # nothing is given in the last row
 
 
+def test_every_call_of_a_step_sees_the_given_tokens(joint):
+    """Whatever a step of several calls asks about: clamped in the state alone, the inner calls would lose them."""
+
+    class Lost(Tweedie):
+        def step(self, keys, denoiser, x, entry):
+            return jnp.argmax(denoiser(jnp.zeros_like(x), jnp.zeros(len(x))), axis=-1)
+
+    def echo(x, sigma, positions):  # says of each token the sum of all
+        return jax.nn.one_hot(jnp.broadcast_to(x.sum(-1, keepdims=True), x.shape), 9)
+
+    out = run(jax.random.key(0), echo, Lost(Uniform(9), LogLinear(), 1), TOKENS, FREE)
+    assert np.array_equal(out.tokens, np.where(FREE, np.where(FREE, 0, TOKENS).sum(-1, keepdims=True), TOKENS))
+
+
 def test_the_loop_ends_when_every_row_is_finished(joint):
     """Calls are what sampling costs. A given mask stays, and keeps nothing going; with nothing free none is made."""
     process, steps = Absorbing(3), 64

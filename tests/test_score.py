@@ -23,6 +23,8 @@ def test_statistics_of_a_denoiser_are_those_of_the_dense_scores(process, joint, 
     np.testing.assert_allclose(stats.log_sum[asked], np.log(np.sum(score * others, -1))[asked], atol=1e-12)
     np.testing.assert_allclose(stats.sum_log[asked], np.sum(np.log(score) * others, -1)[asked], atol=1e-12)
     np.testing.assert_allclose(stats.target[asked], target[asked], atol=1e-12)
+    free = score_stats(jnp.ones((*x.shape, 3)), x, x0)
+    assert np.array_equal(free.target, x != x0)  # whatever a network says of the current token
 
 
 def test_the_chain_agrees_with_enumeration(float64):

@@ -83,7 +83,7 @@ def test_noise_does_not_depend_on_the_batch_around_a_row(corpus):
     for levels in ("counts", "times"):
         config = small_config(corpus, f"training.levels={levels}", "network.dropout=0.3")
         objective, _, _ = parts(config, corpus)
-        params = objective.network.init(jax.random.key(1))
+        params = jax.jit(objective.network.init)(jax.random.key(1))
         tokens, key = batch(corpus, 16, 8, 0, 0), jax.random.key(5)
         loss = jax.jit(objective)
         whole = loss(params, tokens, jnp.arange(8), key)
@@ -121,7 +121,7 @@ def test_the_pure_loss_under_pmap(corpus):
     """jax.pmap over the pure objective gives the gradient of the sharded step."""
     config = small_config(corpus, "network.dropout=0.1")
     objective, _, _ = parts(config, corpus)
-    params = objective.network.init(jax.random.key(1))
+    params = jax.jit(objective.network.init)(jax.random.key(1))
     tokens, rows, key = batch(corpus, 16, 8, 0, 0), jnp.arange(8), jax.random.key(7)
 
     def loss(params, tokens, rows):
@@ -145,9 +145,9 @@ def test_muon_takes_the_matrices_of_the_trunk(corpus, scan):
     """Scanned or not: orthogonal updates for trunk kernels, Adam for embedding, head, norms and biases."""
     config = small_config(corpus, f"network.scan={scan}", "optimizer.warmup_steps=1", "optimizer.decay=constant")
     objective, optimizer, _ = parts(config, corpus)
-    params = objective.network.init(jax.random.key(0))
+    params = jax.jit(objective.network.init)(jax.random.key(0))
     gradient = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(1), leaf.shape), params)
-    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
     trunk = updates["trunk"]
     kernel = trunk["blocks"]["out"]["kernel"][1] if scan else trunk["block_1"]["out"]["kernel"]
     singular = np.linalg.svd(kernel, compute_uv=False) / config.optimizer.learning_rate

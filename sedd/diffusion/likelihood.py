@@ -41,6 +41,8 @@ def sigma_bound(
     keys: Key[B]; x0: Int[B L]; level: Float[B]; free: Bool[B L], False where a token is given and not scored.
     """
     free = jnp.ones(x0.shape, bool) if free is None else free
+    rounding = jnp.finfo(level.dtype).epsneg  # a draw below 1 can be rounded to it, and either end has no weight
+    level = jnp.clip(level, rounding, 1 - rounding)
     floor, span = -math.expm1(-low), math.exp(-low) - math.exp(-high)
     share, alpha = floor + level * span, math.exp(-high) + (1 - level) * span
     sigma = jnp.where(share < 0.5, -jnp.log1p(-share), -jnp.log(alpha))

@@ -29,10 +29,14 @@ _CHOICES = {
     "optimizer.decay": ("constant", "linear"),
 }
 _OPTIONAL = {"data.vocab_size": int}
-_POSITIVE = ("network.width", "network.layers", "network.heads", "network.condition", "data.block_length")
-_POSITIVE += ("training.steps", "training.batch_size", "training.accumulation", "optimizer.learning_rate")
-_POSITIVE += ("optimizer.adam_learning_rate", "optimizer.warmup_steps", "optimizer.clip_norm")
-_POSITIVE += ("checkpoint.every", "checkpoint.keep", "evaluation.draws")
+_POSITIVE = {
+    "network": ("width", "layers", "heads", "condition", "embedding_std"),
+    "data": ("block_length",),
+    "training": ("steps", "batch_size", "accumulation"),
+    "optimizer": ("learning_rate", "adam_learning_rate", "warmup_steps", "clip_norm"),
+    "checkpoint": ("every", "keep"),
+    "evaluation": ("draws",),
+}
 
 
 def default() -> ConfigDict:
@@ -51,6 +55,7 @@ def default() -> ConfigDict:
         "layers": 4,
         "heads": 4,
         "condition": 128,  # width of the condition on sigma
+        "embedding_std": 0.5,  # of the embedding at the start; the paper's is 1 / sqrt(3 width)
         "dropout": 0.0,
         "dtype": "float32",  # of the trunk's linear maps and attention; all else is float32
         "scan": False,  # compile one layer and loop over it
@@ -158,9 +163,10 @@ def validate(config: ConfigDict) -> ConfigDict:
     for key, choices in _CHOICES.items():
         if get(key) not in choices:
             raise UserError(f"config: {key} must be one of {', '.join(choices)}, not {get(key)}")
-    for key in _POSITIVE:
-        if get(key) <= 0:
-            raise UserError(f"config: {key} must be positive, not {get(key)}")
+    for group, names in _POSITIVE.items():
+        for name in names:
+            if config[group][name] <= 0:
+                raise UserError(f"config: {group}.{name} must be positive, not {config[group][name]}")
     for key in ("network.dropout", "training.ema_decay"):
         if not 0 <= get(key) < 1:
             raise UserError(f"config: {key} must lie in [0, 1), not {get(key)}")

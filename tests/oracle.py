@@ -6,6 +6,7 @@ answers for the absorbing process at any length. Laws over sequences are vectors
 
 import dataclasses
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -201,7 +202,8 @@ def sampler_law(sampler, denoiser, tokens, free=True):
         law = jnp.prod(jnp.where(free, sampler.process.stationary()[x], x == tokens), axis=-1)
         plan, any_steps = sampler.plan(None, free), dataclasses.replace(sampler, steps=1)
         for k in range(sampler.steps):
-            law = _pushed(law, any_steps, denoiser, x, jax.tree.map(lambda leaf: leaf[k], plan), tokens, free)
+            entry = jax.tree.map(operator.itemgetter(k), plan)
+            law = _pushed(law, any_steps, denoiser, x, entry, tokens, free)
         return np.asarray(law)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from oracle import channel, index, scaled, standard_errors, states
+from oracle import channel, index, scaled, standard_errors
 
 from sedd.diffusion import draws
 from sedd.diffusion.likelihood import sigma_bound
@@ -38,7 +38,7 @@ def test_the_bound_of_the_last_step_averages_to_the_entropy(process, joint, floa
     def gap(low, high=40.0):
         return joint.p.ravel() @ (joint.integral(process, stats_fn, low, high) + reconstruction(low) - surprise)
 
-    assert 0 <= gap(1e-4) < 1e-6 and gap(1e-2) < 1e-2
+    assert 0 <= gap(1e-4) < 1e-6 and gap(1e-2) < 1e-3
     assert joint.p.ravel() @ reconstruction(1e-4) > 1e-4  # the control: what would be missing
 
 

@@ -35,6 +35,7 @@ class Network:
     heads: int
     sigma_range: tuple[float, float]
     condition: int = 128
+    embedding_std: float = 0.5
     dropout: float = 0.0
     dtype: str = "float32"
     scan: bool = False
@@ -48,8 +49,18 @@ class Network:
 
     @property
     def trunk(self) -> Trunk:
-        sizes = (self.width, self.layers, self.heads, self.condition, self.dropout, self.dtype, self.scan, self.remat)
-        return Trunk(self.process.num_states, *sizes)
+        return Trunk(
+            states=self.process.num_states,
+            width=self.width,
+            layers=self.layers,
+            heads=self.heads,
+            condition=self.condition,
+            embedding_std=self.embedding_std,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            scan=self.scan,
+            remat=self.remat,
+        )
 
     @property
     def head(self) -> Head:

@@ -107,6 +107,7 @@ class Trunk(nn.Module):
     layers: int
     heads: int
     condition: int
+    embedding_std: float
     dropout: float
     dtype: str
     scan: bool
@@ -118,7 +119,7 @@ class Trunk(nn.Module):
 
         Returns hidden: Float32[B L D] and condition: Float32[B C].
         """
-        table = self.param("embedding", _like_torch(self.width), (padded(self.states), self.width))
+        table = self.param("embedding", nn.initializers.normal(self.embedding_std), (padded(self.states), self.width))
         h = table[tokens]
         frequency = 10000.0 ** (-jnp.arange(FREQUENCIES // 2) / (FREQUENCIES // 2))
         angle = sigma[:, None].astype(jnp.float32) * frequency

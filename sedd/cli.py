@@ -7,7 +7,6 @@ from pathlib import Path
 
 from sedd.version import __version__
 
-
 # What the quickstart infills between, for each built-in corpus.
 _BLANKED = {"names": ("GREEK SMALL LETTER", " WITH TONOS"), "functions": ("def __init__(self", "):\n    self.")}
 
@@ -111,7 +110,9 @@ def _prepare(args, _):
 
     corpus = prepare(args.source, args.tokenizer, args.out, args.seed)
     for split, counts in corpus.meta["splits"].items():
-        print(f"{split:11}{counts['documents']:10,} documents {counts['tokens']:13,} tokens {counts['bytes']:13,} bytes")
+        print(
+            f"{split:11}{counts['documents']:10,} documents {counts['tokens']:13,} tokens {counts['bytes']:13,} bytes"
+        )
     print(f"vocabulary {corpus.vocab_size:,} tokens; corpus in {args.out}")
 
 

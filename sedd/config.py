@@ -19,6 +19,58 @@ SCHEDULES = {
     "loglinear": lambda config: LogLinear(config.eps),
     "geometric": lambda config: Geometric(config.sigma_min, config.sigma_max),
 }
+_DEFAULT = {
+    "process": {"name": "absorbing"},
+    "schedule": {
+        "name": "loglinear",
+        "eps": 1e-3,  # loglinear: the share of tokens still untouched at t = 1
+        "sigma_min": 1e-4,  # geometric
+        "sigma_max": 20.0,  # geometric
+    },
+    "network": {
+        "prediction": "denoiser",  # or "score", as in the paper
+        "width": 128,
+        "layers": 4,
+        "heads": 4,
+        "condition": 128,  # width of the condition on sigma
+        "embedding_std": 0.5,  # of the embedding at the start; the paper's is 1 / sqrt(3 width)
+        "dropout": 0.0,
+        "dtype": "float32",  # of the trunk's linear maps and attention; all else is float32
+        "scan": False,  # compile one layer and loop over it
+        "remat": False,  # recompute a layer in the backward pass instead of keeping it
+    },
+    "data": {
+        "corpus": "data/names",
+        "block_length": 32,
+        "vocab_size": None,  # None: the corpus'; else checked against it
+    },
+    "training": {
+        "steps": 1000,
+        "batch_size": 64,  # of one update, whatever the devices and the accumulation
+        "accumulation": 1,  # microbatches an update
+        "seed": 0,
+        "ema_decay": 0.0,  # 0: no average of the parameters is kept
+        "levels": "counts",  # noise by counts of masked tokens in antithetic pairs, or by "times" as in the paper
+        "min_time": 1e-3,  # times: the earliest
+    },
+    "optimizer": {
+        "name": "muon",  # for the matrices of the trunk, Adam for the rest; or "adamw" for all, as in the paper
+        "learning_rate": 0.02,
+        "adam_learning_rate": 0.03,  # muon: of the parameters that are left to Adam
+        "b1": 0.9,  # Adam
+        "b2": 0.98,  # Adam
+        "weight_decay": 0.0,
+        "warmup_steps": 30,
+        "decay": "linear",  # to 0 at the last step, or "constant"
+        "clip_norm": 32.0,  # of the gradient of the loss summed over positions and averaged over rows
+    },
+    "mesh": {"data": -1, "fsdp": 1, "model": 1},  # devices along each axis; -1: all that are left
+    "checkpoint": {"every": 500, "keep": 2},  # steps between checkpoints; the newest that stay
+    "evaluation": {
+        "every": 0,  # steps between bounds on the validation split during training; 0: none
+        "draws": 16,  # noise levels a block
+    },
+}
 _CHOICES = {
     "process.name": tuple(PROCESSES),
     "schedule.name": tuple(SCHEDULES),
@@ -41,58 +93,7 @@ _POSITIVE = {
 
 def default() -> ConfigDict:
     """A fresh copy of the default config, locked: an unknown key is an error."""
-    config = ConfigDict()
-    config.process = ConfigDict({"name": "absorbing"})
-    config.schedule = ConfigDict({
-        "name": "loglinear",
-        "eps": 1e-3,  # loglinear: the share of tokens still untouched at t = 1
-        "sigma_min": 1e-4,  # geometric
-        "sigma_max": 20.0,  # geometric
-    })
-    config.network = ConfigDict({
-        "prediction": "denoiser",  # or "score", as in the paper
-        "width": 128,
-        "layers": 4,
-        "heads": 4,
-        "condition": 128,  # width of the condition on sigma
-        "embedding_std": 0.5,  # of the embedding at the start; the paper's is 1 / sqrt(3 width)
-        "dropout": 0.0,
-        "dtype": "float32",  # of the trunk's linear maps and attention; all else is float32
-        "scan": False,  # compile one layer and loop over it
-        "remat": False,  # recompute a layer in the backward pass instead of keeping it
-    })
-    config.data = ConfigDict({
-        "corpus": "data/names",
-        "block_length": 32,
-        "vocab_size": None,  # None: the corpus'; else checked against it
-    })
-    config.training = ConfigDict({
-        "steps": 1000,
-        "batch_size": 64,  # of one update, whatever the devices and the accumulation
-        "accumulation": 1,  # microbatches an update
-        "seed": 0,
-        "ema_decay": 0.0,  # 0: no average of the parameters is kept
-        "levels": "counts",  # noise by counts of masked tokens in antithetic pairs, or by "times" as in the paper
-        "min_time": 1e-3,  # times: the earliest
-    })
-    config.optimizer = ConfigDict({
-        "name": "muon",  # for the matrices of the trunk, Adam for the rest; or "adamw" for all, as in the paper
-        "learning_rate": 0.02,
-        "adam_learning_rate": 0.03,  # muon: of the parameters that are left to Adam
-        "b1": 0.9,  # Adam
-        "b2": 0.98,  # Adam
-        "weight_decay": 0.0,
-        "warmup_steps": 30,
-        "decay": "linear",  # to 0 at the last step, or "constant"
-        "clip_norm": 32.0,  # of the gradient of the loss summed over positions and averaged over rows
-    })
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "model": 1})  # devices along each axis; -1: all that are left
-    config.checkpoint = ConfigDict({"every": 500, "keep": 2})  # steps between checkpoints; the newest that stay
-    config.evaluation = ConfigDict({
-        "every": 0,  # steps between bounds on the validation split during training; 0: none
-        "draws": 16,  # noise levels a block
-    })
-    return config.lock()
+    return ConfigDict(_DEFAULT).lock()
 
 
 def load_config(path: str | Path) -> ConfigDict:

@@ -22,7 +22,7 @@ from sedd import config as configs
 from sedd import pretrained, prompts
 from sedd.data.corpus import Corpus
 from sedd.data.tokenizers import Tokenizer, load_tokenizer
-from sedd.diffusion.process import Absorbing, Process
+from sedd.diffusion.process import Process
 from sedd.diffusion.samplers import SAMPLERS, Sampler, sample
 from sedd.diffusion.schedule import Schedule
 from sedd.diffusion.score import Denoiser, clamped, edited, in_block, nucleus, temperature
@@ -102,7 +102,9 @@ class Model:
         if num_samples < 1:
             raise UserError(f"the number of samples must be at least 1, not {num_samples}")
         self._check_length(length, "length")
-        return self._draw([prompts.blank(length)] * num_samples, steps, sampler, temperature, top_p, seed, batch_size, trace)
+        return self._draw(
+            [prompts.blank(length)] * num_samples, steps, sampler, temperature, top_p, seed, batch_size, trace
+        )
 
     def infill(
         self,
@@ -326,7 +328,9 @@ def _exported(file: Path, like: dict) -> dict:
     found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
     if found != expected:
         wrong = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-        raise UserError(f"{file} does not fit its config.json: {wrong} is {found.get(wrong)}, not {expected.get(wrong)}")
+        raise UserError(
+            f"{file} does not fit its config.json: {wrong} is {found.get(wrong)}, not {expected.get(wrong)}"
+        )
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in _named(like)])
 
 

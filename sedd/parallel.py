@@ -39,7 +39,9 @@ def make_mesh(config: ConfigDict) -> Mesh:
         raise UserError(f"config: the mesh of {dict(config.mesh)} devices does not fit the {devices} that there are")
     rows, parts = config.training.batch_size // config.training.accumulation, sizes[0] * sizes[1]
     if rows % parts:
-        raise UserError(f"config: {rows} rows (training.batch_size / accumulation) cannot be split over {parts} devices")
+        raise UserError(
+            f"config: {rows} rows (training.batch_size / accumulation) cannot be split over {parts} devices"
+        )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

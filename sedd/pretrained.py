@@ -37,24 +37,26 @@ def _config(published: dict, directory: Path) -> ConfigDict:
     graph, noise, model = published["graph"], published["noise"], published["model"]
     if model["scale_by_sigma"] != (graph["type"] == "absorb"):
         raise UserError(f"{directory}: scale_by_sigma={model['scale_by_sigma']} with {graph['type']} is not supported")
-    return configs.from_dict({
-        "process": {"name": {"absorb": "absorbing", "uniform": "uniform"}[graph["type"]]},
-        "schedule": {
-            "name": noise["type"],
-            "sigma_min": float(noise["sigma_min"]),
-            "sigma_max": float(noise["sigma_max"]),
-        },
-        "network": {
-            "prediction": "score",
-            "width": model["hidden_size"],
-            "layers": model["n_blocks"],
-            "heads": model["n_heads"],
-            "condition": model["cond_dim"],
-            "dropout": model["dropout"],
-        },
-        "data": {"block_length": model["length"], "vocab_size": published["tokens"]},
-        "training": {"ema_decay": published["training"]["ema"], "levels": "times"},
-    })
+    return configs.from_dict(
+        {
+            "process": {"name": {"absorb": "absorbing", "uniform": "uniform"}[graph["type"]]},
+            "schedule": {
+                "name": noise["type"],
+                "sigma_min": float(noise["sigma_min"]),
+                "sigma_max": float(noise["sigma_max"]),
+            },
+            "network": {
+                "prediction": "score",
+                "width": model["hidden_size"],
+                "layers": model["n_blocks"],
+                "heads": model["n_heads"],
+                "condition": model["cond_dim"],
+                "dropout": model["dropout"],
+            },
+            "data": {"block_length": model["length"], "vocab_size": published["tokens"]},
+            "training": {"ema_decay": published["training"]["ema"], "levels": "times"},
+        }
+    )
 
 
 def _params(tensors: dict[str, np.ndarray], config: ConfigDict, directory: Path) -> dict:

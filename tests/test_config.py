@@ -15,7 +15,9 @@ EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.py")
 
 
 def test_overrides_take_the_type_of_the_default():
-    config = configs.override(configs.default(), ["optimizer.learning_rate=1", "network.scan=true", "data.vocab_size=27"])
+    config = configs.override(
+        configs.default(), ["optimizer.learning_rate=1", "network.scan=true", "data.vocab_size=27"]
+    )
     assert config.optimizer.learning_rate == 1.0 and config.network.scan is True and config.data.vocab_size == 27
     assert configs.override(config, ["data.vocab_size=none"]).data.vocab_size is None
     assert configs.override(config, ["data.corpus=data/10"]).data.corpus == "data/10"

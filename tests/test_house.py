@@ -8,7 +8,19 @@ from pathlib import Path
 import sedd
 
 PACKAGE = Path(sedd.__file__).parent
-ROOMS = ["cli", "model", "prompts", "pretrained", "training", "evaluation", "parallel", "config", "data", "network", "diffusion"]
+ROOMS = [
+    "cli",
+    "model",
+    "prompts",
+    "pretrained",
+    "training",
+    "evaluation",
+    "parallel",
+    "config",
+    "data",
+    "network",
+    "diffusion",
+]
 LEAVES = {"errors", "version"}  # what anyone may import
 ALONE = {"data", "diffusion"}  # rooms that know of no other
 DIFFUSION = ["samplers", "likelihood", "loss", "process", "schedule", "score", "draws"]

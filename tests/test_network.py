@@ -103,7 +103,9 @@ def test_head_at_masked_positions_only(prediction):
     packed, packed_gradient = jax.value_and_grad(loss)(params, True)
     np.testing.assert_allclose(packed, value, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), packed_gradient, gradient)
-    everywhere = f"f32[{B},{L},{network.process.num_states}]"  # the size of all log scores, which only the dense head has
+    everywhere = (
+        f"f32[{B},{L},{network.process.num_states}]"  # the size of all log scores, which only the dense head has
+    )
     assert everywhere in str(jax.make_jaxpr(lambda params: loss(params, False))(params))
     assert everywhere not in str(jax.make_jaxpr(lambda params: loss(params, True))(params))
 

@@ -76,7 +76,7 @@ def test_euler(published):
 
 
 def test_tweedie(published):
-    """The analytic step's signed algebra, exp(-dQ) s times exp(dQ); not a law where the score is free (SEDD, eq. 19)."""
+    """The analytic step's signed algebra, exp(-dQ) s times exp(dQ) (SEDD, equation 19); free scores make no law."""
     model, expected = published
     x, process = expected["xt"], model.process
     score = np.exp(np.asarray(model.log_score(x, expected["sigma"]), np.float64))

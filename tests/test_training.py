@@ -225,7 +225,10 @@ def test_interrupted_and_started_again_is_uninterrupted(corpus, tmp_path, stop):
     assert wanted.keys() == found.keys() and wanted[".step"] == found[".step"] == 400
     for name, array in wanted.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
-    of = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("whole", "broken")]
+    of = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("whole", "broken")
+    ]
     assert of[0] == of[1] and len(of[0]) == 400
 
 

@@ -75,7 +75,9 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             if _is_whole(self.directory / str(step)):
                 for worse in damaged:
-                    print(f"sedd: the checkpoint of step {worse} is damaged; going back to step {step}", file=sys.stderr)
+                    print(
+                        f"sedd: the checkpoint of step {worse} is damaged; going back to step {step}", file=sys.stderr
+                    )
                 return step
             damaged.append(step)
         if damaged:

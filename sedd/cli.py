@@ -7,8 +7,11 @@ from pathlib import Path
 
 from sedd.version import __version__
 
-# What the quickstart infills between, for each built-in corpus.
-_BLANKED = {"names": ("GREEK SMALL LETTER", " WITH TONOS"), "functions": ("def __init__(self", "):\n    self.")}
+# What the quickstart fills in, for each built-in corpus.
+_TEMPLATES = {
+    "names": "GREEK SMALL LETTER<blank:1> WITH TONOS\nARABIC LETTER<blank:3> FINAL FORM\n",
+    "functions": "def __init__(self,<blank:2>):\n    self.<blank:4>\n\n\n",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     quick = command("quickstart", _quickstart, "Train on a built-in corpus, evaluate, sample and infill.", True)
     quick.add_argument("--workdir", default="runs/quickstart", help="where the run goes (%(default)s)")
-    corpora = tuple(f"builtin:{name}" for name in _BLANKED)
+    corpora = tuple(f"builtin:{name}" for name in _TEMPLATES)
     quick.add_argument("--source", default=corpora[0], choices=corpora, help="(%(default)s)")
 
     prep = command("prepare", _prepare, "Tokenise a source once, into a corpus directory.")
@@ -186,16 +189,14 @@ def _quickstart(args, settings):
     for code, bits in baselines(corpus, "test").items():
         print(f"  {code:22} {bits:.3f}")
     print("4. sampling", file=sys.stderr)
-    for number, text in enumerate(model.sample(num_samples=2).texts):
-        print(f"\nsample {number + 1}\n{text.strip()}")
-    before, after = _BLANKED[name]
-    template = f"{before}<blank:4>{after}"
-    filled = model.infill(template, steps=32).texts[0]
-    print(f"\ninfilled between '{before}' and '{after}'\n{filled}")
+    for number, text in enumerate(model.sample(num_samples=2, top_p=0.9).texts):
+        print(f"\nsample {number + 1} of a block of {model.block_length} tokens, top_p 0.9\n{text}")
+    template = _TEMPLATES[name]
+    print(f"\ninfilled from {template!r}\n{model.infill(template, top_p=0.9).texts[0]}")
     print("\nnext:")
     for line in (
         f"sedd sample --model={args.workdir} --num_samples=4",
-        f"sedd infill --model={args.workdir} {template!r}",
+        f"sedd infill --model={args.workdir} '{template.splitlines()[0]}'",
         f"sedd eval   --model={args.workdir} --split=validation",
         "sedd prepare --source='text:my/*.txt' --out=data/mine",
         "sedd train  --config.data.corpus=data/mine --workdir=runs/mine",

@@ -5,8 +5,9 @@ Commands   sedd prepare --source=builtin:names --tokenizer=sentencepiece:1280 --
            sedd train --config=experiments/quickstart.py --workdir=runs/quickstart
            sedd eval --model=runs/quickstart
            (`sedd quickstart` does all of it, then samples and infills)
-Hardware   two CPU cores; about two minutes.
-Result     TBD
+Hardware   two CPU cores; two to three minutes for everything.
+Result     a bound of 1.316 ± 0.017 bits per byte of the test split (36,253 bytes), as `sedd quickstart` printed it; the
+           bigram's entropy of the same tokens is 1.330, xz given the training text takes 1.411.
 """
 
 from sedd import config

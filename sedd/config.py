@@ -45,7 +45,7 @@ _DEFAULT = {
         "vocab_size": None,  # None: the corpus'; else checked against it
     },
     "training": {
-        "steps": 1000,
+        "steps": 800,
         "batch_size": 64,  # of one update, whatever the devices and the accumulation
         "accumulation": 1,  # microbatches an update
         "seed": 0,

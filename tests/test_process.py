@@ -43,28 +43,34 @@ def test_perturb_and_prior_draw_the_forward_law(process):
         law = functools.reduce(np.kron, [channel(process, s)[v] for s, v in zip(sigma, x0, strict=True)])
         return p_value(index(x, process.num_states), law)
 
-    x, prior = process.perturb(keys, jnp.tile(x0, (rows, 1)), jnp.asarray(sigma)), process.prior(keys, 3)
+    x = jax.jit(process.perturb)(keys, jnp.tile(x0, (rows, 1)), sigma)
+    prior = jax.jit(process.prior, static_argnums=1)(keys, 3)
     assert x.dtype == prior.dtype == jnp.int32
     assert p(x, sigma) > 1e-3 and p(prior, 3 * [40.0]) > 1e-3
     assert p(x, 1.05 * sigma) < 1e-6 and p(prior, 3 * [4.0]) < 1e-6
 
 
 def test_scores_are_ratios_of_the_noisy_law(process, joint, float64):
-    """log_score of the exact r, the rates, and the way back to r; each is off by O(1) if a constant is wrong."""
-    x = states(process.num_states, 3)
+    """log_score of the exact r, log m, the rates, the way back to r: each is off by O(1) if a constant is wrong."""
+    x, denoiser = states(process.num_states, 3), joint.denoiser(process)
     asked, current = askable(process, x), np.eye(process.num_states, dtype=bool)[x][..., :3]
-    for sigma in SIGMAS[:-1]:
-        log_clean = joint.denoiser(process)(x, jnp.full(len(x), sigma), None)
+
+    @jax.jit
+    def forms(sigma):
+        log_clean = denoiser(x, jnp.full(len(x), sigma))
         here = jnp.take_along_axis(log_clean, jnp.minimum(x, 2)[..., None], axis=-1)[..., 0]
         log_score = process.log_score(log_clean, here, sigma)
-        whole = joint.score(process, sigma)
-        exact, noised = whole[..., :3], whole / whole.sum(-1, keepdims=True)
-        np.testing.assert_allclose(log_score[asked], np.log(exact)[asked], atol=1e-10)
-        np.testing.assert_allclose(np.exp(process.log_noised(log_clean, sigma)), noised, atol=1e-12)
-        rate = np.where(current, 0.0, process.stationary()[x][..., None] * exact)
-        np.testing.assert_allclose(process.rate(log_clean, x, sigma), rate, rtol=1e-10)
-        back = process.clean_from_score(log_score, sigma)
-        np.testing.assert_allclose(back[asked], log_clean[asked], atol=1e-10)
+        back = process.clean_from_score(log_score, sigma) - log_clean
+        return log_score, process.log_noised(log_clean, sigma), process.rate(log_clean, x, sigma), back
+
+    for sigma in SIGMAS[:-1]:
+        score = joint.score(process, sigma)
+        log_score, log_noised, rate, back = map(np.asarray, forms(sigma))
+        np.testing.assert_allclose(log_score[asked], np.log(score[..., :3])[asked], atol=1e-10)
+        np.testing.assert_allclose(np.exp(log_noised), score / score.sum(-1, keepdims=True), atol=1e-12)
+        exact = np.where(current, 0.0, process.stationary()[x][..., None] * score[..., :3])
+        np.testing.assert_allclose(rate, exact, rtol=1e-10)
+        np.testing.assert_allclose(back[asked], 0.0, atol=1e-10)
 
 
 def test_tweedie_is_the_mixture_of_posteriors(process, joint, float64):
@@ -78,7 +84,7 @@ def test_tweedie_is_the_mixture_of_posteriors(process, joint, float64):
         ratio = np.where(both.T[x] > 0, posterior / np.maximum(both.T[x], 1e-300), 0.0)
         exact = np.einsum("xiv,vy,xiy->xiy", ratio, first, step[x])
         log_clean = joint.denoiser(process)(x, jnp.full(len(x), sigma), None)
-        p_move, log_dest = process.tweedie(log_clean, x, sigma, sigma_next)
+        p_move, log_dest = jax.jit(process.tweedie)(log_clean, x, sigma, sigma_next)
         stays = np.eye(process.num_states)[x]
         moves = p_move[..., None] * scipy.special.softmax(log_dest, axis=-1)
         moves = np.pad(moves, [(0, 0), (0, 0), (0, process.num_states - 3)])

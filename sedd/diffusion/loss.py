@@ -26,6 +26,7 @@ def denoising_loss(
     keys: Key[B]; x0: Int[B L]; t: Float[B]; free: Bool[B L], False where a token is given, kept and not scored.
     Returns Float[B L], nats.
     """
+    t = jnp.maximum(t, jnp.finfo(t.dtype).epsneg)  # at 0 there is no noise, and the score has no limit
     sigma = schedule.sigma(t)
     x = process.perturb(keys, x0, sigma[:, None])
     x = x if free is None else jnp.where(free, x, x0)
@@ -51,7 +52,8 @@ def count_loss(
     keys: Key[B]; x0: Int[B L]; k: Int[B]; free: Bool[B L]. Returns Float[B L], nats.
     """
     free = jnp.ones(x0.shape, bool) if free is None else free
-    n = jnp.sum(free, axis=-1)
+    n = jnp.maximum(jnp.sum(free, axis=-1), 1)  # a row with nothing free costs nothing
+    k = jnp.clip(k, 1, n)
     masked = (draws.ranks(keys, free) < k[:, None]) & free
     x = process.hide(x0, masked)
     share = (k - 0.5) / n

@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except Interrupted as stopped:
         print(f"sedd: {stopped}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # the reader of stdout, such as head, has had enough
         sys.stderr.close()
     return 0

@@ -271,6 +271,9 @@ def test_another_run_in_the_folder_is_refused(corpus, tmp_path, change, named):
     with pytest.raises(sedd.UserError, match=f"another run.*{named}"):
         fit(small_config(corpus, change), tmp_path / "run")
     assert (tmp_path / "run/config.json").read_text() == before
+    (tmp_path / "run/config.json").write_text(before[:-9])
+    with pytest.raises(sedd.UserError, match="is damaged"):
+        fit(small_config(corpus, change), tmp_path / "run")
 
 
 def test_more_steps_continue_a_run(corpus, tmp_path):

@@ -95,7 +95,10 @@ def claim(workdir: Path, config: ConfigDict, corpus: Corpus):
     mine = {"config": config.to_dict(), "vocab_size": corpus.vocab_size, "corpus": corpus.hash}
     path = workdir / "config.json"
     if path.is_file():
-        theirs = json.loads(path.read_text())
+        try:
+            theirs = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is damaged: it is no JSON; restore it, or choose another --workdir") from None
         changed = [
             f"{key} ({old!r} there, {new!r} here)"
             for key, old, new in _differences(theirs, mine)

@@ -232,6 +232,8 @@ class Model:
 
     def _sampler(self, sampler: str | Sampler, steps: int) -> Sampler:
         if isinstance(sampler, Sampler):
+            if sampler.process != self.process:
+                raise UserError(f"the sampler is for {sampler.process}, the model for {self.process}")
             return sampler
         if sampler not in SAMPLERS:
             raise UserError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")

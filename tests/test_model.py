@@ -128,6 +128,7 @@ def test_log_score_and_denoiser(model):
         (lambda model: model.sample(steps=0), "steps must be at least 1"),
         (lambda model: model.sample(length=17), "length is 17 tokens; it must be from 1 to the model's block of 16"),
         (lambda model: model.sample(sampler="best"), "no sampler 'best'; there are euler, tweedie"),
+        (lambda model: model.sample(sampler=sedd.Tweedie(sedd.Absorbing(5), sedd.LogLinear(), 2)), "sampler is for"),
         (lambda model: model.sample(temperature=0), "temperature must be positive"),
         (lambda model: model.sample(top_p=1.5), "top_p must lie in"),
         (lambda model: model.sample(batch_size=0), "batch_size must be at least 1"),

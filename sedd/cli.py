@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, run, text, takes_config=False):
-        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        more = " Any key of the config can be set, as in --config.training.steps=100." if takes_config else ""
+        made = commands.add_parser(name, help=text, description=text + more, allow_abbrev=False)
         made.set_defaults(run=run, takes_config=takes_config)
         return made
 

@@ -2,7 +2,6 @@
 
 import ast
 import difflib
-import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -191,8 +190,3 @@ def build(config: ConfigDict, vocab_size: int) -> tuple[Process, Schedule, Netwo
     sizes = config.network.to_dict()
     sigma_range = (float(schedule.sigma(config.training.min_time)), float(schedule.sigma(1.0)))
     return process, schedule, Network(process=process, sigma_range=sigma_range, **sizes)
-
-
-def to_json(config: ConfigDict) -> str:
-    """The config as text, to be read back by `from_dict(json.loads(...))`."""
-    return json.dumps(config.to_dict(), indent=2)

@@ -8,7 +8,6 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +28,7 @@ from sedd.diffusion.score import Denoiser, clamped, edited, in_block, nucleus, t
 from sedd.errors import UserError
 from sedd.evaluation.perplexity import Report, from_corpus, from_texts, perplexity
 from sedd.network.network import Network
+from sedd.parallel import named, placed
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.fit import fit
 
@@ -189,7 +189,7 @@ class Model:
             self.tokenizer.save(directory / "tokenizer")
         about = {"config": self.config.to_dict(), "vocab_size": self.process.vocab_size}
         (directory / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-        save_file(_named(jax.device_get(self.params)), directory / "weights.safetensors")
+        save_file(named(jax.device_get(self.params)), directory / "weights.safetensors")
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -289,16 +289,16 @@ def load(path: str | Path) -> Model:
         raise UserError(f"{directory / 'config.json'} is damaged: it is no JSON") from None
     if pretrained.is_published(about):
         config, params = pretrained.load(directory)
-        return _assembled(config, config.data.vocab_size, params, None)
+        return Model(config, jax.device_put(params), None, *configs.build(config, config.data.vocab_size))
     if "config" not in about:
         raise UserError(f"{directory} holds no model: its config.json is of another kind")
     config = configs.from_dict(about["config"])
     tokenizer = load_tokenizer(directory / "tokenizer") if (directory / "tokenizer").is_dir() else None
-    _, _, network = configs.build(config, about["vocab_size"])
+    process, schedule, network = configs.build(config, about["vocab_size"])
     like = jax.eval_shape(network.init, jax.random.key(0))
     weights = directory / "weights.safetensors"
     params = _exported(weights, like) if weights.is_file() else _trained(directory, config, like)
-    return _assembled(config, about["vocab_size"], params, tokenizer)
+    return Model(config, jax.device_put(params), tokenizer, process, schedule, network)
 
 
 def train(config: ConfigDict, workdir: str | Path) -> Model:
@@ -307,16 +307,11 @@ def train(config: ConfigDict, workdir: str | Path) -> Model:
     return load(workdir)
 
 
-def _assembled(config: ConfigDict, vocab_size: int, params: dict, tokenizer: Tokenizer | None) -> Model:
-    process, schedule, network = configs.build(config, vocab_size)
-    return Model(config, jax.device_put(params), tokenizer, process, schedule, network)
-
-
 def _trained(directory: Path, config: ConfigDict, like: dict) -> dict:
     if not (directory / "checkpoints").is_dir():
         raise UserError(f"{directory} holds no checkpoint yet; train a little longer")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like)
+    like = placed(like, jax.tree.map(lambda _: device, like))
     with Checkpoints(directory / "checkpoints") as checkpoints:
         return checkpoints.restore_params(like, ema=bool(config.training.ema_decay))
 
@@ -326,17 +321,11 @@ def _exported(file: Path, like: dict) -> dict:
         arrays = load_file(file)
     except SafetensorError as error:
         raise UserError(f"{file} is damaged ({error}); export the model again") from None
-    expected = {name: (leaf.shape, leaf.dtype) for name, leaf in _named(like).items()}
+    expected = {name: (leaf.shape, leaf.dtype) for name, leaf in named(like).items()}
     found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
     if found != expected:
         wrong = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         raise UserError(
             f"{file} does not fit its config.json: {wrong} is {found.get(wrong)}, not {expected.get(wrong)}"
         )
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in _named(like)])
-
-
-def _named(tree: dict) -> dict[str, Any]:
-    """The leaves of a tree of parameters by their paths."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in named(like)])

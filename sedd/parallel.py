@@ -50,11 +50,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def name_of(path: tuple, separator: str = "/") -> str:
+    """The path of a leaf as text, such as trunk/block_0/up/kernel."""
+    return jax.tree_util.keystr(path, simple=True, separator=separator)
+
+
+def named(tree, separator: str = "/") -> dict:
+    """The leaves of a tree by their paths, in the order of the tree."""
+    return {name_of(path, separator): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
 def shardings(mesh: Mesh, tree) -> object:
     """The sharding of each leaf of a tree of arrays or their shapes; paths may end in a parameter's path."""
 
     def one(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = name_of(path)
         axes = next((axes for pattern, axes in _TABLE if re.search(pattern, name)), None)
         if axes is None or leaf.ndim < 2 or leaf.size * np.dtype(leaf.dtype).itemsize < WHOLE:
             return NamedSharding(mesh, P())

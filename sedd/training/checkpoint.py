@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from sedd.errors import UserError
+from sedd.parallel import named
 from sedd.training.step import TrainState
 
 DIGESTS = "digests.json"
@@ -101,8 +102,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 def _flat(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their paths."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return named(tree, separator=".")  # Orbax makes files of the names
 
 
 def _seal(checkpoint: Path):

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from sedd.parallel import name_of
+
 
 def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
     """The optimiser that `config` (the group `optimizer`) describes, for a run of so many steps."""
@@ -46,7 +48,7 @@ def _matrices(params: dict) -> dict:
     """
 
     def one(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = name_of(path)
         if not name.endswith("kernel") or name == "head/out/kernel":
             return None
         return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)

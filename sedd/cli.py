@@ -5,6 +5,9 @@ import json
 import sys
 from pathlib import Path
 
+from sedd.data import sources, tokenizers
+from sedd.data.splits import SPLITS
+from sedd.errors import UserError
 from sedd.version import __version__
 
 # What the quickstart fills in, for each built-in corpus.
@@ -29,7 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [text for text in rest if not text.startswith("--config.")]
     if unknown or (settings and not args.takes_config):
         parser.error(f"sedd {args.command} takes no {(unknown or rest)[0]}; see sedd {args.command} --help")
-    from sedd.errors import UserError
     from sedd.training.fit import Interrupted
 
     try:
@@ -40,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as stopped:
         print(f"sedd: {stopped}", file=sys.stderr)
     except KeyboardInterrupt:
+        if args.command == "prepare":
+            print("sedd: stopped; what is done is kept, and the same command continues", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of stdout, such as head, has had enough
         sys.stderr.close()
@@ -64,15 +68,24 @@ def _parser() -> argparse.ArgumentParser:
     quick.add_argument("--source", default=corpora[0], choices=corpora, help="(%(default)s)")
 
     prep = command("prepare", _prepare, "Tokenise a source once, into a corpus directory.")
-    prep.add_argument("--source", required=True, help="text:GLOB, builtin:names or builtin:functions")
-    kinds = "sentencepiece:SIZE, sentencepiece:FILE, bytes or characters (%(default)s)"
-    prep.add_argument("--tokenizer", default="sentencepiece:8000", help=kinds)
+    prep.add_argument("--source", help=f"the text, to be split: {', '.join(sources.FORMS)}")
+    for split in SPLITS:
+        prep.add_argument(f"--{split}", metavar="SOURCE", help=f"instead of --source: the text of the {split} split")
+    rules = "documents:0.9,0.05,0.05, position:90,5,5 or last:100000 (documents; position where they are few)"
+    prep.add_argument("--split", metavar="RULE", help=rules)
+    prep.add_argument("--tokenizer", default="sentencepiece:8000", help=f"{', '.join(tokenizers.FORMS)} (%(default)s)")
     prep.add_argument("--out", required=True, help="the corpus directory to make")
-    prep.add_argument("--seed", type=int, default=0, help="draws the held-out documents")
+    modes = "packed, one stream of text, or padded, documents in rows of their own (%(default)s)"
+    prep.add_argument("--mode", default="packed", help=modes)
+    prep.add_argument("--padding", help="of padded documents: scored, or ignored (the default)")
+    prep.add_argument("--seed", type=int, default=0, help="draws the held-out documents, and their order")
+    prep.add_argument("--workers", type=int, help="threads (one a core); the corpus does not depend on them")
 
     train = command("train", _train, "Train, or continue the run that is in --workdir.", True)
     train.add_argument("--config", help="a file with get_config(), such as experiments/quickstart.py; else the default")
-    train.add_argument("--workdir", required=True, help="where the run goes")
+    train.add_argument("--workdir", help="where the run goes; required, but for a dry run")
+    train.add_argument("--init_from", metavar="MODEL", help="a model whose weights a new run starts from")
+    train.add_argument("--dry_run", action="store_true", help="print sizes, memory and operations; train nothing")
 
     evaluate = command("eval", _eval, "Bound the negative log-likelihood of a corpus.")
     _add_model(evaluate)
@@ -114,22 +127,50 @@ def _add_sampling(parser):
 def _prepare(args, _):
     from sedd.data.prepare import prepare
 
-    corpus = prepare(args.source, args.tokenizer, args.out, args.seed)
+    given = {split: getattr(args, split) for split in SPLITS if getattr(args, split) is not None}
+    if (args.source is None) == (not given):
+        raise UserError("give either --source, or --train with --validation and --test")
+    rules = dict(split=args.split, mode=args.mode, padding=args.padding, workers=args.workers)
+    corpus = prepare(args.source or given, args.tokenizer, args.out, args.seed, **rules)
     for split, counts in corpus.meta["splits"].items():
         print(
-            f"{split:11}{counts['documents']:10,} documents {counts['tokens']:13,} tokens {counts['bytes']:13,} bytes"
+            f"{split:11}{counts['documents']:12,} documents {counts['tokens']:15,} tokens {counts['bytes']:15,} bytes"
         )
-    print(f"vocabulary {corpus.vocab_size:,} tokens; corpus in {args.out}")
+    print(f"vocabulary {corpus.vocab_size:,} tokens, {corpus.layout.name}; corpus in {args.out}")
 
 
 def _train(args, settings):
     from sedd import config as configs
+    from sedd.model import load
     from sedd.training.fit import fit
 
     config = configs.load_config(args.config) if args.config else configs.default()
-    fit(configs.override(config, settings), args.workdir)
-    print(f"the run in {args.workdir} is trained; next:")
-    print(f"  sedd eval --model={args.workdir}\n  sedd sample --model={args.workdir}")
+    config = configs.override(config, settings)
+    if args.dry_run:
+        print(_estimate(config))
+        return
+    if args.workdir is None:
+        raise UserError("train needs a --workdir, the folder where the run goes")
+    weights = load(args.init_from).params if args.init_from else None
+    summary = fit(config, args.workdir, weights, args.init_from)
+    print(f"{summary}\nthe run is in {args.workdir}; next:")
+    for line in (
+        f"sedd eval   --model={args.workdir}",
+        f"sedd sample --model={args.workdir} --num_samples=4",
+        f"sedd infill --model={args.workdir} 'some text <blank:8> more text'",
+    ):
+        print(f"  {line}")
+
+
+def _estimate(config):
+    """What a run would take. Neither the corpus nor the folder of the run need be there."""
+    import jax
+
+    from sedd.data.corpus import open_corpus
+    from sedd.training.estimate import estimate
+
+    vocab_size = config.data.vocab_size or open_corpus(config.data.corpus).vocab_size
+    return estimate(config, vocab_size, jax.device_count())
 
 
 def _eval(args, _):

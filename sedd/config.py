@@ -66,9 +66,11 @@ _DEFAULT = {
     "mesh": {"data": -1, "fsdp": 1, "model": 1},  # devices along each axis; -1: all that are left
     "checkpoint": {"every": 500, "keep": 2},  # steps between checkpoints; the newest that stay
     "evaluation": {
-        "every": 0,  # steps between bounds on the validation split during training; 0: none
+        "every": 0,  # steps between bounds on the validation split, and samples, during training; 0: none
         "draws": 16,  # noise levels a block
+        "samples": 2,  # texts drawn each time during training
     },
+    "metrics": {"tensorboard": False},  # write event files for TensorBoard too (pip install 'sedd[tensorboard]')
 }
 _CHOICES = {
     "process.name": tuple(PROCESSES),
@@ -88,11 +90,27 @@ _POSITIVE = {
     "checkpoint": ("every", "keep"),
     "evaluation": ("draws",),
 }
+_NOT_NEGATIVE = ("training.seed", "optimizer.weight_decay", "evaluation.every", "evaluation.samples")
 
 
 def default() -> ConfigDict:
     """A fresh copy of the default config, locked: an unknown key is an error."""
     return ConfigDict(_DEFAULT).lock()
+
+
+def paper() -> ConfigDict:
+    """The default with the SEDD paper's recipe and its small network (section 5.1 and appendix C; 90 M parameters
+    without embedding and head): free log scores, noise by times, AdamW, an average of the parameters, no decay."""
+    config = default()
+    config.network.update(prediction="score", width=768, layers=12, heads=12, dropout=0.1, dtype="bfloat16")
+    config.network.embedding_std = 768**-0.5 / 3**0.5
+    config.data.block_length = 1024
+    config.training.update(steps=400_000, batch_size=512, ema_decay=0.9999, levels="times")
+    config.optimizer.update(name="adamw", learning_rate=3e-4, b2=0.999, warmup_steps=2500, decay="constant")
+    config.optimizer.clip_norm = 1.0
+    config.checkpoint.every = 5000
+    config.evaluation.every = 10_000
+    return config
 
 
 def load_config(path: str | Path) -> ConfigDict:
@@ -167,10 +185,19 @@ def validate(config: ConfigDict) -> ConfigDict:
         for name in names:
             if config[group][name] <= 0:
                 raise UserError(f"config: {group}.{name} must be positive, not {config[group][name]}")
+    for key in _NOT_NEGATIVE:
+        if get(key) < 0:
+            raise UserError(f"config: {key} must not be negative, and is {get(key)}")
     for key in ("network.dropout", "training.ema_decay"):
         if not 0 <= get(key) < 1:
             raise UserError(f"config: {key} must lie in [0, 1), not {get(key)}")
+    try:
+        SCHEDULES[config.schedule.name](config.schedule)
+    except ValueError as error:
+        raise UserError(f"config: {error}") from None
     training, network = config.training, config.network
+    if not 0 < training.min_time < 1:
+        raise UserError(f"config: training.min_time must lie in (0, 1), not {training.min_time}")
     if training.batch_size % training.accumulation:
         raise UserError("config: training.batch_size must be a multiple of training.accumulation")
     if network.width % (2 * network.heads):

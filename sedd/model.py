@@ -15,39 +15,33 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
 
 from sedd import config as configs
 from sedd import pretrained, prompts
 from sedd.data.corpus import Corpus
+from sedd.data.layout import Layout
 from sedd.data.tokenizers import Tokenizer, load_tokenizer
 from sedd.diffusion.process import Process
-from sedd.diffusion.samplers import SAMPLERS, Sampler, sample
+from sedd.diffusion.samplers import Sampler
 from sedd.diffusion.schedule import Schedule
-from sedd.diffusion.score import Denoiser, clamped, edited, in_block, nucleus, temperature
+from sedd.diffusion.score import Denoiser, clamped
 from sedd.errors import UserError
 from sedd.evaluation.perplexity import Report, from_corpus, from_texts, perplexity
+from sedd.generation import Generator, Samples
 from sedd.network.network import Network
 from sedd.parallel import named, placed
+from sedd.prompts import Prompt
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.fit import fit
-
-GROUP = 64  # rows sampled at a time, unless told otherwise
-
-
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """What `sample` and `infill` return: N rows, the samples of a row of input adjacent."""
-
-    texts: list[str] | None  # None where the model has no tokenizer
-    tokens: np.ndarray  # Int32[N L]; -1 after the end of rows shorter than the longest
-    network_calls: int  # of each row; the most that any group of rows took
-    trace: np.ndarray | None  # Int32[T N L], the state after each of the T calls; rows that end early repeat their last
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A trained model. params: the EMA where the run keeps one; tokenizer: None where none is known."""
+    """A trained model.
+
+    params: the EMA where the run keeps one; tokenizer: None where none is known; layout: how the documents lay in
+    blocks that it was trained on.
+    """
 
     config: ConfigDict
     params: dict
@@ -55,6 +49,7 @@ class Model:
     process: Process
     schedule: Schedule
     network: Network
+    layout: Layout = Layout()
 
     @property
     def block_length(self) -> int:
@@ -93,18 +88,14 @@ class Model:
         batch_size: int | None = None,
         trace: bool = False,
     ) -> Samples:
-        """Draws texts of `length` tokens, by default a whole block.
+        """Draws texts of `length` tokens, by default a whole block, or where documents were padded and their padding
+        ignored, as long as those are.
 
         steps: of the sampler, if that is a name; temperature, top_p: act on the law over clean tokens; batch_size: rows
         at a time, which changes no sample; trace: keep the states on the way.
         """
-        length = self.block_length if length is None else length
-        if num_samples < 1:
-            raise UserError(f"the number of samples must be at least 1, not {num_samples}")
-        self._check_length(length, "length")
-        return self._draw(
-            [prompts.blank(length)] * num_samples, steps, sampler, temperature, top_p, seed, batch_size, trace
-        )
+        settings = dict(steps=steps, sampler=sampler, temperature=temperature, top_p=top_p)
+        return self._generator.sample(num_samples, length, **settings, seed=seed, batch_size=batch_size, trace=trace)
 
     def infill(
         self,
@@ -140,18 +131,14 @@ class Model:
             raise UserError("length goes with a prefix and a suffix; a template or an array has its own")
         if num_samples < 1:
             raise UserError(f"the number of samples must be at least 1, not {num_samples}")
-        if ways[0]:
-            templates = [template] if isinstance(template, str) else template
-            rows = [prompts.of_template(text, self._require_tokenizer()) for text in templates]
-        elif ways[1]:
-            length = self.block_length if length is None else length
-            rows = [prompts.between(prefix or "", suffix or "", length, self._require_tokenizer())]
-        else:
+        if ways[2]:
             rows = prompts.of_arrays(tokens, given, self.process.vocab_size)
-        for row in rows:
-            self._check_length(len(row.tokens), "what to fill in")
+        else:
+            texts = [template] if isinstance(template, str) else template
+            rows = self._of_texts(texts, prefix or "", suffix or "", length)
         rows = [row for row in rows for _ in range(num_samples)]
-        return self._draw(rows, steps, sampler, temperature, top_p, seed, batch_size, trace)
+        settings = dict(steps=steps, sampler=sampler, temperature=temperature, top_p=top_p)
+        return self._generator.draw(rows, **settings, seed=seed, batch_size=batch_size, trace=trace)
 
     def perplexity(
         self,
@@ -173,10 +160,15 @@ class Model:
             corpus = texts_or_corpus
             if corpus.tokenizer.fingerprint != self._require_tokenizer().fingerprint:
                 raise UserError(f"{corpus.path} was made with another tokenizer than the model's; prepare it with that")
+            if corpus.layout.name != self.layout.name:
+                raise UserError(
+                    f"{corpus.path} is {corpus.layout.name}, but the model was trained on a corpus that is "
+                    f"{self.layout.name}; prepare it so"
+                )
             scored = from_corpus(corpus, split, self.block_length)
         else:
             texts = [texts_or_corpus] if isinstance(texts_or_corpus, str) else texts_or_corpus
-            scored = from_texts(texts, self._require_tokenizer(), self.block_length)
+            scored = from_texts(texts, self._require_tokenizer(), self.block_length, self.layout)
         return perplexity(self.network, self.schedule, self.params, scored, seed, draws, progress=progress)
 
     def save(self, directory: str | Path):
@@ -187,90 +179,38 @@ class Model:
         directory.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is not None:
             self.tokenizer.save(directory / "tokenizer")
-        about = {"config": self.config.to_dict(), "vocab_size": self.process.vocab_size}
+        about = {
+            "config": self.config.to_dict(),
+            "vocab_size": self.process.vocab_size,
+            "layout": self.layout.to_json(),
+        }
         (directory / "config.json").write_text(json.dumps(about, indent=2) + "\n")
         save_file(named(jax.device_get(self.params)), directory / "weights.safetensors")
+
+    def _of_texts(self, templates: Sequence[str] | None, prefix: str, suffix: str, length: int | None) -> list[Prompt]:
+        """The prompts of templates, or of a prefix and a suffix, as documents of the corpus."""
+        tokenizer = self._require_tokenizer()
+        if templates is not None:
+            rows = [prompts.of_template(text, tokenizer) for text in templates]
+        else:
+            length = self.block_length if length is None else length
+            end = int(self.layout.padded)  # the end-of-text token is part of the length
+            rows = [prompts.between(prefix, suffix, length - end, tokenizer)]
+        return [prompts.as_document(row, self.layout, self.block_length, tokenizer.end_of_text) for row in rows]
+
+    @property
+    def _generator(self) -> Generator:
+        return Generator(self.network, self.params, self.schedule, self.tokenizer, self.layout, self.block_length)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer, so it takes no text; use token arrays")
         return self.tokenizer
 
-    def _check_length(self, length: int, what: str):
-        if not 1 <= length <= self.block_length:
-            raise UserError(f"{what} is {length} tokens; it must be from 1 to the model's block of {self.block_length}")
-
-    def _draw(self, rows, steps, sampler, temperature, top_p, seed, batch_size, trace) -> Samples:
-        """Samples the free positions of prompts, in groups of one shape."""
-        sampler = self._sampler(sampler, steps)
-        if not temperature > 0:
-            raise UserError(f"temperature must be positive, not {temperature}")
-        if not 0 < top_p <= 1:
-            raise UserError(f"top_p must lie in (0, 1], not {top_p}")
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, not {batch_size}")
-        tokens, free, lengths = prompts.laid_out(rows, self.process, self.block_length)
-        group = min(len(rows), batch_size or GROUP)
-        run = functools.partial(
-            _sample,
-            self.network,
-            sampler,
-            self.block_length,
-            (temperature, top_p) != (1.0, 1.0),
-            trace,
-            self.params,
-            jax.random.key(seed),
-            temperature,
-            top_p,
-        )
-        drawn = []
-        starts = range(0, len(rows), group)
-        for start in tqdm(starts, desc="sampling", unit="batch", delay=2, disable=len(starts) == 1):
-            at = np.arange(start, start + group)
-            drawn.append(jax.device_get(run(tokens[at % len(rows)], free[at % len(rows)], at)))
-        return self._collected(drawn, len(rows), lengths, trace)
-
-    def _sampler(self, sampler: str | Sampler, steps: int) -> Sampler:
-        if isinstance(sampler, Sampler):
-            if sampler.process != self.process:
-                raise UserError(f"the sampler is for {sampler.process}, the model for {self.process}")
-            return sampler
-        if sampler not in SAMPLERS:
-            raise UserError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
-        if steps < 1:
-            raise UserError(f"steps must be at least 1, not {steps}")
-        return SAMPLERS[sampler](self.process, self.schedule, steps)
-
-    def _collected(self, drawn, count: int, lengths: np.ndarray, trace: bool) -> Samples:
-        calls = int(max(group.calls for group in drawn))
-        beyond = np.arange(lengths.max()) >= lengths[:, None]
-        tokens = np.concatenate([group.tokens for group in drawn])[:count, : lengths.max()]
-        tokens = np.where(beyond, -1, tokens)
-        states = None
-        if trace:
-            states = np.concatenate([group.trace[:calls] for group in drawn], axis=1)[:, :count, : lengths.max()]
-            states = np.where(beyond, -1, states)
-        texts = None
-        if self.tokenizer is not None:
-            texts = [self.tokenizer.decode(row[:length]) for row, length in zip(tokens, lengths)]
-        return Samples(texts, tokens, calls, states)
-
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_score(network, params, tokens, sigma):
     return network.log_score(params, tokens, sigma)
-
-
-@functools.partial(jax.jit, static_argnums=range(5))
-def _sample(network, sampler, block, reshaped, trace, params, key, heat, top_p, tokens, free, rows):
-    """One group of rows. Compiled once a shape; heat and top_p are arguments, `reshaped` says whether they matter."""
-    denoiser = network.denoiser(params)
-    if tokens.shape[1] < block:
-        denoiser = in_block(denoiser, block, network.process.mask)
-    if reshaped:
-        denoiser = edited(denoiser, lambda log_clean: temperature(log_clean, heat))
-        denoiser = edited(denoiser, lambda log_clean: nucleus(log_clean, top_p))
-    return sample(key, denoiser, sampler, tokens, free, rows, trace)
 
 
 def load(path: str | Path) -> Model:
@@ -298,12 +238,17 @@ def load(path: str | Path) -> Model:
     like = jax.eval_shape(network.init, jax.random.key(0))
     weights = directory / "weights.safetensors"
     params = _exported(weights, like) if weights.is_file() else _trained(directory, config, like)
-    return Model(config, jax.device_put(params), tokenizer, process, schedule, network)
+    layout = Layout.from_json(about["layout"])
+    return Model(config, jax.device_put(params), tokenizer, process, schedule, network, layout)
 
 
-def train(config: ConfigDict, workdir: str | Path) -> Model:
-    """Trains, or continues the run that is in `workdir`, and returns its model. See `sedd.training.fit.fit`."""
-    fit(config, workdir)
+def train(config: ConfigDict, workdir: str | Path, init_from: str | Path | None = None) -> Model:
+    """Trains, or continues the run that is in `workdir`, and returns its model. See `sedd.training.fit.fit`.
+
+    init_from: whatever `load` takes; a new run starts from its weights, and from nothing else of it.
+    """
+    weights = None if init_from is None else load(init_from).params
+    fit(config, workdir, weights, init_from and str(init_from))
     return load(workdir)
 
 

@@ -6,10 +6,11 @@ parameters, their average and the optimiser's state by one table of parameter pa
 
 import math
 import re
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -29,9 +30,8 @@ _TABLE = (
 )
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
-    """The mesh over all devices, from `config.mesh`. UserError if the axes do not multiply to their number."""
-    devices = jax.device_count()
+def mesh_sizes(config: ConfigDict, devices: int) -> tuple[int, ...]:
+    """How many of so many devices lie along each of AXES. UserError if the mesh or the batch does not fit them."""
     sizes = [config.mesh[axis] for axis in AXES]
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = max(1, devices // -math.prod(sizes))
@@ -42,7 +42,14 @@ def make_mesh(config: ConfigDict) -> Mesh:
         raise UserError(
             f"config: {rows} rows (training.batch_size / accumulation) cannot be split over {parts} devices"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return tuple(sizes)
+
+
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over the devices, by default over all. UserError if `config.mesh` or the batch does not fit them."""
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -60,7 +67,7 @@ def named(tree, separator: str = "/") -> dict:
     return {name_of(path, separator): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def shardings(mesh: Mesh, tree) -> object:
+def shardings(mesh: Mesh | AbstractMesh, tree) -> object:
     """The sharding of each leaf of a tree of arrays or their shapes; paths may end in a parameter's path."""
 
     def one(path, leaf):

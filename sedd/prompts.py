@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sedd.data.layout import Layout
 from sedd.data.tokenizers import Tokenizer
 from sedd.diffusion.process import Absorbing, Process
 from sedd.errors import UserError
@@ -72,17 +73,29 @@ def of_arrays(tokens: Any, given: Any, vocab_size: int) -> list[Prompt]:
     return [Prompt(*row) for row in zip(np.where(given, tokens, 0).astype(np.int32), given)]
 
 
-def laid_out(rows: list[Prompt], process: Process, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of any lengths for the sampling loop: tokens Int32[N L], free Bool[N L], lengths Int[N].
+def as_document(row: Prompt, layout: Layout, block: int, end_of_text: int | None) -> Prompt:
+    """A whole text as the model's corpus has it: of padded documents, its end is given too, and scored padding."""
+    if not layout.padded:
+        return row
+    spare = max(1, block - len(row.tokens)) if layout.padding == "scored" else 1
+    return joined(row, Prompt(np.full(spare, end_of_text, np.int32), np.ones(spare, bool)))
 
-    With Absorbing what follows the end of a row is held masked; with Uniform the whole block is sampled, to be cut.
-    Either way the row has the model's exact marginal law.
+
+def laid_out(
+    rows: list[Prompt], process: Process, block: int, layout: Layout
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of any lengths for the sampling loop: tokens Int32[N L], free Bool[N L], lengths Int32[N].
+
+    Where the network is told the lengths, what follows the end of a row is of no account. Else with Absorbing it is
+    held masked, and with Uniform the whole block is sampled, to be cut; either way the row has the model's exact
+    marginal law.
     """
     masks = isinstance(process, Absorbing)
-    lengths = np.array([len(row.tokens) for row in rows])
-    shape = (len(rows), int(lengths.max()) if masks else block)
+    cut = not masks and not layout.binds_lengths
+    lengths = np.array([len(row.tokens) for row in rows], np.int32)
+    shape = (len(rows), block if cut else int(lengths.max()))
     tokens = np.full(shape, process.mask if masks else 0, np.int32)
-    free = np.full(shape, not masks)
+    free = np.full(shape, cut)
     for number, row in enumerate(rows):
         tokens[number, : lengths[number]] = row.tokens
         free[number, : lengths[number]] = ~row.given

@@ -40,6 +40,44 @@ def test_prepare(place, capsys):
     assert sedd.open_corpus(place / "made").vocab_size == 257
 
 
+def test_prepare_with_a_source_for_each_split(place, capsys):
+    sources = [f"--train=text:{place}/texts/0*.txt", f"--test=text:{place}/texts/1*.txt"]
+    flags = ["--tokenizer=bytes", "--mode=padded", "--padding=scored", "--workers=1", f"--out={place}/padded"]
+    assert main(["prepare", *sources, *flags]) == 0
+    assert "packed" not in (out := capsys.readouterr().out) and "padded, its padding scored" in out
+    assert sedd.open_corpus(place / "padded").splits == ("train", "test")
+
+
+def test_an_interrupted_preparation_says_how_to_go_on(place, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sedd.prepare.__globals__, "hash_of_splits", interrupt)
+    command = ["prepare", f"--source=text:{place}/texts/*.txt", "--tokenizer=bytes", f"--out={place}/stopped"]
+    assert main(command) == 130
+    assert capsys.readouterr().err == "sedd: stopped; what is done is kept, and the same command continues\n"
+    monkeypatch.undo()
+    assert main(command) == 0
+
+
+def test_dry_run(place, capsys):
+    """Needs neither a corpus nor a folder, and leaves nothing."""
+    before = set(place.iterdir())
+    assert main(["train", "--dry_run", "--config.data.vocab_size=50257", f"--workdir={place}/dry"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("parameters", "FLOPs", "mesh", "GiB" if "GiB" in out else "MiB"))
+    assert main(["train", "--dry_run", f"--config.data.corpus={place}/corpus"]) == 0
+    assert set(place.iterdir()) == before
+
+
+def test_training_ends_with_a_summary_and_starts_from_weights(place, capsys):
+    flags = [f"--config.data.corpus={place}/corpus", *FLAGS, "--config.training.steps=2"]
+    assert main(["train", f"--workdir={place}/more", f"--init_from={place}/run", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "tokens" in out and f"sedd eval   --model={place}/more" in out
+    assert json.loads((place / "more/config.json").read_text())["init_from"] == f"{place}/run"
+
+
 def test_eval(place, capsys):
     """The corpus of the run by default; for people, or as JSON."""
     assert main(["eval", f"--model={place}/run", "--draws=2"]) == 0
@@ -75,6 +113,10 @@ def test_infill(place, capsys):
         ("train --workdir={0}/new --config.data.corpus={0}/corpus --config.data.vocab_size=5", "data.vocab_size is 5"),
         ("train --workdir={0}/new --config.data.corpus={0}/corpus --config.mesh.data=3", "does not fit the 8"),
         ("train", "--workdir"),
+        ("train --workdir={0}/new --config.data.corpus={0}/corpus --init_from={0}/absent", "no folder"),
+        ("train --workdir={0}/new --config.data.corpus={0}/corpus --init_from={0}/run", "cannot start this run"),
+        ("train --dry_run --config.data.corpus={0}/absent", "no folder"),
+        ("train --dry_run --config.data.vocab_size=9 --config.mesh.data=3", "does not fit the 8"),
         ("train --workdir={0}/new --worksdir=x", "takes no --worksdir=x"),
         ("prepare --source=text:{0}/absent*.txt --out={0}/new", "no file"),
         ("prepare --source=text:{0}/empty.txt --out={0}/new", "no text"),
@@ -82,6 +124,12 @@ def test_infill(place, capsys):
         ("prepare --source=text:{0}/tiny.txt --out={0}/new --tokenizer=sentencepiece:8000", "8000"),
         ("prepare --source=tables:x --out={0}/new", "unknown source"),
         ("prepare --source=text:{0}/tiny.txt --tokenizer=words --out={0}/new", "unknown tokenizer"),
+        ("prepare --source=jsonl:{0}/tiny.txt:text --tokenizer=bytes --out={0}/new", "tiny.txt, line 1 is no JSON"),
+        ("prepare --source=text:{0}/tiny.txt --split=half --out={0}/new", "there is no split 'half'"),
+        ("prepare --source=text:{0}/tiny.txt --padding=scored --out={0}/new", "leave --padding out"),
+        ("prepare --source=text:{0}/tiny.txt --train=text:{0}/tiny.txt --out={0}/new", "give either --source"),
+        ("prepare --out={0}/new", "give either --source"),
+        ("prepare --test=text:{0}/tiny.txt --out={0}/new", "needs one for train"),
         ("prepare --source=text:{0}/tiny.txt --tokenizer=bytes --out={0}/corpus", "choose another --out"),
         ("eval --model={0}/absent", "no folder"),
         ("eval --model={0}/run --data={0}/other/corpus", "another tokenizer"),

@@ -1,16 +1,17 @@
-"""From text to batches: sources, splits, the corpus directory, and what is read from it."""
+"""From text to a corpus: splits, the corpus directory, and how it is prepared."""
 
-import ast
-import gc
+import fcntl
 import itertools
 import json
-import threading
+import os
 
 import numpy as np
 import pytest
 
 from sedd import data
 from sedd.data import prepare as prepare_function
+from sedd.data import source as source_file
+from sedd.data import writer
 from sedd.data.splits import SPLITS
 from sedd.errors import UserError
 
@@ -35,69 +36,22 @@ MANY = [f"Document {index}.\r\nIts text: {'é' * (index % 7)} {index**3}" for in
 FEW = ["The first file.\n" * 20, "The second, " * 30, "ends.\0 漢字" * 20]
 
 
+LONG = [f"{index} " * (200 + 90 * (index % 5)) for index in range(50)]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Pieces of a thousand characters, and a record of each chunk."""
+    monkeypatch.setattr(source_file, "LONGEST_PIECE", 1000)
+    monkeypatch.setattr(writer, "LONGEST_PIECE", 1000)
+    monkeypatch.setattr(writer, "RECORD", 0.0)
+
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     """A corpus of sixty documents, drawn into splits."""
     folder = tmp_path_factory.mktemp("many")
     return data.prepare(write_files(folder / "text", MANY), "bytes", folder / "corpus", seed=1)
-
-
-# Sources
-
-
-def test_text_files_are_documents_sorted_by_path(tmp_path):
-    write_files(tmp_path / "b" / "deep", ["third\r\n", "", "fourth"])
-    write_files(tmp_path / "a", ["first", "second"])
-    source = data.open_source(f"text:{tmp_path}/**/*.txt")
-    assert list(source) == ["first", "second", "third\r\n", "fourth"]  # the empty file is none
-    assert list(source) == list(source) and source.joiner is None
-
-
-def test_names():
-    source = data.open_source("builtin:names")
-    names = list(source)
-    assert (len(names), sum(len(name) + 1 for name in names)) == (26540, 724088)
-    assert source.joiner == "\n" and "GREEK SMALL LETTER OMEGA WITH TONOS" in names
-
-
-def test_functions():
-    source = data.open_source("builtin:functions")
-    functions = list(source)
-    assert 4000 < len(functions) < 9000  # 6626 of Python 3.11.7
-    assert source.joiner == "\n\n\n" and max(map(len, functions)) <= 200
-    for function in functions[::20]:
-        (node,) = ast.parse(function).body
-        assert isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) is None
-    long_lines = [line.strip() for text in functions for line in set(text.split("\n")) if len(line.strip()) > 40]
-    assert len(set(functions)) == len(functions) and len(set(long_lines)) == len(long_lines)
-
-
-@pytest.mark.parametrize("source", ["builtin:names", "builtin:functions"])
-def test_held_out_text_of_a_builtin_corpus_is_not_in_the_training_text(source, tmp_path):
-    corpus = data.prepare(source, "bytes", tmp_path / "corpus")
-    training = set(decoded(corpus, "train").split("\n"))
-    held_out = [line for split in SPLITS[1:] for line in decoded(corpus, split).split("\n") if len(line) > 40]
-    assert len(held_out) > 200
-    assert sum(line in training for line in held_out) < 0.05 * len(held_out)
-    assert corpus.tokenizer.end_of_text is None
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("web:all", "unknown source 'web:all'; there are text, builtin:names, builtin:functions"),
-        ("builtin:poems", "unknown source 'builtin:poems'"),
-        ("text:{}/none/*.txt", "no file matches"),
-        ("text:{}/*.latin", r"000.latin is not UTF-8: the byte at position 3 does not fit"),
-        ("text:{}/*.empty", "holds no text"),
-    ],
-)
-def test_a_wrong_source_is_one_clear_line(spec, message, tmp_path):
-    (tmp_path / "000.latin").write_bytes(b"caf\xe9 noir")
-    (tmp_path / "000.empty").touch()
-    with pytest.raises(UserError, match=message):
-        data.prepare(spec.format(tmp_path), "bytes", tmp_path / "corpus")
-    assert not (tmp_path / "corpus").exists()
 
 
 # Splits and the corpus directory
@@ -197,20 +151,172 @@ def corpus_spec(corpus):
     return corpus.meta["source"], corpus.meta["tokenizer"]
 
 
-def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", ["counting", "tokenising", "arranging", "hashing"])
+def test_an_interrupted_preparation_goes_on(stage, small_pieces, tmp_path, monkeypatch):
+    """Whenever it was interrupted the corpus is the same, and what was done is not done again."""
+    source, out = write_files(tmp_path / "text", LONG), tmp_path / "corpora" / "mine"
+    wanted = data.prepare(source, "sentencepiece:300", tmp_path / "whole")
+    calls = []
+
+    def counted(function, name, when=None):
+        def run(*args, **kwargs):
+            calls.append(name)
+            if name == stage and len(calls) - calls.index(name) == (when or 1) and not resumed:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return run
+
+    resumed = False
+    prepare = prepare_function.__globals__
+    monkeypatch.setitem(prepare, "survey", counted(prepare["survey"], "counting"))
+    monkeypatch.setitem(prepare, "make_tokenizer", counted(prepare["make_tokenizer"], "making"))
+    monkeypatch.setattr(writer, "_tokenise", counted(writer._tokenise, "tokenising", when=20))
+    monkeypatch.setitem(prepare, "arrange", counted(prepare["arrange"], "arranging"))
+    monkeypatch.setitem(prepare, "hash_of_splits", counted(prepare["hash_of_splits"], "hashing"))
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare(source, "sentencepiece:300", out, workers=2)
+    assert [path.name for path in out.parent.iterdir()] == [".mine.preparing"]
+    before, resumed = calls.copy(), True
+    calls.clear()
+    assert data.prepare(source, "sentencepiece:300", out, workers=3).hash == wanted.hash
+    assert [path.name for path in out.parent.iterdir()] == ["mine"]
+    assert ("counting" in calls) == ("making" in calls) == (stage == "counting")
+    chunks = before.count("tokenising") + calls.count("tokenising")
+    if stage == "tokenising":
+        assert 15 < calls.count("tokenising") < 30  # of 37
+    elif stage != "counting":
+        assert calls.count("tokenising") == 0 and chunks == 37
+
+
+def test_another_request_starts_over(small_pieces, tmp_path, monkeypatch):
+    """A changed file, or another seed, after an interruption: nothing of the old work is in the new corpus."""
+    source, out = write_files(tmp_path / "text", LONG), tmp_path / "corpus"
+
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    source, out = write_files(tmp_path / "text", MANY), tmp_path / "corpora" / "mine"
-    monkeypatch.setitem(prepare_function.__globals__, "hash_of_splits", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setitem(prepare_function.__globals__, "hash_of_splits", interrupt)
         data.prepare(source, "bytes", out)
-    assert list(out.parent.iterdir()) == []
+    write_files(tmp_path / "text", ["changed " * 500])
+    wanted = data.prepare(source, "bytes", tmp_path / "wanted", seed=3)
+    assert data.prepare(source, "bytes", out, seed=3).hash == wanted.hash
+
+
+def test_a_mistake_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="too large"):
+        data.prepare(write_files(tmp_path / "text", MANY), "sentencepiece:9000", tmp_path / "corpora" / "mine")
+    assert list((tmp_path / "corpora").iterdir()) == []
+
+
+def test_one_process_prepares_at_a_time(tmp_path):
+    source = write_files(tmp_path / "text", MANY)
+    (tmp_path / ".corpus.preparing").mkdir()
+    held = os.open(tmp_path / ".corpus.preparing", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="is being prepared by another process"):
+        data.prepare(source, "bytes", tmp_path / "corpus")
+    os.close(held)
+    data.prepare(source, "bytes", tmp_path / "corpus")
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece:300"])
+def test_workers_and_pieces_change_nothing(tokenizer, small_pieces, tmp_path):
+    """Documents in many pieces, tokenised by any number of threads."""
+    source = write_files(tmp_path / "text", LONG)
+    corpora = [data.prepare(source, tokenizer, tmp_path / str(workers), workers=workers) for workers in (1, 2, 7)]
+    assert len({corpus.hash for corpus in corpora}) == 1
+    assert sorted(itertools.chain(*(documents(corpora[0], split) for split in SPLITS))) == sorted(
+        text + "<|endoftext|>" for text in LONG
+    )
+
+
+# Rules
+
+
+def test_proportions_of_documents(tmp_path):
+    source = write_files(tmp_path / "text", MANY)
+    corpus = data.prepare(source, "bytes", tmp_path / "corpus", split="documents:0.5,0.5")
+    assert corpus.splits == ("train", "validation") and corpus.meta["split"] == "documents:0.5,0.5"
+    assert [corpus.meta["splits"][split]["documents"] for split in corpus.splits] == [30, 30]
+    assert sorted(documents(corpus, "train") + documents(corpus, "validation")) == sorted(
+        text + "<|endoftext|>" for text in MANY
+    )
+
+
+def test_positions_cut_any_number_of_documents(tmp_path):
+    """As text8 is: contiguous parts of the characters, in order, however many documents there are."""
+    source = write_files(tmp_path / "text", MANY)
+    corpus = data.prepare(source, "bytes", tmp_path / "corpus", split="position:80,10,10")
+    whole = "".join(decoded(corpus, split) for split in SPLITS)
+    assert whole == "".join(text + "<|endoftext|>" for text in MANY)
+    sizes = [len(decoded(corpus, split).replace("<|endoftext|>", "")) for split in SPLITS]
+    assert np.allclose(np.divide(sizes, sum(sizes)), [0.8, 0.1, 0.1], atol=0.002)
+
+
+def test_the_last_documents(tmp_path):
+    source = write_files(tmp_path / "text", MANY)
+    corpus = data.prepare(source, "bytes", tmp_path / "one", split="last:7")
+    assert corpus.splits == ("train", "validation")
+    assert sorted(documents(corpus, "validation")) == sorted(text + "<|endoftext|>" for text in MANY[-7:])
+    corpus = data.prepare(source, "bytes", tmp_path / "two", split="last:7,2")
+    assert sorted(documents(corpus, "validation")) == sorted(text + "<|endoftext|>" for text in MANY[-9:-2])
+    assert sorted(documents(corpus, "test")) == sorted(text + "<|endoftext|>" for text in MANY[-2:])
+
+
+def test_a_source_for_each_split(tmp_path):
+    sources = {
+        "test": write_files(tmp_path / "c", MANY[:5]),
+        "train": write_files(tmp_path / "a", MANY[5:9]),
+    }
+    corpus = data.prepare(sources, "characters", tmp_path / "corpus")
+    assert corpus.splits == ("train", "test") and corpus.meta["split"] is None
+    assert sorted(documents(corpus, "test")) == sorted(text + "<|endoftext|>" for text in MANY[:5])
+    assert sorted(documents(corpus, "train")) == sorted(text + "<|endoftext|>" for text in MANY[5:9])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(split="half"), "there is no split 'half'; write documents:0.9,0.05,0.05, position:90,5,5 or last:100000"),
+        (dict(split="documents:a,b"), "there is no split"),
+        (dict(split="documents:-1,2"), "there is no split"),
+        (dict(split="documents:0,0"), "there is no split"),
+        (dict(split="documents:4,3,2,1"), "there is no split"),
+        (dict(split="last:1.5"), "there is no split"),
+        (dict(split="last:1,2,3"), "there is no split"),
+        (dict(split="documents:1,0,1"), "the validation split of .* would be empty with documents:1,0,1"),
+        (dict(split="documents:0.999,0.001"), "the validation split of .* would be empty"),
+        (dict(split="last:60"), "the train split of .* would be empty with last:60"),
+        (dict(split="last:0"), "there is no split"),
+        (dict(mode="woven"), "there is no mode 'woven'; choose packed or padded"),
+        (dict(padding="scored"), "a packed corpus has no padding"),
+        (dict(mode="padded", padding="some"), "either scored or ignored"),
+        (dict(workers=0), "at least one worker"),
+    ],
+)
+def test_wrong_rules_are_one_clear_line(arguments, message, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        data.prepare(write_files(tmp_path / "text", MANY), "bytes", tmp_path / "corpus", **arguments)
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_wrong_sources_for_splits(tmp_path):
+    source = write_files(tmp_path / "text", MANY)
+    with pytest.raises(UserError, match="nothing to split"):
+        data.prepare({"train": source}, "bytes", tmp_path / "corpus", split="last:3")
+    for wrong in ({"test": source}, {"train": source, "tset": source}):
+        with pytest.raises(UserError, match="needs one for train"):
+            data.prepare(wrong, "bytes", tmp_path / "corpus")
 
 
 def test_a_text_too_short_to_split(tmp_path):
-    with pytest.raises(UserError, match="the validation split of text:.* would be empty, it is too short"):
+    with pytest.raises(UserError, match="the validation split of text:.* would be empty with position:90,5,5"):
         data.prepare(write_files(tmp_path / "text", ["a", "b"]), "sentencepiece:300", tmp_path / "corpus")
+
+
+# The corpus
 
 
 def test_a_corpus_is_read_only_and_knows_its_splits(many):
@@ -224,9 +330,9 @@ def test_a_corpus_is_read_only_and_knows_its_splits(many):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: (path / "test.tokens").write_bytes(b"abc"), "the files of its test split are not whole"),
-        (lambda path: (path / "train.offsets.npy").unlink(), "the files of its train split are not whole"),
-        (lambda path: np.save(path / "train.bytes.npy", np.zeros(9)), "the files of its train split are not whole"),
+        (lambda path: (path / "test.tokens").write_bytes(b"abc"), "is damaged: test.tokens is not whole"),
+        (lambda path: (path / "train.offsets").unlink(), "is damaged: train.offsets is not whole"),
+        (lambda path: (path / "train.byte_offsets").write_bytes(b"abc"), "train.byte_offsets is not whole"),
         (lambda path: (path / "meta.json").write_text("[]"), "is no corpus"),
         (lambda path: (path / "meta.json").unlink(), "is no corpus"),
         (lambda path: (path / "meta.json").write_text('{"format": 99}'), "has corpus format 99"),
@@ -248,111 +354,3 @@ def test_a_missing_corpus(tmp_path):
 def test_meta_is_plain_json(many):
     meta = json.loads((many.path / "meta.json").read_text())
     assert meta == many.meta and meta["mode"] == "packed" and meta["vocab_size"] == 257 and len(meta["hash"]) == 64
-
-
-# Batches
-
-
-def starts_of(rows, corpus):
-    """Where rows begin in a training text in which they occur once."""
-    text = corpus.tokens("train").tobytes()
-    return [text.index(row.astype("<u2").tobytes()) // 2 for row in rows]
-
-
-def epoch_starts(corpus, block_length, seed, epoch):
-    num_blocks = (corpus.num_tokens("train") - block_length + 1) // block_length
-    return starts_of(data.batch(corpus, block_length, num_blocks, seed, epoch), corpus)
-
-
-@pytest.fixture(scope="module")
-def numbers(tmp_path_factory):
-    """A corpus in which no ten tokens occur twice."""
-    folder = tmp_path_factory.mktemp("numbers")
-    text = "".join(f"{number:04}," for number in range(1000, 2000))
-    return data.prepare(write_files(folder / "text", [text]), "bytes", folder / "corpus")
-
-
-def test_an_epoch_takes_each_block_once_from_an_offset_of_its_own(numbers):
-    starts = [epoch_starts(numbers, 32, seed=3, epoch=epoch) for epoch in range(12)]
-    for epoch in starts:
-        assert 0 <= min(epoch) < 32
-        assert sorted(epoch) == list(range(min(epoch), min(epoch) + 32 * len(epoch), 32))
-        assert max(epoch) + 32 <= numbers.num_tokens("train")
-    assert len({min(epoch) for epoch in starts}) > 6
-    orders = {tuple(np.subtract(epoch, min(epoch))) for epoch in starts}
-    assert len(orders) == 12 and tuple(sorted(next(iter(orders)))) not in orders
-    assert epoch_starts(numbers, 32, seed=4, epoch=0) != starts[0]
-
-
-def test_rows_do_not_depend_on_their_grouping(numbers):
-    rows = np.concatenate([data.batch(numbers, 32, 5, 7, k) for k in range(80)])  # about three epochs
-    assert rows.dtype == np.int32 and np.array_equal(rows[:399], np.concatenate([data.batch(numbers, 32, 399, 7, 0)]))
-    reopened = data.open_corpus(numbers.path)
-    assert np.array_equal(data.batch(reopened, 32, 5, 7, 79), rows[-5:])
-
-
-def test_every_integer_is_a_seed(numbers):
-    seeds = (-2, -1, 0, 1, 2**63, 2**64 - 3)
-    assert len({data.batch(numbers, 32, 8, seed, 0).tobytes() for seed in seeds}) == len(seeds)
-
-
-@pytest.mark.parametrize("block_length", [2250, 3000, 4499, 4500])
-def test_blocks_almost_as_long_as_the_text(numbers, block_length):
-    assert numbers.num_tokens("train") == 4500
-    starts = starts_of(data.batch(numbers, block_length, 40, 0, 0), numbers)
-    assert 0 <= min(starts) and max(starts) <= 4500 - block_length
-    assert len(set(starts)) > min(8, 4500 - block_length)
-
-
-@pytest.mark.parametrize("start", [0, 3, 1000])
-def test_the_iterator_gives_the_batches_from_its_start(numbers, start):
-    iterator = data.batches(numbers, 16, 4, seed=0, start=start)
-    for k, rows in enumerate(itertools.islice(iterator, 10), start):
-        assert np.array_equal(rows, data.batch(numbers, 16, 4, 0, k))
-
-
-def prefetch_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
-
-
-def test_the_prefetch_thread_ends_with_the_iterator(numbers):
-    gc.collect()
-    iterator = data.batches(numbers, 16, 4, seed=0)
-    next(iterator)
-    assert len(prefetch_threads()) == 1
-    iterator.close()
-    assert not prefetch_threads()
-    iterator = data.batches(numbers, 16, 4, seed=0)
-    next(iterator)
-    del iterator
-    gc.collect()
-    assert not prefetch_threads()
-
-
-def test_an_error_in_the_thread_reaches_the_consumer(tmp_path):
-    corpus = data.prepare(write_files(tmp_path / "text", FEW), "bytes", tmp_path / "corpus")
-    iterator = data.batches(corpus, 16, 4, seed=0)
-    (corpus.path / "train.tokens").unlink()
-    with pytest.raises(FileNotFoundError):
-        list(itertools.islice(iterator, 10))
-    assert not prefetch_threads()
-
-
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("block_length", [1, 7, 250, 10_000])
-def test_blocks_lose_no_token(numbers, split, block_length):
-    rows, lengths = data.blocks(numbers, split, block_length)
-    assert rows.dtype == lengths.dtype == np.int32 and rows.shape == (len(lengths), block_length)
-    kept = np.concatenate([row[:length] for row, length in zip(rows, lengths, strict=True)])
-    assert np.array_equal(kept, numbers.tokens(split))
-    assert np.all(lengths[:-1] == block_length) and 0 < lengths[-1] <= block_length
-    assert np.all(rows[-1, lengths[-1] :] == 0)
-
-
-def test_block_lengths_that_cannot_be(numbers):
-    data.check_block_length(numbers, "train", 4500)
-    for call in (data.batch, data.batches):
-        with pytest.raises(UserError, match="corpus shorter than a block: .* 4500 tokens, a block 4501"):
-            call(numbers, 4501, 2, 0, 0)
-    with pytest.raises(UserError, match="at least 1"):
-        data.check_block_length(numbers, "test", 0)

@@ -1,5 +1,6 @@
 """The perplexity job: its number against one that is known, its error, and what it is held against."""
 
+import dataclasses
 import json
 import math
 
@@ -10,6 +11,7 @@ from small import small_config, small_corpus
 
 import sedd
 from sedd import config as configs
+from sedd.data.layout import Layout
 from sedd.evaluation.baselines import bigram_nats, unigram_nats
 from sedd.evaluation.perplexity import Scored, from_corpus, from_texts, perplexity
 
@@ -77,12 +79,12 @@ def test_standard_error_is_that_of_the_ratio():
     random = np.random.default_rng(0)
     terms, lengths = random.random((40, 3)) * 20, random.integers(1, 16, 40)
     network = configs.build(configs.default(), 30)[2]
-    scored = Scored(np.zeros((40, 16), int), lengths, np.arange(40) // 4, 100)
+    scored = Scored(np.zeros((40, 16), int), lengths, lengths, np.arange(40) // 4, 100, Layout())
     report = _report(terms, scored, 1, 0, network)
     totals, sizes = terms.sum(1).reshape(10, 4).sum(1), lengths.reshape(10, 4).sum(1)
     wanted = np.std(totals - totals.sum() / sizes.sum() * sizes, ddof=1) * math.sqrt(10) / sizes.sum()
     assert report.standard_error == pytest.approx(wanted)
-    alone = _report(terms, Scored(scored.tokens, lengths, np.zeros(40, int), 100), 1, 0, network)
+    alone = _report(terms, dataclasses.replace(scored, clusters=np.zeros(40, int)), 1, 0, network)
     assert json.loads(alone.to_json())["standard_error"] is None and "± unknown" in str(alone)
 
 
@@ -94,7 +96,7 @@ def test_texts_one_by_one(corpus, name):
     report = model.perplexity(texts, draws=4, progress=False)
     assert report.num_tokens == sum(map(len, texts)) and report.clusters == 3
     assert model.perplexity(texts[0], draws=4, progress=False).clusters == 1
-    scored = from_texts(texts, corpus.tokenizer, 16)
+    scored = from_texts(texts, corpus.tokenizer, 16, model.layout)
     assert scored.lengths.tolist() == [5, 16, 14, 5] and scored.clusters.tolist() == [0, 1, 1, 2]
     wanted = "its own length" if name == "uniform" else "stay masked"
     assert wanted in report.lengths

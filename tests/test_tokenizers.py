@@ -1,32 +1,97 @@
 """Tokenizers: what they lose (nothing), what determines them, and the id that ends a text."""
 
+import itertools
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+import sentencepiece
+import tokenizers as huggingface
 
 from sedd.data import load_tokenizer, make_tokenizer, open_source
 from sedd.data import tokenizer_sentencepiece as sentencepiece_file
+from sedd.data.tokenizers import FORMS, given_data
 from sedd.errors import UserError
 
-TEXTS = [name + "\n" for name in list(open_source("builtin:names"))[:400]]
+TEXTS = [piece.text for piece in itertools.islice(open_source("builtin:names"), 400)]
 HARD = [
     "", " ", "  two  spaces  ", "\n\n\n", "\t\ttabs", "CR\r\nLF", "nul\0nul", "😀 emoji", "漢字 かな", "ﬁ ligature ﬂ",
     "e\u0301 \u00e9", "\ufeff\u00a0\u3000\u2028\x85", "</s> <unk> <0x41>", "<|endoftext|>", "x" * 50,
 ]  # fmt: skip
 SPECS = ["bytes", "characters", "sentencepiece:400"]
+END = "<|endoftext|>"
 
 
-@pytest.fixture(scope="module", params=[(spec, ends) for spec in SPECS for ends in (False, True)], ids=str)
-def tokenizer(request):
+def byte_level(special=(END,)):
+    """A Hugging Face tokenizer like GPT-2's, of 300 tokens and the special ones, which come first."""
+    made = huggingface.Tokenizer(huggingface.models.BPE())
+    made.pre_tokenizer = huggingface.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = huggingface.decoders.ByteLevel()
+    options = {"special_tokens": list(special), "show_progress": False, "vocab_size": 300}
+    options["initial_alphabet"] = huggingface.pre_tokenizers.ByteLevel.alphabet()
+    trainer = huggingface.trainers.BpeTrainer(**options)
+    made.train_from_iterator(TEXTS, trainer)
+    return made
+
+
+def write_gpt2(folder, names=("vocab.json", "merges.txt")):
+    """The two files of such a tokenizer, its special token the last as in GPT-2; returns the merges."""
+    about = json.loads(byte_level(special=()).to_str())["model"]
+    folder.mkdir(exist_ok=True)
+    (folder / names[0]).write_text(json.dumps(about["vocab"] | {END: 300}))
+    (folder / names[1]).write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in about["merges"]))
+    return about["merges"]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """The specs of tokenizers given in files."""
+    folder = tmp_path_factory.mktemp("given")
+    byte_level().save(str(folder / "tokenizer.json"))
+    write_gpt2(folder)
+    return {"huggingface": f"huggingface:{folder}/tokenizer.json", "gpt2": f"gpt2:{folder}"}
+
+
+@pytest.fixture(scope="module", params=itertools.product([*SPECS, "huggingface", "gpt2"], (False, True)), ids=str)
+def tokenizer(request, given):
     spec, end_of_text = request.param
-    return make_tokenizer(spec, TEXTS, end_of_text, held_out=HARD)
+    return make_tokenizer(given.get(spec, spec), TEXTS, end_of_text, held_out=HARD)
 
 
 @pytest.mark.parametrize("text", [*HARD, *TEXTS[:2]])
 def test_nothing_is_lost(tokenizer, text):
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32 and ids.ndim == 1
-    assert np.all((ids >= 0) & (ids < tokenizer.pieces.size))  # never the end-of-text id
+    assert np.all((ids >= 0) & (ids < tokenizer.pieces.size))
+    assert tokenizer.end_of_text not in ids and tokenizer.pieces.end_of_text not in ids
     assert tokenizer.decode(ids) == text
+
+
+def test_many_texts_at_once_and_from_many_threads(tokenizer):
+    texts = [*HARD, *TEXTS]
+    expected = [tokenizer.encode(text) for text in texts]
+    fresh = type(tokenizer)(tokenizer.kind, type(tokenizer.pieces)(tokenizer.pieces.data), tokenizer.has_end_of_text)
+    with ThreadPoolExecutor(8) as threads:
+        for found in threads.map(lambda _: fresh.encode_all(texts), range(10)):
+            assert all(ids.dtype == np.int32 for ids in found)
+            assert all(map(np.array_equal, found, expected))
+    assert tokenizer.encode_all([]) == []
+
+
+def test_a_long_text_is_encoded_in_parts(tokenizer, monkeypatch):
+    text = "".join(TEXTS)
+    whole = tokenizer.encode(text)
+    calls = []
+    encode_all = type(tokenizer.pieces).encode_all
+    monkeypatch.setattr(
+        type(tokenizer.pieces), "encode_all", lambda self, one: calls.extend(one) or encode_all(self, one)
+    )
+    monkeypatch.setattr("sedd.data.source.LONGEST_PIECE", 100)
+    ids = tokenizer.encode(text)
+    assert "".join(calls) == text and max(map(len, calls)) <= 100 < len(calls)
+    assert tokenizer.decode(ids) == text and np.array_equal(ids, whole)  # these are cut behind newlines
 
 
 @pytest.mark.parametrize("end_of_text", [False, True])
@@ -38,6 +103,99 @@ def test_end_of_text_is_one_more_id_and_the_last(spec, size, end_of_text):
     if end_of_text:
         ids = [size, *tokenizer.encode("THE CAT"), size, size]
         assert tokenizer.decode(ids) == "<|endoftext|>THE CAT<|endoftext|><|endoftext|>"
+
+
+def test_an_end_of_text_of_its_own_is_no_id_more(given):
+    for spec, size, end in ((given["huggingface"], 300, 0), (given["gpt2"], 301, 300)):
+        with_end, without = (make_tokenizer(spec, [], wanted) for wanted in (True, False))
+        assert (with_end.vocab_size, with_end.end_of_text) == (size, end)
+        assert (without.vocab_size, without.end_of_text) == (size, None)
+        ids = [end, *with_end.encode("THE CAT"), end]
+        assert with_end.decode(ids) == without.decode(ids) == END + "THE CAT" + END
+
+
+def test_an_end_of_text_after_the_last_where_a_given_tokenizer_has_none(tmp_path):
+    byte_level(special=()).save(str(tmp_path / "a.json"))
+    tokenizer = make_tokenizer(f"huggingface:{tmp_path}/a.json", [], end_of_text=True)
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (301, 300)
+    assert tokenizer.decode([300, *tokenizer.encode("A"), 300]) == END + "A" + END
+
+
+@pytest.mark.parametrize(
+    ("special", "end"),
+    [
+        (("<eos>", "</s>"), "</s>"),
+        (("[SEP]", "<s>", "<eos>"), "<eos>"),
+        (("[CLS]", "[SEP]"), "[SEP]"),
+        (("<s>",), None),
+    ],
+)
+def test_which_special_token_ends_a_text(special, end, tmp_path):
+    made = byte_level(special)
+    made.add_tokens([END])  # not special
+    made.save(str(tmp_path / "a.json"))
+    pieces = make_tokenizer(f"huggingface:{tmp_path}/a.json", [], end_of_text=True).pieces
+    assert pieces.end_of_text == (None if end is None else special.index(end))
+
+
+def test_a_given_sentencepiece_model_may_have_an_end_of_text(tmp_path):
+    with open(tmp_path / "a.model", "wb") as model:
+        train = sentencepiece.SentencePieceTrainer.train
+        train(sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=100, minloglevel=2)
+    tokenizer = make_tokenizer(f"sentencepiece:{tmp_path}/a.model", [], end_of_text=True)
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (100, 2)
+    assert 2 not in tokenizer.encode("THE </s> CAT") and tokenizer.decode([2, *tokenizer.encode("A")]) == END + "A"
+
+
+def test_no_text_becomes_a_special_token(tmp_path):
+    """Not even where the model itself knows its words, or the normaliser makes them; the library alone lets them in."""
+    model = huggingface.models
+    scores = [("</s>", 0.0), ("<unk>", 0.0), ("[MASK]", 0.0), *((sign, -3.0) for sign in "<>/s[MASK]ab ")]
+    words = {
+        token: index for index, token in enumerate(["</s>", "<unk>", "[MASK]", "a", "b", "<", "/s>", "[", "MASK]"])
+    }
+    models = {"unigram": model.Unigram(scores, unk_id=1), "words": model.WordLevel(words, unk_token="<unk>")}
+    for name, made in ((name, huggingface.Tokenizer(one)) for name, one in models.items()):
+        made.normalizer = huggingface.normalizers.NFKC()
+        if name == "words":
+            made.pre_tokenizer = huggingface.pre_tokenizers.WhitespaceSplit()
+        made.add_special_tokens(["</s>", "<unk>", "[MASK]"])
+        made.save(str(tmp_path / name))
+        tokenizer = make_tokenizer(f"huggingface:{tmp_path}/{name}", [], end_of_text=True)
+        assert tokenizer.end_of_text == 0
+        made.encode_special_tokens = True
+        for text in ("a </s> b", "</s>", "a </s> [MASK] </s>", "a ＜/s＞ b", "</s> </s> \n" * 20):
+            assert 0 in made.encode(text, add_special_tokens=False).ids
+            ids = np.concatenate([tokenizer.encode(text), *tokenizer.encode_all([text, "a"])])
+            assert not np.isin(ids, [0, 2]).any() and len(ids) > 3
+    made = huggingface.Tokenizer(model.WordLevel({"</s>": 0, "§": 1, "<unk>": 2}, unk_token="<unk>"))
+    made.add_special_tokens(["§"])
+    made.save(str(tmp_path / "sign"))
+    with pytest.raises(UserError, match="takes the character '§' for a special token; leave it out"):
+        make_tokenizer(f"huggingface:{tmp_path}/sign", [], end_of_text=True).encode("§")
+
+
+def test_truncation_and_padding_of_a_given_tokenizer_are_off(tmp_path):
+    made = byte_level()
+    made.enable_truncation(3)
+    made.enable_padding(length=10)
+    made.post_processor = huggingface.processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
+    made.save(str(tmp_path / "a.json"))
+    tokenizer = make_tokenizer(f"huggingface:{tmp_path}/a.json", [], end_of_text=True)
+    for text in ("A", "THE QUICK BROWN FOX", ""):
+        assert tokenizer.decode(tokenizer.encode(text)) == text and 0 not in tokenizer.encode(text)
+
+
+def test_gpt2_files_by_either_name_are_gpt2_tokens(tmp_path):
+    merges = write_gpt2(tmp_path / "a")
+    write_gpt2(tmp_path / "b", ("encoder.json", "vocab.bpe"))
+    (tmp_path / "b" / "vocab.bpe").write_bytes((tmp_path / "b" / "vocab.bpe").read_bytes().replace(b"\n", b"\r\n"))
+    assert given_data(f"gpt2:{tmp_path}/a") == given_data(f"gpt2:{tmp_path}/b")
+    tokenizer = make_tokenizer(f"gpt2:{tmp_path}/a", [], end_of_text=True)
+    vocab = json.loads((tmp_path / "a" / "vocab.json").read_text())
+    assert list(tokenizer.encode("".join(merges[0]).replace("Ġ", " "))) == [vocab["".join(merges[0])]]
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").kind == "huggingface"
 
 
 def test_an_id_outside_the_vocabulary_is_refused(tokenizer):
@@ -85,14 +243,26 @@ def test_sentencepiece_has_pieces_for_newlines_and_indentation():
     assert len(tokenizer.encode("        ")) < 8
 
 
-def test_sentencepiece_takes_long_texts_and_many_lines_in_parts(monkeypatch):
-    tokenizer = make_tokenizer("sentencepiece:350", TEXTS, end_of_text=False)
-    monkeypatch.setattr(sentencepiece_file, "LONGEST_TEXT", 7)
-    assert tokenizer.decode(tokenizer.encode("".join(TEXTS))) == "".join(TEXTS)
-    lines = [str(number) for number in range(1000)]
-    sample = sentencepiece_file._sample(lines, 100)
-    assert len(set(sample)) == 100 and sample == sentencepiece_file._sample(lines, 100)
-    assert 350 < np.mean([int(line) for line in sample]) < 650  # five standard errors about the middle
+def test_a_large_text_is_sampled_by_its_characters():
+    """Without bias to the beginning, the end or the length of lines; a control that keeps what comes first has one."""
+    cost = sentencepiece_file.LINE_COST
+    lines = [str(number) + "x" * (number % 2 * 100) for number in range(10_000)]
+    sample = sentencepiece_file._sample(iter(lines), 100_000)
+    assert sample == sentencepiece_file._sample(iter(lines), 100_000) and len(set(sample)) == len(sample)
+    assert 99_000 < sum(len(line) + cost for line in sample) <= 100_000
+    numbers = np.array([int(line.rstrip("x")) for line in sample])
+    error = 10_000 / np.sqrt(12 * len(numbers))
+    assert abs(numbers.mean() - 5000) < 5 * error < abs(np.arange(len(numbers)).mean() - 5000)
+    assert abs((numbers % 2).mean() - 0.5) < 5 * 0.5 / np.sqrt(len(numbers)) and np.all(np.diff(numbers) > 0)
+    assert sentencepiece_file._sample(iter(lines), 10**7) == lines
+
+
+def test_sentencepiece_learns_from_a_sample_of_a_large_text(monkeypatch):
+    monkeypatch.setattr(sentencepiece_file, "MOST_TEXT", 20_000)
+    drawn = make_tokenizer("sentencepiece:350", TEXTS, end_of_text=False)
+    assert drawn.fingerprint == make_tokenizer("sentencepiece:350", TEXTS, end_of_text=False).fingerprint
+    monkeypatch.undo()
+    assert drawn.fingerprint != make_tokenizer("sentencepiece:350", TEXTS, end_of_text=False).fingerprint
 
 
 def test_a_given_sentencepiece_model_is_used_as_it_is(tmp_path):
@@ -102,22 +272,63 @@ def test_a_given_sentencepiece_model_is_used_as_it_is(tmp_path):
     assert given.fingerprint == made.fingerprint
 
 
+@pytest.fixture
+def damaged(tmp_path):
+    """A folder of tokenizer files, none of them without fault."""
+    (tmp_path / "nonsense").write_bytes(b"nonsense\n")
+    (tmp_path / "list.json").write_text("[1]")
+    for name in ("merge", "pair", "bytes", "json"):
+        write_gpt2(tmp_path / name)
+    (tmp_path / "merge" / "merges.txt").write_text("#version: 0.2\nZ Z\n")
+    (tmp_path / "pair" / "merges.txt").write_text("A\n")
+    (tmp_path / "bytes" / "vocab.json").write_text('{"A": 0, "B": 1}')
+    (tmp_path / "bytes" / "merges.txt").write_text("")
+    (tmp_path / "json" / "vocab.json").write_text('{"A": 0')
+    return tmp_path
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("words", "unknown tokenizer 'words'; write bytes, characters, sentencepiece:SIZE"),
+        ("words", "unknown tokenizer 'words'; write bytes, characters, sentencepiece:SIZE, .*, gpt2:FOLDER$"),
         ("bytes:300", "unknown tokenizer 'bytes:300'"),
-        ("sentencepiece", "sentencepiece:SIZE or sentencepiece:FILE"),
+        ("sentencepiece", "unknown tokenizer 'sentencepiece'; .*sentencepiece:SIZE, sentencepiece:FILE"),
+        ("huggingface:", "unknown tokenizer 'huggingface:'"),
         ("sentencepiece:no/such.model", "there is no tokenizer file 'no/such.model'"),
+        ("huggingface:no/such.json", "there is no tokenizer file 'no/such.json'"),
+        ("huggingface:{}", "there is no tokenizer file"),
+        ("huggingface:{}/nonsense", "nonsense: the tokenizer file is no tokenizer.json"),
+        ("huggingface:{}/list.json", "list.json: the tokenizer file is no tokenizer.json"),
+        ("sentencepiece:{}/nonsense", "nonsense: the tokenizer file is no SentencePiece model"),
+        ("gpt2:{}", "no GPT-2 tokenizer in '.*'; it needs vocab.json and merges.txt or encoder.json and vocab.bpe"),
+        ("gpt2:{}/merge", "damaged: vocab.json does not hold what 'Z Z' of merges.txt merges"),
+        ("gpt2:{}/pair", "damaged: vocab.json does not hold what 'A' of merges.txt merges"),
+        ("gpt2:{}/bytes", "damaged: vocab.json lacks 254 of the 256 bytes"),
+        ("gpt2:{}/json", "the GPT-2 tokenizer in '.*' is damaged: Expecting"),
         ("sentencepiece:8000", r"too large for this text; choose sentencepiece:\d+ or smaller"),
         ("sentencepiece:100", r"too small for this text; choose sentencepiece:\d+ or larger"),
         ("sentencepiece:0", "cannot be trained"),
     ],
 )
-def test_a_wrong_spec_is_one_clear_line(spec, message):
+def test_a_wrong_spec_is_one_clear_line(spec, message, damaged):
     with pytest.raises(UserError, match=message) as error:
-        make_tokenizer(spec, TEXTS, end_of_text=True)
+        make_tokenizer(spec.format(damaged), TEXTS, end_of_text=True)
     assert "\n" not in str(error.value)
+
+
+def test_what_determines_a_given_tokenizer(given, damaged):
+    assert [given_data(spec) for spec in SPECS] == [None, None, None] and len(FORMS) == 6
+    for spec in given.values():
+        assert given_data(spec) == make_tokenizer(spec, [], True).pieces.data
+    with pytest.raises(UserError, match="no tokenizer.json"):  # before any text is read
+        given_data(f"huggingface:{damaged}/nonsense")
+
+
+def test_a_missing_package_is_one_clear_line(given, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for spec in given.values():
+        with pytest.raises(UserError, match=r"needs the package tokenizers: pip install 'sedd\[tokenizers\]'"):
+            make_tokenizer(spec, [], end_of_text=True)
 
 
 @pytest.mark.parametrize(("word", "size"), [("too large", -1), ("too small", +1)])
@@ -131,9 +342,6 @@ def test_the_size_that_the_error_proposes_is_good(word, size):
 def test_other_mistakes(tmp_path):
     with pytest.raises(UserError, match=r"'é' \(U\+00E9\) is not in the alphabet"):
         make_tokenizer("characters", TEXTS, end_of_text=True).encode("THE é")
-    (tmp_path / "my.model").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="no SentencePiece model"):
-        make_tokenizer(f"sentencepiece:{tmp_path / 'my.model'}", [], end_of_text=True).encode("a")
     with pytest.raises(UserError, match="there is no tokenizer in"):
         load_tokenizer(tmp_path)
     make_tokenizer("characters", TEXTS, end_of_text=True).save(tmp_path)

@@ -1,7 +1,8 @@
 """Text in: sources, tokenizers, the prepared corpus and its batches. NumPy only; nothing here knows of JAX."""
 
-from sedd.data.batches import batch, batches, blocks, check_block_length
+from sedd.data.batches import Batch, Blocks, batch, batches, blocks, check_block_length, row_lengths
 from sedd.data.corpus import Corpus, open_corpus
+from sedd.data.layout import Layout
 from sedd.data.prepare import prepare
 from sedd.data.source import Source
 from sedd.data.sources import open_source
@@ -10,7 +11,10 @@ from sedd.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 
 __all__ = [
     "SPLITS",
+    "Batch",
+    "Blocks",
     "Corpus",
+    "Layout",
     "Source",
     "Tokenizer",
     "batch",
@@ -22,4 +26,5 @@ __all__ = [
     "open_corpus",
     "open_source",
     "prepare",
+    "row_lengths",
 ]

@@ -7,35 +7,59 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from sedd.data.corpus import Corpus
+from sedd.data.layout import padded_rows
 from sedd.data.splits import philox
 from sedd.errors import UserError
 
 PREFETCH = 4  # batches read ahead of the consumer
 
 
-def batch(corpus: Corpus, block_length: int, batch_size: int, seed: int, k: int) -> np.ndarray:
-    """Batch k of training, Int32[B L].
+class Batch(NamedTuple):
+    """Rows of training. lengths: how many tokens of each count; None where all do."""
 
-    Its rows are the examples k B, ..., k B + B - 1 of an endless stream of epochs. An epoch takes each of its blocks
-    once, in an order of its own; the blocks follow one another from an offset of its own. So some tokens at either end
-    of the training text are left out of an epoch, but not of training. A batch may span epochs.
+    tokens: np.ndarray  # Int32[B L]
+    lengths: np.ndarray | None  # Int32[B]
+
+
+class Blocks(NamedTuple):
+    """A split laid out for evaluation, nothing dropped."""
+
+    tokens: np.ndarray  # Int32[N L]
+    lengths: np.ndarray  # Int32[N], the tokens of each row that are text, end-of-text ids included
+    document: np.ndarray | None  # Int64[N], the document of each row; None where rows span documents
+
+
+def batch(corpus: Corpus, block_length: int, batch_size: int, seed: int, k: int) -> Batch:
+    """Batch k of training.
+
+    Its rows are the examples k B, ..., k B + B - 1 of an endless stream of epochs. A batch may span epochs.
+    packed: an epoch takes each of its blocks once, in an order of its own; the blocks follow one another from an offset
+    of its own. So some tokens at either end of the training text are left out of an epoch, but not of training.
+    padded: an epoch takes each row of each document once, in an order of its own.
 
     Raises:
       UserError: the training text is shorter than a block.
     """
     check_block_length(corpus, "train", block_length)
-    tokens = corpus.tokens("train")
     examples = range(k * batch_size, (k + 1) * batch_size)
+    tokens = corpus.tokens("train")
+    if corpus.layout.padded:
+        starts, lengths, _ = _rows(corpus, "train", block_length)
+        at = np.array([_row_index(len(starts), seed, example) for example in examples])
+        rows = _filled(tokens, starts[at], lengths[at], block_length, corpus.tokenizer.end_of_text)
+        return Batch(rows, lengths[at] if corpus.layout.binds_lengths else None)
     starts = np.array([_block_start(len(tokens), block_length, seed, example) for example in examples])
-    return tokens[starts[:, None] + np.arange(block_length)].astype(np.int32)
+    return Batch(tokens[starts[:, None] + np.arange(block_length)].astype(np.int32), None)
 
 
-def batches(corpus: Corpus, block_length: int, batch_size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
-    """Training batches `start`, `start` + 1, ... without end, Int32[B L], read ahead by one thread.
+def batches(corpus: Corpus, block_length: int, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    """Training batches `start`, `start` + 1, ... without end, read ahead by one thread.
 
     Raises:
       UserError: the training text is shorter than a block.
@@ -44,19 +68,24 @@ def batches(corpus: Corpus, block_length: int, batch_size: int, seed: int, start
     return _read_ahead(functools.partial(batch, corpus, block_length, batch_size, seed), start)
 
 
-def blocks(corpus: Corpus, split: str, block_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The whole split in consecutive blocks, for evaluation.
-
-    Returns:
-      The tokens, Int32[N L], the last row padded with zeros, and the true lengths of the rows, Int32[N].
-    """
+def blocks(corpus: Corpus, split: str, block_length: int) -> Blocks:
+    """The whole split: packed in consecutive blocks, the last filled up with zeros; padded document by document."""
     tokens = corpus.tokens(split)
+    if corpus.layout.padded:
+        starts, lengths, document = _rows(corpus, split, block_length)
+        return Blocks(_filled(tokens, starts, lengths, block_length, corpus.tokenizer.end_of_text), lengths, document)
     num_blocks = -(-len(tokens) // block_length)
     rows = np.zeros(num_blocks * block_length, np.int32)
     rows[: len(tokens)] = tokens
     lengths = np.full(num_blocks, block_length, np.int32)
     lengths[-1] = len(tokens) - (num_blocks - 1) * block_length
-    return rows.reshape(num_blocks, block_length), lengths
+    return Blocks(rows.reshape(num_blocks, block_length), lengths, None)
+
+
+def row_lengths(corpus: Corpus, block_length: int) -> tuple[int, ...]:
+    """How many training rows of a padded corpus have 0, 1, ..., L tokens."""
+    _, lengths, _ = _rows(corpus, "train", block_length)
+    return tuple(np.bincount(lengths, minlength=block_length + 1).tolist())
 
 
 def check_block_length(corpus: Corpus, split: str, block_length: int) -> None:
@@ -64,11 +93,40 @@ def check_block_length(corpus: Corpus, split: str, block_length: int) -> None:
     if block_length < 1:
         raise UserError(f"a block of {block_length} tokens holds nothing; choose a block length of at least 1")
     num_tokens = corpus.num_tokens(split)
-    if block_length > num_tokens:
+    if block_length > num_tokens and not corpus.layout.padded:
         raise UserError(
             f"corpus shorter than a block: the {split} split of {corpus.path} has {num_tokens} tokens, a block "
             f"{block_length}; choose a block length of {num_tokens} or less, or prepare more text"
         )
+
+
+def _filled(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, block_length: int, padding: int) -> np.ndarray:
+    """Rows of so many tokens from where they begin, filled up. Int32[N L]."""
+    within = np.arange(block_length)
+    at = np.minimum(starts[:, None] + within, len(tokens) - 1)
+    return np.where(within < lengths[:, None], tokens[at], padding).astype(np.int32)
+
+
+def _rows(corpus: Corpus, split: str, block_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return _kept_rows(corpus.path / f"{split}.offsets", corpus.hash, block_length)
+
+
+@functools.lru_cache(maxsize=4)
+def _kept_rows(file: Path, corpus_hash: str, block_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows of a padded split; kept, since a batch takes but a few. The hash tells a corpus from the next one."""
+    return padded_rows(np.fromfile(file, "<i8"), block_length)
+
+
+def _row_index(num_rows: int, seed: int, example: int) -> int:
+    """Which row of a padded corpus an example is."""
+    epoch, index = divmod(example, num_rows)
+    return _order_of_rows(num_rows, seed, epoch)[index]
+
+
+@functools.lru_cache(maxsize=2)
+def _order_of_rows(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch of a padded corpus, Int64[num_rows]; kept likewise."""
+    return philox(seed, epoch).permutation(num_rows)
 
 
 def _block_start(num_tokens: int, block_length: int, seed: int, example: int) -> int:
@@ -87,7 +145,7 @@ def _epoch(num_tokens: int, num_blocks: int, block_length: int, seed: int, epoch
     return random.integers(largest, endpoint=True), random.permutation(num_blocks)
 
 
-def _read_ahead(read: Callable[[int], np.ndarray], start: int) -> Iterator[np.ndarray]:
+def _read_ahead(read: Callable[[int], Batch], start: int) -> Iterator[Batch]:
     """read(start), read(start + 1), ... with `PREFETCH` of them under way in a thread, which ends with the iterator."""
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
     try:

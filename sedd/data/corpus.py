@@ -1,10 +1,10 @@
 """A prepared corpus: a folder of token files that are mapped into memory, never read whole.
 
-    meta.json               where it comes from, its counts and its hash
+    meta.json               where it comes from, its layout, its counts and its hash
     tokenizer/              what `Tokenizer.save` writes
-    train.tokens            the ids of the split, one after another; likewise for validation and test
-    train.offsets.npy       Int64[documents + 1], where in them each document begins, and their number
-    train.bytes.npy         Int64[documents], the UTF-8 bytes of each document and its joiner
+    train.tokens            the ids of the split, one after another; likewise for validation and test, where they are
+    train.offsets           Int64[documents + 1], where in them each document begins, and their number
+    train.byte_offsets      the same in the UTF-8 bytes of its text, joiners included
 """
 
 import json
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from sedd.data.layout import Layout
 from sedd.data.tokenizers import Tokenizer, load_tokenizer
 from sedd.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,18 @@ class Corpus:
 
     @property
     def hash(self) -> str:
-        """SHA-256, in hexadecimal, of the tokens, their documents and the tokenizer."""
+        """SHA-256, in hexadecimal, of the tokens, their documents, the tokenizer and the layout."""
         return self.meta["hash"]
+
+    @property
+    def layout(self) -> Layout:
+        """How the documents lie in blocks."""
+        return Layout(self.meta["mode"], self.meta["padding"])
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that there are: train, and often validation and test."""
+        return tuple(self.meta["splits"])
 
     def tokens(self, split: str) -> np.memmap:
         """All ids of a split, UInt[T], mapped and read-only."""
@@ -44,13 +55,11 @@ class Corpus:
 
     def offsets(self, split: str) -> np.ndarray:
         """Where each document of a split begins among its tokens, and after the last T: Int64[documents + 1]."""
-        self._counts(split)
-        return np.load(self.path / f"{split}.offsets.npy", mmap_mode="r")
+        return self._offsets(split, "offsets")
 
     def document_bytes(self, split: str) -> np.ndarray:
         """The UTF-8 bytes of each document with its joiner, Int64[documents]; an end-of-text id counts none."""
-        self._counts(split)
-        return np.load(self.path / f"{split}.bytes.npy", mmap_mode="r")
+        return np.diff(self._offsets(split, "byte_offsets"))
 
     def num_tokens(self, split: str) -> int:
         """The number of ids of a split."""
@@ -59,6 +68,10 @@ class Corpus:
     def num_bytes(self, split: str) -> int:
         """The UTF-8 bytes of the text of a split, joiners included."""
         return self._counts(split)["bytes"]
+
+    def _offsets(self, split: str, kind: str) -> np.memmap:
+        self._counts(split)
+        return np.memmap(self.path / f"{split}.{kind}", "<i8", mode="r")
 
     def _counts(self, split: str) -> dict[str, int]:
         if split not in self.meta["splits"]:
@@ -90,14 +103,13 @@ def open_corpus(path: str | Path) -> Corpus:
 
 def _check_files(corpus: Corpus, split: str) -> None:
     counts = corpus.meta["splits"][split]
-    token_bytes = counts["tokens"] * np.dtype(corpus.meta["dtype"]).itemsize
-    try:
-        is_whole = (
-            (corpus.path / f"{split}.tokens").stat().st_size == token_bytes
-            and len(corpus.offsets(split)) == counts["documents"] + 1
-            and len(corpus.document_bytes(split)) == counts["documents"]
-        )
-    except (OSError, ValueError):
-        is_whole = False
-    if not is_whole:
-        raise UserError(f"{corpus.path} is damaged: the files of its {split} split are not whole; prepare it again")
+    offsets = 8 * (counts["documents"] + 1)
+    sizes = {
+        "tokens": counts["tokens"] * np.dtype(corpus.meta["dtype"]).itemsize,
+        "offsets": offsets,
+        "byte_offsets": offsets,
+    }
+    for part, size in sizes.items():
+        file = corpus.path / f"{split}.{part}"
+        if not file.is_file() or file.stat().st_size != size:
+            raise UserError(f"{corpus.path} is damaged: {file.name} is not whole; prepare it again")

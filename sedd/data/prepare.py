@@ -1,56 +1,84 @@
 """Tokenises a source once, into a corpus directory."""
 
-import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
 from sedd.data.corpus import FORMAT, Corpus, open_corpus
+from sedd.data.layout import Layout, make_layout
 from sedd.data.source import Source
-from sedd.data.sources import open_source
-from sedd.data.splits import SPLITS, Segment, has_many_documents, philox, segments
+from sedd.data.splits import SPLITS, philox
 from sedd.data.survey import PROGRESS_DELAY, Survey, survey
-from sedd.data.tokenizers import make_tokenizer, tokenizer_file
-from sedd.data.writer import hash_of_splits, token_dtype, write_splits
+from sedd.data.text import Text, asked_rule, divided, open_sources
+from sedd.data.tokenizers import Tokenizer, given_data, load_tokenizer, make_tokenizer
+from sedd.data.workplace import stamps, workplace, write_whole
+from sedd.data.writer import arrange, count_splits, hash_of_splits, token_dtype, write_splits
 from sedd.errors import UserError
 
+MOST_WORKERS = 32  # threads, unless told otherwise: each holds some megabytes
 
-def prepare(source: str, tokenizer: str, out: str | Path, seed: int = 0) -> Corpus:
+
+def prepare(
+    source: str | Mapping[str, str],
+    tokenizer: str,
+    out: str | Path,
+    seed: int = 0,
+    *,
+    split: str | None = None,
+    mode: str = "packed",
+    padding: str | None = None,
+    workers: int | None = None,
+) -> Corpus:
     """Reads a source, splits it, makes or loads the tokenizer and writes the corpus directory `out`.
 
-    `out` appears when it is complete. Where it holds the same corpus already, that is returned as it is. The source is
-    read two to four times, one document in memory at a time.
+    `out` appears when it is complete. Where it holds the same corpus already, that is returned as it is; where an
+    earlier call was interrupted, the work goes on. The source is read two to four times, a few megabytes in memory at a
+    time. The corpus does not depend on the number of workers.
 
     Args:
-      source: what `open_source` takes, such as `text:books/*.txt`.
+      source: what `open_source` takes, such as `text:books/*.txt`; or one such for each split.
       tokenizer: what `make_tokenizer` takes, such as `sentencepiece:8000`.
       out: the directory to make.
       seed: draws the held-out documents, and the order of the documents of a split.
+      split: a rule as in `splits.py`; by default documents are drawn, 90, 5 and 5 per cent, or where they are fewer
+        than 40 the text is cut so.
+      mode: "packed" or "padded".
+      padding: "scored" or "ignored" (the default), where the mode is padded; `layout.py` says what they are.
+      workers: threads that tokenise; by default as many as there are cores, 32 at most.
 
     Raises:
       UserError: a spec is wrong, the source is empty or too short to split, or `out` holds something else.
     """
     out = Path(out).resolve()
+    layout = make_layout(mode, padding)
+    if workers is not None and workers < 1:
+        raise UserError(f"there must be at least one worker, not {workers}")
     existing = _existing(out)
-    text, model = open_source(source), tokenizer_file(tokenizer)
-    counted = survey(text)
-    origin = {
-        "source": source,
+    sources = open_sources(source, joined=not layout.padded)
+    rule = asked_rule(split, sources)
+    given = given_data(tokenizer)
+    request = {
+        "source": source if isinstance(source, str) else dict(source),
         "tokenizer": tokenizer,
         "seed": seed,
-        "text_sha256": counted.sha256,
-        "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest() if model else None,
+        "mode": layout.mode,
+        "padding": layout.padding,
+        "model_sha256": hashlib.sha256(given).hexdigest() if given is not None else None,
     }
     if existing:
-        _check_same(existing, origin)
-    else:
-        _write(out, text, counted, origin)
+        counted = {name: survey(one) for name, one in sources.items()}
+        _check_same(existing, divided(sources, counted, rule).origin() | request)
+        return existing
+    files = stamps(file for one in sources.values() for file in one.files)
+    with workplace(out, request | {"format": FORMAT, "split": split, "files": files}, "corpus") as folder:
+        text = divided(sources, _counted(folder / "survey.json", sources), rule)
+        _write(folder, text, layout, request, workers or min(_cores(), MOST_WORKERS))
     return open_corpus(out)
 
 
@@ -63,52 +91,56 @@ def _existing(out: Path) -> Corpus | None:
     return open_corpus(out)
 
 
-def _check_same(corpus: Corpus, origin: dict) -> None:
+def _check_same(corpus: Corpus, origin: dict):
     for name, value in origin.items():
         if corpus.meta.get(name) != value:
             what = name.removesuffix("_sha256")
             raise UserError(f"{corpus.path} holds a corpus with another {what}; choose another --out")
 
 
-def _write(out: Path, text: Source, counted: Survey, origin: dict) -> None:
-    parts = functools.partial(segments, text, counted, origin["seed"])
-    # After the only document it would be an id that training never sees.
-    end_of_text = text.joiner is None and counted.documents > 1
-    train, held_out = _texts(parts(), SPLITS[:1]), _texts(parts(), SPLITS[1:])
-    tokenizer = make_tokenizer(origin["tokenizer"], train, end_of_text, held_out)
-    order = philox(origin["seed"], 1) if has_many_documents(counted) else None
-    with _appearing(out) as folder:
-        tokenizer.save(folder / "tokenizer")
-        meta = {
-            "format": FORMAT,
-            "mode": "packed",
-            **origin,
-            "vocab_size": tokenizer.vocab_size,
-            "dtype": token_dtype(tokenizer).str,
-            "splits": write_splits(folder, _with_progress(parts(), counted.num_bytes), tokenizer, order),
-            "hash": hash_of_splits(folder, tokenizer),
-        }
-        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+def _counted(record: Path, sources: dict[str, Source]) -> dict[str, Survey]:
+    """The survey of each source; kept, since it takes a pass over all text."""
+    if record.is_file():
+        return {name: Survey(**values) for name, values in json.loads(record.read_text()).items()}
+    counted = {name: survey(one) for name, one in sources.items()}
+    write_whole(record, {name: asdict(one) for name, one in counted.items()})
+    return counted
 
 
-def _texts(parts: Iterable[Segment], splits: tuple[str, ...]) -> Iterator[str]:
-    return (part.text for part in parts if part.split in splits)
+def _write(folder: Path, text: Text, layout: Layout, request: dict, workers: int):
+    """Fills the folder `corpus` of a folder to work in, each stage from where it was interrupted."""
+    written, corpus, splits, seed = folder / "written", folder / "corpus", text.splits, request["seed"]
+    tokenizer = _tokenizer(corpus / "tokenizer", text, layout, request)
+    written.mkdir(exist_ok=True)
+    with tqdm(desc="tokenising", total=text.num_bytes, unit="B", unit_scale=True, delay=PROGRESS_DELAY) as progress:
+        write_splits(written, text.segments(seed), splits, tokenizer, workers, progress.update)
+    dtype = token_dtype(tokenizer)
+    arrange(written, corpus, splits, dtype, None if text.in_order else philox(seed, 1))
+    meta = {
+        "format": FORMAT,
+        **request,
+        **text.origin(),
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.str,
+        "splits": count_splits(corpus, splits),
+        "hash": hash_of_splits(corpus, splits, tokenizer, layout),
+    }
+    (corpus / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-def _with_progress(parts: Iterable[Segment], num_bytes: int) -> Iterator[Segment]:
-    with tqdm(desc="tokenising", total=num_bytes, unit="B", unit_scale=True, delay=PROGRESS_DELAY) as progress:
-        for part in parts:
-            yield part
-            progress.update(len(part.text.encode("utf-8")))
+def _tokenizer(place: Path, text: Text, layout: Layout, request: dict) -> Tokenizer:
+    """The tokenizer, made from the training text where it is not given; kept, since that may take minutes."""
+    if place.is_dir():
+        return load_tokenizer(place)
+    train, held_out = (text.of_splits(splits, request["seed"]) for splits in (SPLITS[:1], SPLITS[1:]))
+    tokenizer = make_tokenizer(request["tokenizer"], train, layout.padded or text.needs_end_of_text, held_out)
+    part = place.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    tokenizer.save(part)
+    part.replace(place)
+    return tokenizer
 
 
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes it when all went well, and vanishes otherwise."""
-    folder = out.with_name(f".{out.name}.{os.getpid()}")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        folder.replace(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,27 +1,39 @@
-"""Where text comes from. A new source is a file like `source_text.py` and a line in `SOURCES`."""
+"""Where text comes from. A new source is a file like `source_lines.py` and a line in `SOURCES`."""
 
 from collections.abc import Callable
 
 from sedd.data.source import Source
+from sedd.data.source_csv import open_csv
 from sedd.data.source_functions import open_functions
+from sedd.data.source_jsonl import open_jsonl
+from sedd.data.source_lines import open_lines
 from sedd.data.source_names import open_names
+from sedd.data.source_parquet import open_parquet
 from sedd.data.source_text import open_text
+from sedd.data.source_tfds import open_tfds
 from sedd.errors import UserError
 
-SOURCES: dict[str, Callable[[str], Source]] = {
-    "text": open_text,
-    "builtin:names": open_names,
-    "builtin:functions": open_functions,
+# What a spec begins with, what opens it, and how the whole of it is written.
+SOURCES: dict[str, tuple[Callable[[str], Source], str]] = {
+    "text": (open_text, "text:GLOB"),
+    "lines": (open_lines, "lines:GLOB"),
+    "jsonl": (open_jsonl, "jsonl:GLOB:FIELD"),
+    "csv": (open_csv, "csv:GLOB:COLUMN"),
+    "parquet": (open_parquet, "parquet:GLOB:COLUMN"),
+    "tfds": (open_tfds, "tfds:NAME[:SPLIT[:FIELD]]"),
+    "builtin:names": (open_names, "builtin:names"),
+    "builtin:functions": (open_functions, "builtin:functions"),
 }
+FORMS = tuple(form for _, form in SOURCES.values())
 
 
 def open_source(spec: str) -> Source:
-    """The source that a spec names: an entry of `SOURCES`, or one followed by a colon and what is its own.
+    """The source that a spec names, in one of `FORMS`.
 
     Raises:
-      UserError: there is no such source.
+      UserError: there is no such source, or it has nothing to read.
     """
     name = spec if spec in SOURCES else spec.partition(":")[0]
     if name not in SOURCES:
-        raise UserError(f"unknown source {spec!r}; there are {', '.join(SOURCES)} (as in text:books/*.txt)")
-    return SOURCES[name](spec)
+        raise UserError(f"unknown source {spec!r}; write {', '.join(FORMS)} (as in text:books/*.txt)")
+    return SOURCES[name][0](spec)

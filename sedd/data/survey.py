@@ -29,15 +29,14 @@ def survey(source: Source) -> Survey:
     """
     documents = characters = num_bytes = 0
     digest = hashlib.sha256()
-    joiner = len(source.joiner or "")
     with tqdm(desc="reading", unit="B", unit_scale=True, delay=PROGRESS_DELAY) as progress:
-        for document in source:
-            encoded = document.encode("utf-8")
-            digest.update(len(encoded).to_bytes(8, "little") + encoded)
-            documents += 1
-            characters += len(document) + joiner
-            num_bytes += len(encoded) + joiner
-            progress.update(len(encoded) + joiner)
+        for text, ends_document in source:
+            encoded = text.encode("utf-8")
+            digest.update(len(encoded).to_bytes(8, "little") + encoded + bytes([ends_document]))
+            documents += ends_document
+            characters += len(text)
+            num_bytes += len(encoded)
+            progress.update(len(encoded))
     if not documents:
         raise UserError(f"the source {source.spec} holds no text; choose another")
     return Survey(documents, characters, num_bytes, digest.hexdigest())

@@ -1,6 +1,6 @@
 """`bytes`: the 256 bytes of UTF-8."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +11,8 @@ import numpy as np
 class Bytes:
     """Id b is the byte b. Nothing else determines it, so `data` is empty."""
 
-    sized: ClassVar[bool] = False
     size: ClassVar[int] = 256
+    end_of_text: ClassVar[None] = None
     data: bytes = b""
 
     @classmethod
@@ -20,8 +20,8 @@ class Bytes:
         """The only one there is; no text is read."""
         return cls()
 
-    def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: np.ndarray) -> str:
         return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")

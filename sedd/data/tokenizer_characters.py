@@ -1,6 +1,6 @@
 """`characters`: each character that the corpus uses is an id."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -15,31 +15,41 @@ from sedd.errors import UserError
 class Characters:
     """Ids in the order of code points. `data` is the alphabet, in UTF-8."""
 
-    sized: ClassVar[bool] = False
+    end_of_text: ClassVar[None] = None
     data: bytes = field(repr=False)
 
     @classmethod
     def made_from(cls, texts: Iterable[str], held_out: Iterable[str], size: None) -> "Characters":
         """All characters of all texts: there is no id for an unknown one, and held-out text has to have ids too."""
-        alphabet = sorted(set(chain.from_iterable(chain(texts, held_out))))
-        return cls("".join(alphabet).encode("utf-8"))
+        alphabet = set()
+        for text in chain(texts, held_out):
+            alphabet.update(text)
+        return cls("".join(sorted(alphabet)).encode("utf-8"))
 
     @cached_property
     def _code_points(self) -> np.ndarray:
         return _code_points(self.data.decode("utf-8"))
 
+    @cached_property
+    def _ids(self) -> np.ndarray:
+        """The id of each code point, -1 where it has none, as all have that are higher: theirs is the last."""
+        ids = np.full(int(self._code_points.max(initial=0)) + 2, -1, np.int32)
+        ids[self._code_points] = np.arange(self.size)
+        return ids
+
     @property
     def size(self) -> int:
         return len(self._code_points)
 
-    def encode(self, text: str) -> np.ndarray:
-        code_points = _code_points(text)
-        ids = np.searchsorted(self._code_points, code_points)
-        known = self._code_points[np.minimum(ids, self.size - 1)] == code_points
-        if not known.all():
-            unseen = text[np.argmin(known)]
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> np.ndarray:
+        ids = self._ids.take(_code_points(text), mode="clip")
+        if ids.min(initial=0) < 0:
+            unseen = text[np.argmin(ids)]
             raise UserError(f"the character {unseen!r} (U+{ord(unseen):04X}) is not in the alphabet; leave it out")
-        return ids.astype(np.int32)
+        return ids
 
     def decode(self, ids: np.ndarray) -> str:
         return self._code_points[ids].tobytes().decode("utf-32-le")

@@ -1,12 +1,12 @@
 """`sentencepiece:SIZE` and `sentencepiece:FILE`: subword pieces (Kudo and Richardson, arXiv 1808.06226)."""
 
+import heapq
 import io
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
 
 import numpy as np
 
@@ -14,8 +14,9 @@ from sedd.errors import UserError
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 LONGEST_LINE = 1000  # characters; it skips lines of more than 4192 bytes
-MOST_LINES = 1_000_000  # more are sampled: training holds them all in memory
-LONGEST_TEXT = 1_000_000  # characters; encoding takes many times the memory of its text
+MOST_TEXT = 10_000_000  # characters; more is sampled: training holds it all, and needs a minute for this much
+LINE_COST = 50  # characters; what a line costs beside its text
+THREADS = 16  # the model depends on their number, though not on the number of cores
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,6 @@ class SentencePiece:
     which comes back as a space. A newline is a piece of its own, and characters that have no piece are spelt in bytes.
     """
 
-    sized: ClassVar[bool] = True
     data: bytes = field(repr=False)
 
     @classmethod
@@ -41,7 +41,7 @@ class SentencePiece:
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(_sample(_lines(texts), MOST_LINES)),
+                sentence_iterator=iter(_sample(_lines(texts), MOST_TEXT)),
                 model_writer=model,
                 model_type="unigram",
                 vocab_size=size,
@@ -57,7 +57,7 @@ class SentencePiece:
                 bos_id=-1,
                 eos_id=-1,
                 pad_id=-1,
-                num_threads=1,  # the same model each time
+                num_threads=THREADS,
                 minloglevel=2,
             )
         except (RuntimeError, ValueError) as error:
@@ -79,9 +79,13 @@ class SentencePiece:
     def size(self) -> int:
         return self._processor.get_piece_size()
 
-    def encode(self, text: str) -> np.ndarray:
-        parts = [text[start : start + LONGEST_TEXT] for start in range(0, len(text), LONGEST_TEXT)]
-        return np.concatenate([np.asarray(self._processor.encode(part), np.int32) for part in parts or [""]])
+    @property
+    def end_of_text(self) -> int | None:
+        """The end-of-sentence id of a given model; one made here has none."""
+        return self._processor.eos_id() if self._processor.eos_id() >= 0 else None
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self._processor.encode(list(texts), return_type="numpy")
 
     def decode(self, ids: np.ndarray) -> str:
         return self._processor.decode(ids.tolist())
@@ -94,19 +98,25 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
                 yield line[start : start + LONGEST_LINE]
 
 
-def _sample(lines: Iterable[str], size: int) -> list[str]:
-    """`size` lines drawn without order or replacement, all where there are no more (a reservoir).
+def _sample(lines: Iterable[str], capacity: int) -> list[str]:
+    """Lines drawn without replacement, each as likely as any other: as many as `capacity` characters hold.
 
-    SentencePiece can sample too, but differently each time.
+    Each line gets a random number; those with the smallest ones stay. SentencePiece can sample too, but differently
+    each time, and by the number of lines, which may be of any length.
     """
     draw = random.Random(0)
-    sample = []
+    kept, used, bound = [], 0, 1.0  # a heap of (-number, index, line); `bound` is above all its numbers
     for index, line in enumerate(lines):
-        if index < size:
-            sample.append(line)
-        elif (slot := draw.randrange(index + 1)) < size:
-            sample[slot] = line
-    return sample
+        number = draw.random()
+        if number >= bound:
+            continue
+        heapq.heappush(kept, (-number, index, line))
+        used += len(line) + LINE_COST
+        while used > capacity:
+            dropped, _, line = heapq.heappop(kept)
+            used -= len(line) + LINE_COST
+            bound = -dropped
+    return [line for _, _, line in sorted(kept, key=lambda entry: entry[1])]
 
 
 def _mistake(size: int, error: str) -> str:

@@ -1,17 +1,22 @@
-"""Text to ids and back. A new tokenizer is a file like `tokenizer_bytes.py` and a line in `TOKENIZERS`."""
+"""Text to ids and back.
+
+A new tokenizer is a file like `tokenizer_bytes.py`, a line in `TOKENIZERS` and one in `MADE` or `GIVEN`.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from sedd.data.source import pieces as cut
 from sedd.data.tokenizer_bytes import Bytes
 from sedd.data.tokenizer_characters import Characters
+from sedd.data.tokenizer_huggingface import HuggingFace, gpt2_data
 from sedd.data.tokenizer_sentencepiece import SentencePiece
 from sedd.errors import UserError
 
@@ -19,28 +24,47 @@ END_OF_TEXT = "<|endoftext|>"  # how the id is shown; the same words in a text a
 
 
 class Pieces(Protocol):
-    """What tokenizers differ in: a vocabulary, wholly determined by some bytes."""
+    """What tokenizers differ in: a vocabulary, wholly determined by some bytes. Threads may share it."""
 
-    sized: ClassVar[bool]  # whether a spec goes on after the kind, with a vocabulary size or a file of `data`
     data: bytes
     size: int
+    end_of_text: int | None  # an id of its own vocabulary that ends a text; no text has it in its ids
 
-    @classmethod
-    def made_from(cls, texts: Iterable[str], held_out: Iterable[str], size: int | None) -> "Pieces": ...
-
-    def encode(self, text: str) -> np.ndarray:
-        """The ids in [0, size) of a text, Int32[L]."""
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids in [0, size) of each text, Int32[L]."""
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids in [0, size)."""
 
 
-TOKENIZERS: dict[str, type[Pieces]] = {"bytes": Bytes, "characters": Characters, "sentencepiece": SentencePiece}
+def _file(path: Path) -> bytes:
+    if not path.is_file():
+        raise UserError(f"there is no tokenizer file {str(path)!r}; correct the path")
+    return path.read_bytes()
+
+
+TOKENIZERS: dict[str, type[Pieces]] = {
+    "bytes": Bytes,
+    "characters": Characters,
+    "sentencepiece": SentencePiece,
+    "huggingface": HuggingFace,
+}
+
+# What is made from text: by `made_from(texts, held_out, size)`, the size of the vocabulary being None or after a colon.
+MADE = {"bytes": "bytes", "characters": "characters", "sentencepiece": "sentencepiece:SIZE"}
+
+# What is given after a colon: how it is written, whose `data` it holds, and how that is read.
+GIVEN: dict[str, tuple[str, str, Callable[[Path], bytes]]] = {
+    "sentencepiece": ("sentencepiece:FILE", "sentencepiece", _file),
+    "huggingface": ("huggingface:FILE", "huggingface", _file),
+    "gpt2": ("gpt2:FOLDER", "huggingface", gpt2_data),
+}
+FORMS = (*MADE.values(), *(form for form, _, _ in GIVEN.values()))
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Pieces of text as the ids 0, 1, ..., and after the last of them, where wanted, an id that ends a text.
+    """Pieces of text as ids, and where wanted one that ends a text: the pieces' own, else one after the last.
 
     `encode` gives only pieces; the end-of-text id is put between texts by whoever joins them.
     """
@@ -52,16 +76,24 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """The number of ids, the end-of-text id included."""
-        return self.pieces.size + self.has_end_of_text
+        return self.pieces.size + (self.has_end_of_text and self.pieces.end_of_text is None)
 
     @property
     def end_of_text(self) -> int | None:
-        """The last id where there is one for the end of a text, else None."""
-        return self.pieces.size if self.has_end_of_text else None
+        """The id that ends a text where one is wanted, else None."""
+        return self._end if self.has_end_of_text else None
+
+    @property
+    def _end(self) -> int:
+        return self.pieces.size if self.pieces.end_of_text is None else self.pieces.end_of_text
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, Int32[L]."""
-        return self.pieces.encode(text)
+        """The ids of a text, Int32[L]; one longer than a million characters is encoded in parts."""
+        return np.concatenate([self.pieces.encode_all([part])[0] for part in cut(text)])
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each of some texts, Int32[L], none of them very long. Threads may call it at the same time."""
+        return self.pieces.encode_all(texts)
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids, Int[L]; an end of text reads `<|endoftext|>`, bytes that are no UTF-8 read U+FFFD.
@@ -72,7 +104,7 @@ class Tokenizer:
         ids = np.asarray(ids, np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise ValueError(f"ids must be from 0 to {self.vocab_size - 1}, got {ids.min()} to {ids.max()}")
-        first, *others = np.split(ids, np.flatnonzero(ids == self.pieces.size))
+        first, *others = np.split(ids, np.flatnonzero(ids == self._end))
         return END_OF_TEXT.join(self.pieces.decode(run) for run in [first, *(run[1:] for run in others)])
 
     @cached_property
@@ -113,36 +145,39 @@ def make_tokenizer(spec: str, texts: Iterable[str], end_of_text: bool, held_out:
     """The tokenizer that a spec names, made from training texts where it is not given.
 
     Args:
-      spec: `bytes`, `characters`, `sentencepiece:8000` (made here) or `sentencepiece:path/to.model` (a given one, whose
-        rules are its own: it may lose spaces or normalise characters).
-      texts: the training texts; read only if the tokenizer is made from them.
-      end_of_text: whether to add an id for the end of a text.
+      spec: one of `FORMS`: `bytes`, `characters`, `sentencepiece:8000` (made here) or `sentencepiece:path/to.model`,
+        `huggingface:path/to/tokenizer.json`, `gpt2:folder` (given ones, whose rules are their own: they may lose spaces
+        or normalise characters).
+      texts: the training texts, or pieces of them; read only if the tokenizer is made from them.
+      end_of_text: whether an id for the end of a text is wanted.
       held_out: the other texts; they add characters to the alphabet of `characters`, and nothing else.
 
     Raises:
-      UserError: the spec is none of these, its file is missing or no model, or the size does not suit the texts.
-    """
-    file = tokenizer_file(spec)
-    kind, _, size = spec.partition(":")
-    if file:
-        pieces = TOKENIZERS[kind](file.read_bytes())
-    else:
-        pieces = TOKENIZERS[kind].made_from(texts, held_out, int(size) if size else None)
-    return Tokenizer(kind, pieces, end_of_text)
-
-
-def tokenizer_file(spec: str) -> Path | None:
-    """The model file that a spec names, None where the tokenizer is made from text.
-
-    Raises:
-      UserError: the spec is no tokenizer's, or there is no such file.
+      UserError: the spec is none of these, what it names is missing or damaged, or the size does not suit the texts.
     """
     kind, _, option = spec.partition(":")
-    if kind not in TOKENIZERS or bool(option) != TOKENIZERS[kind].sized:
-        forms = [f"{name}:SIZE or {name}:FILE" if TOKENIZERS[name].sized else name for name in TOKENIZERS]
-        raise UserError(f"unknown tokenizer {spec!r}; write {', '.join(forms)}")
-    if not option or option.isdecimal():
+    data = given_data(spec)
+    if data is not None:
+        kind = GIVEN[kind][1]
+        return Tokenizer(kind, TOKENIZERS[kind](data), end_of_text)
+    return Tokenizer(kind, TOKENIZERS[kind].made_from(texts, held_out, int(option) if option else None), end_of_text)
+
+
+def given_data(spec: str) -> bytes | None:
+    """What determines a tokenizer that is given, None where one is made from text.
+
+    Raises:
+      UserError: the spec is no tokenizer's, or what it names is missing or damaged.
+    """
+    kind, _, option = spec.partition(":")
+    if kind in MADE and (option.isdecimal() if ":" in MADE[kind] else spec == kind):
         return None
-    if not Path(option).is_file():
-        raise UserError(f"there is no tokenizer file {option!r}; give a file or a vocabulary size after '{kind}:'")
-    return Path(option)
+    if kind not in GIVEN or not option:
+        raise UserError(f"unknown tokenizer {spec!r}; write {', '.join(FORMS)}")
+    _, kind, read = GIVEN[kind]
+    data = read(Path(option).expanduser())
+    try:
+        TOKENIZERS[kind](data).size  # noqa: B018, it loads the vocabulary
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
+    return data

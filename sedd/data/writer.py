@@ -1,41 +1,104 @@
-"""Writes the files of a corpus directory that hold its splits; `corpus.py` says what they are."""
+"""Writes the files of a corpus directory that hold its splits; `corpus.py` says what they are.
+
+Text is tokenised in chunks, by as many threads as one likes, and written in order by one, so that the files do not
+depend on their number. What is written is recorded every few seconds, and taken up again after an interruption.
+"""
 
 import hashlib
-from array import array
-from collections.abc import Iterable
-from contextlib import ExitStack
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from sedd.data.splits import SPLITS, Segment
+from sedd.data.layout import Layout
+from sedd.data.source import LONGEST_PIECE
+from sedd.data.splits import Segment
 from sedd.data.tokenizers import Tokenizer
+from sedd.data.workplace import write_whole
+
+COPIED = 2**24  # bytes copied at a time
+RECORD = 2.0  # seconds between records of what is written
+PARTS = ("tokens", "offsets", "byte_offsets")  # the files of a split
+OFFSET = np.dtype("<i8")
+
+
+class Tokens(NamedTuple):
+    """A chunk's text of one split: its ids, and where documents end among them and among its bytes."""
+
+    ids: np.ndarray  # UInt[T]
+    ends: np.ndarray  # Int64[documents]
+    byte_ends: np.ndarray  # Int64[documents]
+    num_bytes: int
 
 
 def write_splits(
-    folder: Path, parts: Iterable[Segment], tokenizer: Tokenizer, order: np.random.Generator | None
-) -> dict[str, dict[str, int]]:
-    """Tokenises and writes all splits in one pass.
+    folder: Path,
+    segments: Iterable[Segment],
+    splits: Iterable[str],
+    tokenizer: Tokenizer,
+    workers: int,
+    progress: Callable[[int], None],
+):
+    """Tokenises and writes all splits in one pass, from where an earlier call into the same folder was interrupted.
 
-    Args:
-      order: puts the documents of each split in a random order, so that the blocks of all splits are alike: in the
-        source's order the neighbours of a held-out document would be further apart than those of a training document.
-        None keeps the source's order.
-
-    Returns:
-      The counts of each split: `documents`, `tokens` and `bytes`.
+    progress: told the bytes of text done, in parts.
     """
-    with ExitStack() as stack:
-        writers = {split: stack.enter_context(_SplitWriter(folder, split, token_dtype(tokenizer))) for split in SPLITS}
-        for part in parts:
-            ids = tokenizer.encode(part.text)
-            if part.ends_document and tokenizer.end_of_text is not None:
-                ids = np.append(ids, tokenizer.end_of_text)
-            writers[part.split].append(ids, len(part.text.encode("utf-8")))
-    if order is not None:
-        for split in SPLITS:
-            _shuffle(folder, split, token_dtype(tokenizer), order)
-    return {split: writer.counts() for split, writer in writers.items()}
+    record = folder / "written.json"
+    splits = list(splits)
+    done = json.loads(record.read_text()) if record.is_file() else {"chunks": 0, "splits": {}}
+    writers = [_SplitWriter(folder, split, token_dtype(tokenizer), done["splits"].get(split)) for split in splits]
+    try:
+        chunks = _chunks(segments)
+        for _ in range(done["chunks"]):
+            progress(sum(len(segment.text.encode("utf-8")) for segment in next(chunks)))
+        recorded = time.monotonic()
+        for number, (chunk, tokens) in enumerate(_in_order(tokenizer, chunks, splits, workers), done["chunks"] + 1):
+            for writer, part in zip(writers, tokens):
+                writer.append(part)
+            done["chunks"] = number
+            if time.monotonic() - recorded > RECORD:
+                write_whole(record, done | {"splits": {writer.split: writer.settle() for writer in writers}})
+                recorded = time.monotonic()
+            progress(sum(part.num_bytes for part in tokens))
+        write_whole(record, done | {"splits": {writer.split: writer.settle() for writer in writers}})
+    finally:
+        for writer in writers:
+            writer.close()
+
+
+def arrange(written: Path, folder: Path, splits: Iterable[str], dtype: np.dtype, order: np.random.Generator | None):
+    """Moves the files that `write_splits` made to where they belong.
+
+    order: puts the documents of each split in a random order, so that the blocks of all splits are alike: in the
+      source's order the neighbours of a held-out document would be further apart than those of a training document.
+      None keeps the source's order.
+    """
+    for split in splits:
+        if order is not None:
+            _shuffle(written, folder, split, dtype, order)
+            continue
+        for part in PARTS:
+            if (written / f"{split}.{part}").exists():  # else moved before an interruption
+                (written / f"{split}.{part}").replace(folder / f"{split}.{part}")
+
+
+def count_splits(folder: Path, splits: Iterable[str]) -> dict[str, dict[str, int]]:
+    """The counts of each split: `documents`, `tokens` and `bytes`."""
+    counts = {}
+    for split in splits:
+        offsets, byte_offsets = (np.memmap(folder / f"{split}.{part}", OFFSET, mode="r") for part in PARTS[1:])
+        counts[split] = {
+            "documents": len(offsets) - 1,
+            "tokens": int(offsets[-1]),
+            "bytes": int(byte_offsets[-1]),
+        }
+    return counts
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -43,49 +106,118 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
-def hash_of_splits(folder: Path, tokenizer: Tokenizer) -> str:
-    """SHA-256, in hexadecimal, of the token files, the offsets and the tokenizer."""
-    digest = hashlib.sha256(tokenizer.fingerprint.encode())
-    for split in SPLITS:
-        with open(folder / f"{split}.tokens", "rb") as tokens:
-            digest.update(hashlib.file_digest(tokens, "sha256").digest())
-        digest.update(np.load(folder / f"{split}.offsets.npy").tobytes())
+def hash_of_splits(folder: Path, splits: Iterable[str], tokenizer: Tokenizer, layout: Layout) -> str:
+    """SHA-256, in hexadecimal, of the token files, the offsets, the tokenizer and the layout."""
+    digest = hashlib.sha256(f"{tokenizer.fingerprint} {layout.mode} {layout.padding}".encode())
+    for split in splits:
+        for part in PARTS[:2]:
+            with open(folder / f"{split}.{part}", "rb") as file:
+                digest.update(split.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
-def _shuffle(folder: Path, split: str, dtype: np.dtype, random: np.random.Generator) -> None:
-    """Rewrites the files of a split with its documents in random order, one document in memory at a time."""
-    offsets, num_bytes = np.load(folder / f"{split}.offsets.npy"), np.load(folder / f"{split}.bytes.npy")
-    tokens = np.memmap(folder / f"{split}.tokens", dtype, mode="r")
-    order = random.permutation(len(num_bytes))
-    with open(folder / "shuffled", "wb", buffering=2**20) as file:
-        for document in order:
-            file.write(tokens[offsets[document] : offsets[document + 1]].tobytes())
-    (folder / "shuffled").replace(folder / f"{split}.tokens")
-    np.save(folder / f"{split}.offsets.npy", np.concatenate([[0], np.cumsum(np.diff(offsets)[order])]).astype("<i8"))
-    np.save(folder / f"{split}.bytes.npy", num_bytes[order])
+def _chunks(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
+    """Segments in groups of about a million characters: what a thread tokenises at a time."""
+    chunk, characters = [], 0
+    for segment in segments:
+        chunk.append(segment)
+        characters += len(segment.text)
+        if characters >= LONGEST_PIECE:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _in_order(tokenizer: Tokenizer, chunks: Iterator, splits: list[str], workers: int) -> Iterator[tuple]:
+    """Each chunk with its tokens, in order, some of them under way in threads: the tokenizers let go of the lock."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
+    try:
+        waiting = deque()
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(_tokenise, tokenizer, chunk, splits)))
+            if len(waiting) > workers + 1:
+                chunk, tokens = waiting.popleft()
+                yield chunk, tokens.result()
+        while waiting:
+            chunk, tokens = waiting.popleft()
+            yield chunk, tokens.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _tokenise(tokenizer: Tokenizer, chunk: list[Segment], splits: list[str]) -> list[Tokens]:
+    """The tokens of a chunk, of each split."""
+    encoded = tokenizer.encode_all([segment.text for segment in chunk])
+    end_of_text = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int32)
+    found = []
+    for split in splits:
+        parts, ends, byte_ends, total, num_bytes = [end_of_text[:0]], [], [], 0, 0
+        for segment, ids in zip(chunk, encoded):
+            if segment.split != split:
+                continue
+            parts.append(ids)
+            total += len(ids)
+            num_bytes += len(segment.text.encode("utf-8"))
+            if segment.ends_document:
+                parts.append(end_of_text)
+                total += len(end_of_text)
+            if segment.closes:
+                ends.append(total)
+                byte_ends.append(num_bytes)
+        ids = np.concatenate(parts).astype(token_dtype(tokenizer))
+        found.append(Tokens(ids, np.array(ends, OFFSET), np.array(byte_ends, OFFSET), num_bytes))
+    return found
 
 
 class _SplitWriter:
-    """Appends documents to the token file of a split; on leaving, writes their offsets and bytes."""
+    """Appends to the files of a split, from what is known to be written."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype):
-        self._folder, self._split, self._dtype = folder, split, dtype
-        self._tokens = open(folder / f"{split}.tokens", "wb", buffering=2**20)
-        self._offsets, self._bytes = array("q", [0]), array("q")
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, counts: dict[str, int] | None):
+        self.split = split
+        self._counts = counts or {"documents": 0, "tokens": 0, "bytes": 0}
+        offsets = OFFSET.itemsize * (self._counts["documents"] + 1)
+        sizes = (dtype.itemsize * self._counts["tokens"], offsets, offsets)
+        self._files = [open(folder / f"{split}.{part}", "ab", buffering=2**20) for part in PARTS]
+        for file, size in zip(self._files, sizes):
+            file.truncate(size if counts else 0)
+        if not counts:  # the first document begins at 0
+            for file in self._files[1:]:
+                file.write(np.zeros(1, OFFSET).tobytes())
 
-    def append(self, ids: np.ndarray, num_bytes: int) -> None:
-        self._tokens.write(ids.astype(self._dtype).tobytes())
-        self._offsets.append(self._offsets[-1] + len(ids))
-        self._bytes.append(num_bytes)
+    def append(self, tokens: Tokens) -> None:
+        counts = self._counts
+        new = (tokens.ids, tokens.ends + counts["tokens"], tokens.byte_ends + counts["bytes"])
+        for file, values in zip(self._files, new):
+            file.write(values.tobytes())
+        counts["documents"] += len(tokens.ends)
+        counts["tokens"] += len(tokens.ids)
+        counts["bytes"] += tokens.num_bytes
 
-    def counts(self) -> dict[str, int]:
-        return {"documents": len(self._bytes), "tokens": self._offsets[-1], "bytes": sum(self._bytes)}
+    def settle(self) -> dict[str, int]:
+        """Brings to the disk what was appended, and says what that is."""
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+        return dict(self._counts)
 
-    def __enter__(self) -> "_SplitWriter":
-        return self
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
 
-    def __exit__(self, *exception) -> None:
-        self._tokens.close()
-        np.save(self._folder / f"{self._split}.offsets.npy", np.asarray(self._offsets, "<i8"))
-        np.save(self._folder / f"{self._split}.bytes.npy", np.asarray(self._bytes, "<i8"))
+
+def _shuffle(written: Path, folder: Path, split: str, dtype: np.dtype, random: np.random.Generator) -> None:
+    """Writes the files of a split with its documents in random order."""
+    offsets, byte_offsets = (np.fromfile(written / f"{split}.{part}", OFFSET) for part in PARTS[1:])
+    order = np.arange(len(offsets) - 1, dtype=np.uint32)
+    random.shuffle(order)
+    with open(written / f"{split}.tokens", "rb") as tokens, open(folder / f"{split}.tokens", "wb", 2**20) as file:
+        for document in order:  # read, not mapped: the pages of a map would count as memory of this process
+            tokens.seek(dtype.itemsize * int(offsets[document]))
+            left = dtype.itemsize * int(offsets[document + 1] - offsets[document])
+            while left:
+                left -= file.write(tokens.read(min(left, COPIED)))
+    for part, values in zip(PARTS[1:], (offsets, byte_offsets)):
+        sizes = np.diff(values)[order]
+        values[1:] = np.cumsum(sizes)
+        values.tofile(folder / f"{split}.{part}")

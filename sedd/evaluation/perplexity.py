@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sedd.data.batches import blocks
 from sedd.data.corpus import Corpus
+from sedd.data.layout import Layout
 from sedd.data.tokenizers import Tokenizer
 from sedd.diffusion import draws
 from sedd.diffusion.likelihood import sigma_bound
@@ -35,9 +36,11 @@ class Scored:
     """Text laid out for scoring: N rows of a block each."""
 
     tokens: np.ndarray  # Int32[N L]
-    lengths: np.ndarray  # Int32[N], the tokens of a row that count
+    lengths: np.ndarray  # Int32[N], the positions of a row that are scored
+    counts: np.ndarray  # Int32[N], the tokens of text among them, by whose number nats are divided
     clusters: np.ndarray  # Int[N], rows that stand or fall together in the standard error
     num_bytes: int  # UTF-8
+    layout: Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,27 +87,38 @@ def with_error(value: float, error: float | None, digits: int = 4) -> str:
 
 
 def from_corpus(corpus: Corpus, split: str, block_length: int) -> Scored:
-    """A split in consecutive blocks, the tail with its own length; clusters are runs of 16 blocks."""
-    tokens, lengths = blocks(corpus, split, block_length)
-    return Scored(tokens, lengths, np.arange(len(tokens)) // RUN, corpus.num_bytes(split))
+    """A split: packed in consecutive blocks, the tail with its own length, in clusters of 16 blocks; padded document
+    by document, each a cluster."""
+    tokens, counts, document = blocks(corpus, split, block_length)
+    clusters = np.arange(len(tokens)) // RUN if document is None else document
+    return _scored(tokens, counts, clusters, corpus.num_bytes(split), corpus.layout)
 
 
-def from_texts(texts: Sequence[str], tokenizer: Tokenizer, block_length: int) -> Scored:
-    """Texts one by one, cut into blocks where they are longer; each text is a cluster. UserError for an empty one."""
-    rows, lengths, clusters = [], [], []
+def from_texts(texts: Sequence[str], tokenizer: Tokenizer, block_length: int, layout: Layout) -> Scored:
+    """Texts one by one, cut into blocks where they are longer; each is a cluster. UserError for an empty one.
+
+    For a model of padded documents each ends as those do, with the end-of-text id.
+    """
+    rows, counts, clusters = [], [], []
+    end = [tokenizer.end_of_text] if layout.padded else []
     for number, text in enumerate(texts):
-        ids = tokenizer.encode(text)
-        if not len(ids):
+        ids = np.append(tokenizer.encode(text), np.array(end, np.int32))
+        if len(ids) == len(end):
             raise UserError(f"text {number + 1} of {len(texts)} is empty; there is nothing to score")
         for start in range(0, len(ids), block_length):
             piece = ids[start : start + block_length]
-            rows.append(np.pad(piece, (0, block_length - len(piece))))
-            lengths.append(len(piece))
+            rows.append(np.pad(piece, (0, block_length - len(piece)), constant_values=(*end, 0)[0]))
+            counts.append(len(piece))
             clusters.append(number)
     if not rows:
         raise UserError("there are no texts to score")
     num_bytes = sum(len(text.encode()) for text in texts)
-    return Scored(np.stack(rows).astype(np.int32), np.array(lengths, np.int32), np.array(clusters), num_bytes)
+    return _scored(np.stack(rows).astype(np.int32), np.array(counts, np.int32), np.array(clusters), num_bytes, layout)
+
+
+def _scored(tokens, counts, clusters, num_bytes, layout) -> Scored:
+    lengths = np.full_like(counts, tokens.shape[1]) if layout.padding == "scored" else counts
+    return Scored(tokens, lengths, counts, clusters, num_bytes, layout)
 
 
 def perplexity(
@@ -118,16 +132,30 @@ def perplexity(
     progress: bool = True,
 ) -> Report:
     """The bound over all rows, each at `num_draws` stratified noise levels. The same seed gives the same number."""
+    terms = row_bounds(network, schedule, params, scored, seed, num_draws, batch_size, progress)
+    return _report(terms, scored, num_draws, seed, network)
+
+
+def row_bounds(
+    network: Network,
+    schedule: Schedule,
+    params: dict,
+    scored: Scored,
+    seed: int = 0,
+    num_draws: int = 16,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> np.ndarray:
+    """Prior, diffusion and reconstruction of each row, in nats: Float64[N 3]."""
     low, high = _ends(network, schedule)
+    bind = scored.layout.binds_lengths or not isinstance(network.process, Absorbing)
     terms = []
     starts = range(0, len(scored.tokens), batch_size)
     for start in tqdm(starts, desc="scoring", unit="batch", delay=2, disable=not progress):
         at = np.arange(start, start + batch_size) % len(scored.tokens)  # one shape for all; what is over is dropped
-        key = jax.random.key(seed)
-        row_terms = _bounds(network, params, key, scored.tokens[at], scored.lengths[at], at, low, high, num_draws)
-        terms.append(np.stack(row_terms, axis=-1))
-    terms = np.concatenate(terms)[: len(scored.tokens)].astype(np.float64)
-    return _report(terms, scored, num_draws, seed, network)
+        rows = (jax.random.key(seed), scored.tokens[at], scored.lengths[at], at)
+        terms.append(np.stack(_bounds(network, params, *rows, low, high, num_draws, bind), axis=-1))
+    return np.concatenate(terms)[: len(scored.tokens)].astype(np.float64)
 
 
 def _ends(network: Network, schedule: Schedule) -> tuple[float, float]:
@@ -137,15 +165,15 @@ def _ends(network: Network, schedule: Schedule) -> tuple[float, float]:
     return float(schedule.sigma(0.0)), max(float(schedule.sigma(1.0)), UNIFORM_SIGMA)
 
 
-@functools.partial(jax.jit, static_argnames=("network", "low", "high", "num_draws"))
-def _bounds(network, params, key, tokens, lengths, rows, low, high, num_draws):
-    """The three terms of each row, averaged over the draws: Bound of Float[B]."""
+@functools.partial(jax.jit, static_argnames=("network", "low", "high", "num_draws", "bind"))
+def _bounds(network, params, key, tokens, lengths, rows, low, high, num_draws, bind):
+    """The three terms of each row, averaged over the draws: Bound of Float[B]. bind: tell the network the lengths."""
     keys = draws.row_keys(key, rows)
     free = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    if isinstance(network.process, Absorbing):  # what follows a short text stays masked: the model's exact marginal
-        tokens, stats = network.process.hide(tokens, ~free), network.stats(params)
-    else:
+    if bind:
         stats = network.stats(params, lengths=lengths)
+    else:  # what follows a short text stays masked: the model's exact marginal
+        tokens, stats = network.process.hide(tokens, ~free), network.stats(params)
 
     def one(number):
         of_draw = draws.fold(keys, number)
@@ -157,14 +185,13 @@ def _bounds(network, params, key, tokens, lengths, rows, low, high, num_draws):
 
 def _report(terms: np.ndarray, scored: Scored, num_draws: int, seed: int, network: Network) -> Report:
     """The ratio estimate over clusters and its standard error. terms: Float[N 3], nats a row."""
-    num_tokens = int(scored.lengths.sum())
+    num_tokens = int(scored.counts.sum())
     prior, diffusion, reconstruction = terms.sum(axis=0) / num_tokens
     nats = prior + diffusion + reconstruction
-    of_cluster = np.bincount(scored.clusters, terms.sum(axis=1)) - nats * np.bincount(scored.clusters, scored.lengths)
+    of_cluster = np.bincount(scored.clusters, terms.sum(axis=1)) - nats * np.bincount(scored.clusters, scored.counts)
     count = len(of_cluster)
     error = math.sqrt(count / (count - 1) * np.sum(of_cluster**2)) / num_tokens if count > 1 else None
     bits = num_tokens / scored.num_bytes / math.log(2)
-    in_block = isinstance(network.process, Absorbing)
     return Report(
         nats_per_token=float(nats),
         standard_error=error,
@@ -179,5 +206,13 @@ def _report(terms: np.ndarray, scored: Scored, num_draws: int, seed: int, networ
         clusters=count,
         draws=num_draws,
         seed=seed,
-        lengths="in a block whose other positions stay masked" if in_block else "at its own length",
+        lengths=_how(scored.layout, network),
     )
+
+
+def _how(layout: Layout, network: Network) -> str:
+    """How text shorter than a block was scored."""
+    if layout.padding is not None:
+        return "with its padding, as a whole block" if layout.padding == "scored" else "given its length"
+    in_block = isinstance(network.process, Absorbing)
+    return "in a block whose other positions stay masked" if in_block else "at its own length"

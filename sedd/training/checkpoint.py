@@ -94,6 +94,11 @@ class Checkpoints:
         }
 
 
+def any_saved(directory: Path) -> bool:
+    """Whether a run left checkpoints there, whole or not."""
+    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
+
+
 def _items(state: TrainState) -> dict[str, Any]:
     """What is stored apart, so that inference reads the parameters alone."""
     items = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}

@@ -1,31 +1,28 @@
 """The fit loop: from a config and a folder to a trained run, whatever happens in between."""
 
 import contextlib
-import json
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from sedd import config as configs
 from sedd import parallel
-from sedd.data.batches import batches, check_block_length
+from sedd.data.batches import Batch, batches, check_block_length
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.errors import UserError
-from sedd.evaluation.perplexity import from_corpus, perplexity
-from sedd.training.checkpoint import Checkpoints
-from sedd.training.metrics import Metrics
+from sedd.network.network import Network
+from sedd.training.board import Board, check_installed
+from sedd.training.checkpoint import Checkpoints, any_saved
+from sedd.training.claim import claim
+from sedd.training.held_out import HeldOut, check_split, layout_of
+from sedd.training.metrics import Metrics, Summary
 from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
-from sedd.training.step import TrainState, make_step
-
-# What may change between the start of a run and its continuation without making it another run.
-_FREE = {"training.steps", "training.accumulation", "data.corpus", "network.scan", "network.remat"}
-_FREE_GROUPS = {"mesh", "checkpoint", "evaluation"}
+from sedd.training.step import make_step
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,51 +33,78 @@ class Interrupted(KeyboardInterrupt):
         self.step = step
 
 
-def fit(config: ConfigDict, workdir: str | Path):
+def fit(config: ConfigDict, workdir: str | Path, weights: dict | None = None, init_from: str | None = None) -> Summary:
     """Trains to `config.training.steps`, from the newest checkpoint where the folder holds this run.
 
-    Leaves config.json, the tokenizer, metrics.jsonl and checkpoints in `workdir`. Raises UserError before anything is
-    compiled if the config, the corpus or the folder do not fit, and Interrupted when it was stopped.
+    weights: parameters to start from instead of fresh ones, at step 0 with a new optimiser; a run that goes on has
+    its own. init_from: where they came from, for the record. Leaves config.json, the tokenizer, metrics.jsonl,
+    samples.jsonl and checkpoints in `workdir`. Raises UserError before anything is compiled if the config, the corpus,
+    the weights or the folder do not fit, and Interrupted when it was stopped.
     """
     workdir = Path(workdir)
     config = configs.validate(config)
-    training, data = config.training, config.data
+    training, data, every = config.training, config.data, config.evaluation.every
     corpus = open_corpus(data.corpus)
     check_block_length(corpus, "train", data.block_length)
     _, schedule, network = configs.build(config, _vocab_size(config, corpus))
     mesh = parallel.make_mesh(config)
-    claim(workdir, config, corpus)
+    if weights is not None and not any_saved(workdir / "checkpoints"):
+        weights = _fitting(weights, network, init_from or "the weights to start from")
+    if every:
+        check_split(corpus, data.block_length)
+    if config.metrics.tensorboard:
+        check_installed()
+    layout = layout_of(corpus, data.block_length)
+    claim(workdir, config, corpus, layout, init_from)
 
     objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
     init, step, where = make_step(config, objective, make_optimizer(config.optimizer, training.steps), mesh)
+    held_out = HeldOut(config, corpus, layout, schedule, network)
     rows = parallel.batch_sharding(mesh)
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, _stop_signals() as stopping:
         state = checkpoints.restore(parallel.placed(jax.eval_shape(init), where))
-        state = init() if state is None else state
+        if state is None:
+            state = init() if weights is None else init(jax.device_put(weights, where.params))
         start = int(state.step)
         source = batches(corpus, data.block_length, training.batch_size, training.seed, start)
-        tokens_per_step = training.batch_size * data.block_length
-        log = Metrics(workdir / "metrics.jsonl", start, training.steps, tokens_per_step)
+        board = Board(workdir / "tensorboard", start) if config.metrics.tensorboard else None
+        log = Metrics(workdir, start, training.steps, board)
         with contextlib.closing(source), log:
             for number in range(start + 1, training.steps + 1):
-                state, metrics = step(state, jax.device_put(next(source), rows))
-                log.record(number, metrics)
-                if config.evaluation.every and number % config.evaluation.every == 0:
-                    log.note(number, _held_out(config, corpus, schedule, network, state))
-                if number % config.checkpoint.every == 0 or stopping.is_set() or number == training.steps:
+                batch, last = next(source), number == training.steps
+                state, metrics = step(state, jax.device_put(batch, rows))
+                log.record(number, metrics, _num_tokens(batch))
+                if every and (number % every == 0 or last):
+                    log.bound(number, held_out.bound(state.best))
+                    log.samples(number, *held_out.samples(state.best))
+                if number % config.checkpoint.every == 0 or stopping.is_set() or last:
                     log.settle()  # nothing is saved whose loss is not finite
                     checkpoints.save(state)
                 if stopping.is_set():
                     break
     if int(state.step) < training.steps:
         raise Interrupted(int(state.step))
+    return log.summary()
 
 
-def _held_out(config, corpus, schedule, network, state: TrainState) -> dict[str, float]:
-    """The bound on the validation split, as a record of the metrics."""
-    scored = from_corpus(corpus, "validation", config.data.block_length)
-    report = perplexity(network, schedule, state.best, scored, num_draws=config.evaluation.draws, progress=False)
-    return {"validation_nats_per_token": report.nats_per_token, "validation_bits_per_byte": report.bits_per_byte}
+def _fitting(weights: dict, network: Network, what: str) -> dict:
+    """The weights, laid out as the network's parameters are. UserError, naming the first leaf that does not fit."""
+    like = jax.eval_shape(network.init, jax.random.key(0))
+    given, expected = parallel.named(weights), parallel.named(like)
+
+    def shown(leaf):
+        return "missing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
+
+    for name in (*expected, *given):
+        found, wanted = shown(given.get(name)), shown(expected.get(name))
+        if found != wanted:
+            raise UserError(f"{what} cannot start this run: {name} is {found} there, {wanted} in the config's network")
+    return jax.tree.unflatten(jax.tree.structure(like), [given[name] for name in expected])
+
+
+def _num_tokens(batch: Batch) -> int:
+    """The tokens of a batch that count."""
+    return batch.tokens.size if batch.lengths is None else int(batch.lengths.sum())
 
 
 def _vocab_size(config: ConfigDict, corpus: Corpus) -> int:
@@ -88,41 +112,6 @@ def _vocab_size(config: ConfigDict, corpus: Corpus) -> int:
     if told is not None and told != corpus.vocab_size:
         raise UserError(f"config: data.vocab_size is {told}, but {corpus.path} has {corpus.vocab_size} tokens")
     return corpus.vocab_size
-
-
-def claim(workdir: Path, config: ConfigDict, corpus: Corpus):
-    """Makes the folder this run's, or makes sure that it is. UserError if it holds another run, or something else."""
-    mine = {"config": config.to_dict(), "vocab_size": corpus.vocab_size, "corpus": corpus.hash}
-    path = workdir / "config.json"
-    if path.is_file():
-        try:
-            theirs = json.loads(path.read_text())
-        except ValueError:
-            raise UserError(f"{path} is damaged: it is no JSON; restore it, or choose another --workdir") from None
-        changed = [
-            f"{key} ({old!r} there, {new!r} here)"
-            for key, old, new in _differences(theirs, mine)
-            if key not in _FREE and key.split(".")[0] not in _FREE_GROUPS
-        ]
-        if changed:
-            raise UserError(f"{workdir} holds another run: {', '.join(changed)}; choose another --workdir")
-    elif workdir.exists() and any(workdir.iterdir()):
-        raise UserError(f"{workdir} is not empty and holds no run; choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    corpus.tokenizer.save(workdir / "tokenizer")
-    path.write_text(json.dumps(mine, indent=2) + "\n")
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """The settings that differ, by their keys in the config; the corpus by its hash, wherever it lies."""
-    for key in ("vocab_size", "corpus"):
-        if old.get(key) != new[key]:
-            yield key, old.get(key), new[key]
-    for group, members in new["config"].items():
-        for name, value in members.items():
-            before = old["config"].get(group, {}).get(name)
-            if before != value:
-                yield f"{group}.{name}", before, value
 
 
 @contextlib.contextmanager

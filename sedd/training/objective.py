@@ -35,6 +35,7 @@ class Objective:
 
     levels: "times", stratified over [min_time, 1] (SEDD, algorithm 1), or "counts", numbers of masked tokens in
     antithetic pairs: rows 2i and 2i + 1 mask k and L + 1 - k tokens, so that the head runs at L + 1 positions a pair.
+    The optimiser sees the sum over the positions that count, averaged over rows, however long the rows are.
     """
 
     network: Network
@@ -43,29 +44,42 @@ class Objective:
     levels: str = "times"
     min_time: float = 1e-3
 
-    def __call__(self, params: dict, tokens: jax.Array, rows: jax.Array, key: jax.Array) -> jax.Array:
-        """tokens: Int[B L]; rows: Int[B], their indices in the global batch; key: of the step. Float[B], nats a row."""
+    def __call__(
+        self, params: dict, tokens: jax.Array, rows: jax.Array, key: jax.Array, lengths: jax.Array | None = None
+    ) -> jax.Array:
+        """tokens: Int[B L]; rows: Int[B], their indices in the global batch; key: of the step. Float[B], nats a row.
+
+        lengths: Int[B], how many tokens of each row count; the others are neither seen nor scored. None: all.
+        """
         keys = draws.row_keys(key, rows)
         paired = self.levels == "counts"
         dropout = draws.fold(keys, _DROPOUT) if self.network.dropout else None
-        stats = self.network.stats(params, dropout, masked_pairs=paired)
-        noise = draws.fold(keys, _NOISE)
+        stats = self.network.stats(params, dropout, lengths=lengths, masked_pairs=paired)
+        noise, process = draws.fold(keys, _NOISE), self.network.process
+        free = None if lengths is None else jnp.arange(tokens.shape[1]) < lengths[:, None]
         if paired:
-            counts = self.counts(rows, key, tokens.shape[1])
-            loss = count_loss(self.network.process, stats, noise, tokens, counts)
+            counts = self.counts(rows, key, tokens.shape[1] if lengths is None else lengths)
+            loss = count_loss(process, stats, noise, tokens, counts, free)
         else:
-            loss = denoising_loss(self.network.process, self.schedule, stats, noise, tokens, self.times(rows, key))
+            loss = denoising_loss(process, self.schedule, stats, noise, tokens, self.times(rows, key), free)
         return jnp.sum(loss, axis=-1)
 
     def times(self, rows: jax.Array, key: jax.Array) -> jax.Array:
         """Stratified times. Int[B] -> Float[B] in [min_time, 1]."""
         return self.min_time + (1 - self.min_time) * self._level(rows, key, self.batch_size)
 
-    def counts(self, rows: jax.Array, key: jax.Array, length: int) -> jax.Array:
-        """Stratified numbers of masked tokens, k and length + 1 - k in the two rows of a pair. Int[B] -> Int[B]."""
+    def counts(self, rows: jax.Array, key: jax.Array, lengths: jax.Array | int) -> jax.Array:
+        """Stratified numbers of masked tokens, antithetic in the two rows of a pair. Int[B] -> Int[B].
+
+        lengths: n, how many tokens each row has, Int[B] or one number for all. At level u the even row of a pair masks
+        1 + floor(u n) of its n tokens, the odd one n' - floor(u n') of its n': k and L + 1 - k where both are L.
+        """
+        # A pair masks at most L + 1 together: 1 + n' + floor(u n) - floor(u n'), where floor(u n) - floor(u n') is at
+        # most ceil(u (n - n')) <= n - n' for n > n', and at most 0 else; so it is 1 + max(n, n') or less.
         level = self._level(rows // 2, key, self.batch_size // 2)
-        below = jnp.minimum((level * length).astype(jnp.int32), length - 1)
-        return jnp.where(rows % 2 == 0, 1 + below, length - below)
+        lengths = jnp.maximum(lengths, 1)  # a row without tokens costs nothing, whatever it is told
+        below = jnp.minimum((level * lengths).astype(jnp.int32), lengths - 1)
+        return jnp.where(rows % 2 == 0, 1 + below, lengths - below)
 
     def _level(self, index, key, count):
         """U[0, 1) in the stratum of each index among `count`. Int[B] -> Float[B]."""

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sedd import parallel
+from sedd.data.batches import Batch
 from sedd.training.objective import Objective
 from sedd.training.optimizer import learning_rate
 
@@ -30,56 +31,59 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
-def init_state(config: ConfigDict, objective: Objective, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step: a pure function of the config, to be jitted with its shardings."""
-    params = objective.network.init(jax.random.key(config.training.seed))
+def init_state(
+    config: ConfigDict, objective: Objective, optimizer: optax.GradientTransformation, params: dict | None = None
+) -> TrainState:
+    """The state before the first step, a pure function to be jitted with its shardings; from fresh parameters, or
+    from those told."""
+    params = objective.network.init(jax.random.key(config.training.seed)) if params is None else params
     ema = jax.tree.map(jnp.copy, params) if config.training.ema_decay else None
     return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
 
 
 def make_step(
     config: ConfigDict, objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> tuple[Callable[[], TrainState], Callable[[TrainState, jax.Array], tuple[TrainState, dict]], TrainState]:
+) -> tuple[Callable[..., TrainState], Callable[[TrainState, Batch], tuple[TrainState, dict]], TrainState]:
     """The jitted functions that make the state and that take a step, and the state's shardings.
 
-    The step takes the state, which is donated, and the tokens of the whole batch, Int[B L]; it returns the new state
-    and the metrics: loss (nats per token), gradient_norm (of the loss summed over positions, averaged over rows) and
-    learning_rate.
+    The first takes the parameters to start from, or nothing. The step takes the state, which is donated, and the whole
+    batch; it returns the new state and the metrics: loss (nats per token that counts), gradient_norm (of the loss
+    summed over positions, averaged over rows) and learning_rate.
     """
     training = config.training
     rate = learning_rate(config.optimizer, config.optimizer.learning_rate, training.steps)
-    microbatches = (training.accumulation, training.batch_size // training.accumulation)
 
-    def loss_and_gradient(params, tokens, key):
-        def of_rows(params, tokens, rows):
-            return jnp.sum(objective(params, tokens, rows, key)) / training.batch_size
+    def loss_and_gradient(params, batch, key):
+        def of_rows(params, batch, rows):
+            loss = objective(params, batch.tokens, rows, key, batch.lengths)
+            return jnp.sum(loss) / training.batch_size
 
         def add(total, microbatch):
             return jax.tree.map(jnp.add, total, jax.value_and_grad(of_rows)(params, *microbatch)), None
 
-        rows = jnp.arange(training.batch_size)
+        whole = (batch, jnp.arange(training.batch_size))
         if training.accumulation == 1:
-            return jax.value_and_grad(of_rows)(params, tokens, rows)
-        parts = (tokens.reshape(*microbatches, -1), rows.reshape(microbatches))
+            return jax.value_and_grad(of_rows)(params, *whole)
+        parts = jax.tree.map(lambda array: array.reshape(training.accumulation, -1, *array.shape[1:]), whole)
         parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, P(None, ("data", "fsdp"))))
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         return jax.lax.scan(add, zero, parts)[0]
 
-    def step(state, tokens):
+    def step(state, batch):
         key = jax.random.fold_in(jax.random.key(training.seed), state.step)
-        loss, gradient = loss_and_gradient(state.params, tokens, key)
+        loss, gradient = loss_and_gradient(state.params, batch, key)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else averaged(state.ema, params, state.step + 1, training.ema_decay)
         metrics = {
-            "loss": loss / tokens.shape[1],
+            "loss": loss / _tokens_per_row(batch),
             "gradient_norm": optax.tree.norm(gradient),
             "learning_rate": rate(state.step),
         }
         return TrainState(state.step + 1, params, ema, moments), metrics
 
-    def init():
-        return init_state(config, objective, optimizer)
+    def init(params=None):
+        return init_state(config, objective, optimizer, params)
 
     where = parallel.shardings(mesh, jax.eval_shape(init))
     whole = NamedSharding(mesh, P())
@@ -88,6 +92,11 @@ def make_step(
         step, donate_argnums=0, in_shardings=(where, parallel.batch_sharding(mesh)), out_shardings=(where, whole)
     )
     return init, step, where
+
+
+def _tokens_per_row(batch: Batch) -> jax.Array | int:
+    """How many tokens of a row count, on average over the batch."""
+    return batch.tokens.shape[1] if batch.lengths is None else jnp.mean(batch.lengths, dtype=jnp.float32)
 
 
 def averaged(ema: dict, params: dict, updates: jax.Array, decay: float) -> dict:

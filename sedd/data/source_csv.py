@@ -1,0 +1,46 @@
+"""`csv:GLOB:COLUMN`: comma-separated values with a header, a document in one of the columns."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from sedd.data.files import no_such, numbered_lines, open_field
+from sedd.data.source import Source
+from sedd.errors import UserError
+
+LARGEST_FIELD = 2**31 - 1  # characters; the library's own bound of 2**17 is for all who use it
+
+
+def open_csv(spec: str) -> Source:
+    """That column of the files that match the pattern, each with a header; quoted fields may hold newlines.
+
+    Raises:
+      UserError: no file matches, or, while reading, there is no such column, or a row does not suit the header.
+    """
+    return open_field(spec, _documents, "COLUMN")
+
+
+def _documents(path: Path, column: str) -> Iterator[str]:
+    csv.field_size_limit(max(csv.field_size_limit(), LARGEST_FIELD))
+    rows = csv.reader((line for _, line in numbered_lines(path)), strict=True)
+    try:
+        header = next((row for row in rows if row), None)
+        if header is None:
+            raise UserError(f"{path} is empty: it has no header; leave the file out")
+        if column not in header:
+            raise no_such(f"{path}, the header", "column", column, header)
+        index, empty = header.index(column), True
+        for row in rows:
+            if not row:  # a blank line
+                continue
+            if len(row) != len(header):
+                raise UserError(
+                    f"{path}, line {rows.line_num}: {len(row)} fields, but the header has {len(header)}; "
+                    "put fields with commas or newlines in quotes"
+                )
+            empty = False
+            yield row[index]
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: {error}; mend the quotes") from error
+    if empty:
+        raise UserError(f"{path} has no rows below its header; leave the file out")

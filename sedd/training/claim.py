@@ -1,0 +1,71 @@
+"""Whose folder it is: a run goes on where its own config.json lies, and never writes into another's."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sedd.data.corpus import Corpus
+from sedd.data.layout import Layout
+from sedd.errors import UserError
+from sedd.training.checkpoint import any_saved
+
+# What may change between the start of a run and its continuation without making it another run.
+_FREE = {"training.steps", "training.accumulation", "data.corpus", "network.scan", "network.remat"}
+_FREE_GROUPS = {"mesh", "checkpoint", "evaluation", "metrics"}
+
+
+def claim(workdir: Path, config: ConfigDict, corpus: Corpus, layout: Layout, init_from: str | None = None):
+    """Makes the folder this run's, or makes sure that it is. UserError if it holds another run, or something else.
+
+    Leaves config.json: the config, the corpus' vocabulary and hash, its layout as `layout_of` has it, and where the
+    parameters came from that the run started with.
+    """
+    path = workdir / "config.json"
+    mine = {
+        "config": config.to_dict(),
+        "vocab_size": corpus.vocab_size,
+        "corpus": corpus.hash,
+        "layout": layout.to_json(),
+        "init_from": init_from,
+    }
+    if path.is_file():
+        theirs = _read(path)
+        changed = [f"{key} ({old!r} there, {new!r} here)" for key, old, new in _differences(theirs, mine)]
+        if changed:
+            raise UserError(f"{workdir} holds another run: {', '.join(changed)}; choose another --workdir")
+        if any_saved(workdir / "checkpoints"):
+            mine["init_from"] = theirs.get("init_from")
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty and holds no run; choose another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    corpus.tokenizer.save(workdir / "tokenizer")
+    part = path.with_name("config.json.part")
+    part.write_text(json.dumps(mine, indent=2) + "\n")
+    part.replace(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged: it is no JSON; restore it, or choose another --workdir") from None
+    if not isinstance(about, dict) or "config" not in about:
+        raise UserError(f"{path} is of another kind than a run's; choose another --workdir")
+    return about
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What makes it another run, by keys of the config; the corpus goes by its hash, wherever it lies."""
+    for key in ("vocab_size", "corpus"):
+        if old.get(key) != new[key]:
+            yield key, old.get(key), new[key]
+    for group, members in new["config"].items():
+        for name, value in members.items():
+            before, key = old["config"].get(group, {}).get(name), f"{group}.{name}"
+            if before != value and group not in _FREE_GROUPS and key not in _FREE:
+                yield key, before, value
+    if None not in (old.get("init_from"), new["init_from"]) and old["init_from"] != new["init_from"]:
+        yield "init_from", old["init_from"], new["init_from"]

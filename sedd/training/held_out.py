@@ -1,0 +1,59 @@
+"""What is asked of a model while it trains: the bound on the validation split, and a few texts."""
+
+import dataclasses
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from sedd.data.batches import check_block_length, row_lengths
+from sedd.data.corpus import Corpus
+from sedd.data.layout import Layout
+from sedd.diffusion.schedule import Schedule
+from sedd.errors import UserError
+from sedd.evaluation.perplexity import from_corpus, perplexity
+from sedd.generation import Generator
+from sedd.network.network import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """All that evaluation during training takes besides the parameters."""
+
+    config: ConfigDict
+    corpus: Corpus
+    layout: Layout
+    schedule: Schedule
+    network: Network
+
+    def bound(self, params: dict) -> dict[str, float]:
+        """The bound on the validation split, as a record of the metrics."""
+        scored = from_corpus(self.corpus, "validation", self.config.data.block_length)
+        draws = self.config.evaluation.draws
+        report = perplexity(self.network, self.schedule, params, scored, num_draws=draws, progress=False)
+        return {"validation_nats_per_token": report.nats_per_token, "validation_bits_per_byte": report.bits_per_byte}
+
+    def samples(self, params: dict) -> tuple[list[str], list[np.ndarray]]:
+        """`evaluation.samples` texts, drawn with the same noise each time, and their tokens, Int[L] each."""
+        if not self.config.evaluation.samples:
+            return [], []
+        block, seed = self.config.data.block_length, self.config.training.seed
+        generator = Generator(self.network, params, self.schedule, self.corpus.tokenizer, self.layout, block)
+        drawn = generator.sample(self.config.evaluation.samples, seed=seed)
+        return drawn.texts, [row[row >= 0] for row in drawn.tokens]
+
+
+def check_split(corpus: Corpus, block_length: int):
+    """UserError unless there is a validation split to evaluate on."""
+    if "validation" not in corpus.splits:
+        raise UserError(
+            f"config: evaluation.every needs a validation split, and {corpus.path} has none; "
+            "set evaluation.every=0, or prepare a corpus with one"
+        )
+    check_block_length(corpus, "validation", block_length)
+
+
+def layout_of(corpus: Corpus, block_length: int) -> Layout:
+    """The corpus' layout, as a model remembers it: with the lengths to draw texts at where it is told lengths."""
+    if not corpus.layout.binds_lengths:
+        return corpus.layout
+    return dataclasses.replace(corpus.layout, row_lengths=row_lengths(corpus, block_length))

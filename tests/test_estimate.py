@@ -1,0 +1,107 @@
+"""The estimate of a run: exact where it says so, within a factor of two elsewhere, and made of shapes alone."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sedd import config as configs
+from sedd import parallel
+from sedd.data.batches import Batch
+from sedd.errors import UserError
+from sedd.training.estimate import estimate
+from sedd.training.objective import Objective
+from sedd.training.optimizer import make_optimizer
+from sedd.training.step import make_step
+
+VOCABULARY = 1000
+SHAPE = ("network.layers=2", "network.width=128", "data.block_length=64", "training.batch_size=8")
+
+
+def config_of(*settings, base=configs.default):
+    return configs.override(base(), [*SHAPE, *settings])
+
+
+def parts(config):
+    """The objective, and the functions of a step over as many devices as the mesh needs."""
+    _, schedule, network = configs.build(config, VOCABULARY)
+    training = config.training
+    objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
+    optimizer = make_optimizer(config.optimizer, training.steps)
+    devices = jax.devices() if config.mesh.model > 1 else jax.devices()[:1]
+    return objective, make_step(config, objective, optimizer, parallel.make_mesh(config, devices))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_states_bytes_are_those_of_real_arrays(optimizer):
+    """On each of eight devices, split over fsdp and model; the whole state is larger."""
+    config = config_of(f"optimizer.name={optimizer}", "network.width=512", "training.ema_decay=0.9")
+    config.mesh.update(fsdp=2, model=2)
+    _, (init, _, _) = parts(config)
+    state, found = init(), estimate(config, VOCABULARY, 8)
+    for device in jax.devices():
+        for name in ("params", "ema", "optimizer"):
+            shards = [shard for leaf in jax.tree.leaves(getattr(state, name)) for shard in leaf.addressable_shards]
+            assert sum(shard.data.nbytes for shard in shards if shard.device == device) == getattr(
+                found, f"{name}_bytes"
+            )
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > 2 * found.state_bytes
+    assert sum(size for _, size in found.layout.values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize("setting", ["training.levels=counts", "training.levels=times", "network.remat=true"])
+def test_flops_are_those_of_the_traced_gradient(setting):
+    """Of an unrolled network; the compiler counts what is done element by element too."""
+    config = config_of(setting)
+    objective, _ = parts(config)
+    rows, key = jnp.arange(8), jax.random.key(0)
+    params = jax.eval_shape(objective.network.init, key)
+    tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+    lowered = jax.jit(jax.grad(lambda p, t: jnp.sum(objective(p, t, rows, key)))).lower(params, tokens)
+    assert estimate(config, VOCABULARY, 1).step_flops == pytest.approx(lowered.cost_analysis()["flops"], rel=0.15)
+    twice = estimate(config_of(setting, "training.accumulation=2"), VOCABULARY, 1)
+    assert twice.step_flops == estimate(config, VOCABULARY, 1).step_flops
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("network.scan=true", "training.batch_size=32"),
+        ("network.scan=true", "training.batch_size=32", "network.remat=true", "network.layers=6"),
+        ("training.levels=times", "data.block_length=128", "network.prediction=score", "training.accumulation=2"),
+    ],
+    ids=["scan", "remat", "accumulation"],
+)
+def test_memory_within_a_factor_of_two(settings):
+    """Of what the compiled step needs; without recomputation the second would be far out."""
+    config = config_of("optimizer.name=adamw", *settings)
+    _, (init, step, _) = parts(config)
+    tokens = jax.ShapeDtypeStruct((config.training.batch_size, config.data.block_length), jnp.int32)
+    lowered = step.lower(jax.eval_shape(init), Batch(tokens, None))
+    needs = lowered.compile().memory_analysis()
+    total = needs.argument_size_in_bytes + needs.temp_size_in_bytes
+    found = estimate(config, VOCABULARY, 1)
+    assert 0.5 < found.total_bytes / total < 2
+    if config.network.remat:
+        config.network.remat = False
+        assert estimate(config, VOCABULARY, 1).total_bytes > 2 * total
+
+
+def test_the_papers_medium_network_takes_no_time():
+    """Nothing is compiled and nothing lies on a device; the numbers that are known come out."""
+    config = configs.paper()
+    config.network.update(width=1024, layers=24, heads=16, remat=True)
+    config.mesh.fsdp = 8
+    held, begin = len(jax.live_arrays()), time.monotonic()
+    found = estimate(config, 50257, 64)
+    assert time.monotonic() - begin < 15 and len(jax.live_arrays()) == held
+    assert found.parameters == 424_477_010 and round(found.inner_parameters, -5) == 321_500_000
+    assert found.mesh == {"data": 8, "fsdp": 8, "model": 1} and found.tokens_per_step == 512 * 1024
+    assert found.run_flops == 400_000 * found.step_flops
+    assert 0.9 < found.step_flops / (8 * 321e6 * 512 * 1024) < 1.5  # eight a parameter and token, attention and head
+    assert found.params_bytes < 4 * 424_571_264 / 7
+    text = str(found)
+    assert "estimate" in text and "424,477,010" in text and "8 rows a device at once" in text
+    with pytest.raises(UserError, match="does not fit the 6 that there are"):
+        estimate(config, 50257, 6)

@@ -1,0 +1,297 @@
+"""Runs: what they leave, exact resume, whose folder it is, weights to start from, and what reports on them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from small import SETTINGS, small_config, small_corpus
+
+import sedd
+from sedd import config as configs
+from sedd import parallel
+from sedd.data.corpus import open_corpus
+from sedd.data.prepare import prepare
+from sedd.training.checkpoint import Checkpoints
+from sedd.training.claim import claim
+from sedd.training.fit import fit
+from sedd.training.objective import Objective
+from sedd.training.optimizer import make_optimizer
+from sedd.training.step import make_step
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("small"))
+
+
+def parts(config, corpus):
+    """The objective, the optimiser and the mesh of a config."""
+    _, schedule, network = configs.build(config, corpus.vocab_size)
+    training = config.training
+    objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
+    return objective, make_optimizer(config.optimizer, training.steps), parallel.make_mesh(config)
+
+
+def test_training_learns_and_reports(corpus, tmp_path, capsys):
+    """The loss falls, every step is in the metrics, held-out bound and samples too, also at the last step."""
+    config = small_config(corpus, "training.steps=60", "training.ema_decay=0.9", "evaluation.every=25")
+    model = sedd.train(config, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 61))
+    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
+    assert abs(steps[0]["loss"] - np.log(corpus.vocab_size)) < 0.3  # nats per token
+    bounds = [record["validation_nats_per_token"] for record in records if "loss" not in record]
+    assert len(bounds) == 3 and bounds[2] < bounds[0]
+    assert [record["step"] for record in records if "loss" not in record] == [25, 50, 60]
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [25, 25, 50, 50, 60, 60]
+    assert all(corpus.tokenizer.decode(np.array(sample["tokens"])) == sample["text"] for sample in samples)
+    err = capsys.readouterr().err
+    assert "step 60, sample 2 of 2\n" + samples[-1]["text"] in err and "step 50: validation_nats_per_token" in err
+    again = sedd.train(config, tmp_path / "run")  # finished: nothing is left to do
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == len(records)
+
+
+def saved(workdir, corpus):
+    """All arrays of the newest checkpoint, by their paths."""
+    config = configs.from_dict(json.loads((workdir / "config.json").read_text())["config"])
+    init, _, where = make_step(config, *parts(config, corpus))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        state = checkpoints.restore(parallel.placed(jax.eval_shape(init), where))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # and one device
+
+
+def command(corpus, workdir):
+    """300 steps from the command line."""
+    settings = (f"data.corpus={corpus.path}", *SETTINGS, "training.steps=300", "training.ema_decay=0.9")
+    flags = [f"--config.{setting}" for setting in settings]
+    return [sys.executable, "-m", "sedd.cli", "train", f"--workdir={workdir}", *flags]
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """A run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run(command(corpus, workdir), env=ENVIRONMENT, check=True, capture_output=True)
+    return workdir
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_interrupted_and_started_again_is_uninterrupted(corpus, whole, tmp_path, stop):
+    """Through the command line, bit for bit: state, losses, and the exit status 0."""
+    workdir = tmp_path / "broken"
+    broken = subprocess.Popen(command(corpus, workdir), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    broken.send_signal(stop)
+    assert "the same command continues" in broken.communicate(timeout=120)[1]
+    assert broken.returncode == 0
+    stopped = int(max(path.name for path in (workdir / "checkpoints").iterdir()))
+    assert 3 <= stopped < 300
+    subprocess.run(command(corpus, workdir), env=ENVIRONMENT, check=True, capture_output=True)
+    wanted, found = saved(whole, corpus), saved(workdir, corpus)
+    assert wanted.keys() == found.keys() and wanted[".step"] == found[".step"] == 300
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    of = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] for run in (whole, workdir)]
+    assert of[0] == of[1] and len(of[0]) == 300
+
+
+def test_restore_walks_back_to_the_newest_that_verifies(corpus, tmp_path, capsys):
+    """A changed byte is noticed; without any whole checkpoint there is one clear line, and nothing starts anew."""
+    config = small_config(corpus, "checkpoint.every=3")
+    wanted = sedd.train(config, tmp_path / "run").params
+    damage(tmp_path / "run/checkpoints/6")
+    older = sedd.load(tmp_path / "run").params
+    assert "step 6 is damaged; going back to step 3" in capsys.readouterr().err
+    assert not np.array_equal(older["trunk"]["embedding"], wanted["trunk"]["embedding"])
+    damage(tmp_path / "run/checkpoints/3")
+    with pytest.raises(sedd.UserError, match="damaged, all of them"):
+        sedd.load(tmp_path / "run")
+    with pytest.raises(sedd.UserError, match="damaged, all of them"):
+        fit(config, tmp_path / "run")
+
+
+def damage(checkpoint):
+    """Changes one byte in the middle of each file of arrays."""
+    for file in [*checkpoint.glob("*/d/*"), *checkpoint.glob("*/ocdbt.process_0/d/*")]:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+
+CONSTANT = ("optimizer.decay=constant",)  # so that another number of steps is no other program
+ANOTHER = [
+    "training.seed=1",
+    "training.batch_size=16",
+    "training.levels=times",
+    "training.ema_decay=0.5",
+    "data.block_length=8",
+    "network.width=32",
+    "network.layers=1",
+    "network.prediction=score",
+    "network.dropout=0.1",
+    "network.dtype=bfloat16",
+    "schedule.eps=0.01",
+    "schedule.name=geometric",
+    "process.name=uniform",
+    "optimizer.name=muon",
+    "optimizer.learning_rate=0.1",
+    "optimizer.clip_norm=1.0",
+]
+SAME = [
+    "training.steps=9",
+    "training.accumulation=2",
+    "mesh.model=2",
+    "evaluation.every=3",
+    "evaluation.samples=0",
+    "checkpoint.every=2",
+    "metrics.tensorboard=true",
+    "network.remat=true",
+]
+
+
+@pytest.mark.parametrize("change", ANOTHER)
+def test_another_run_in_the_folder_is_refused(corpus, tmp_path, change):
+    """One line that names the setting, and nothing of the run there is touched."""
+    claim(tmp_path, small_config(corpus), corpus, corpus.layout)
+    before = (tmp_path / "config.json").read_text()
+    settings = [change, "training.levels=times"] if change == "process.name=uniform" else [change]
+    with pytest.raises(sedd.UserError, match=f"another run: .*{change.split('=')[0]} ") as caught:
+        claim(tmp_path, small_config(corpus, *settings), corpus, corpus.layout)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_what_may_change_in_a_run(corpus, tmp_path, change):
+    claim(tmp_path, small_config(corpus), corpus, corpus.layout)
+    claim(tmp_path, small_config(corpus, change), corpus, corpus.layout)
+    group, name = change.partition("=")[0].split(".")
+    stored = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert stored[group][name] == small_config(corpus, change)[group][name]
+
+
+def test_the_corpus_goes_by_its_hash(corpus, tmp_path):
+    """Moved it is the same, with another text or layout it is not. Its layout is on record."""
+    claim(tmp_path / "run", small_config(corpus), corpus, corpus.layout)
+    assert json.loads((tmp_path / "run/config.json").read_text())["layout"] == corpus.layout.to_json()
+    shutil.copytree(corpus.path, tmp_path / "moved")
+    moved = open_corpus(tmp_path / "moved")
+    claim(tmp_path / "run", small_config(moved), moved, moved.layout)
+    text = str(corpus.path.parent / "texts/1*.txt")
+    for other in (
+        prepare(f"text:{text}", "characters", tmp_path / "other"),
+        prepare(f"text:{corpus.path.parent}/texts/*.txt", "characters", tmp_path / "padded", mode="padded"),
+    ):
+        with pytest.raises(sedd.UserError, match="another run: .*corpus"):
+            claim(tmp_path / "run", small_config(other), other, other.layout)
+
+
+def test_a_damaged_config_of_a_run(corpus, tmp_path):
+    claim(tmp_path, small_config(corpus), corpus, corpus.layout)
+    file = tmp_path / "config.json"
+    for broken in (file.read_text()[:-9], "[]"):
+        file.write_text(broken)
+        with pytest.raises(sedd.UserError, match="config.json is "):
+            fit(small_config(corpus), tmp_path)
+
+
+def test_more_steps_continue_a_run(corpus, tmp_path):
+    """And the record of a call is that of its own steps; another seed is refused."""
+    first = fit(small_config(corpus, *CONSTANT), tmp_path / "run")
+    second = fit(small_config(corpus, *CONSTANT, "training.steps=9"), tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 9
+    assert (first.steps, second.steps, first.tokens, second.tokens) == (6, 3, 6 * 8 * 16, 3 * 8 * 16)
+    assert min(r["loss"] for r in records[6:]) <= second.loss <= max(r["loss"] for r in records[6:])
+    assert second.tokens_per_second > 0 and second.validation_nats_per_token is None
+    assert "3 steps, 384 tokens in" in str(second)
+    assert str(fit(small_config(corpus, *CONSTANT, "training.steps=9"), tmp_path / "run")) == "nothing was left to do"
+    with pytest.raises(sedd.UserError, match="another run: training.seed"):
+        fit(small_config(corpus, *CONSTANT, "training.seed=1"), tmp_path / "run")
+
+
+def fresh(config, corpus):
+    """Parameters that no seed gives."""
+    network = parts(config, corpus)[0].network
+    return jax.tree.map(lambda leaf: np.asarray(leaf) + 0.01, jax.jit(network.init)(jax.random.key(9)))
+
+
+def test_weights_to_start_from(corpus, tmp_path):
+    """The first loss is theirs; a run that goes on has its own; where they came from is on record, and stays."""
+    config = small_config(corpus, "training.ema_decay=0.9", "optimizer.learning_rate=1e-30", *CONSTANT)
+    config.training.steps = 2
+    weights = fresh(config, corpus)
+    fit(config, tmp_path / "run", weights, "runs/base")
+    about = json.loads((tmp_path / "run/config.json").read_text())
+    assert about["init_from"] == "runs/base"
+    for name in ("params", "ema"):
+        found = saved(tmp_path / "run", corpus)
+        np.testing.assert_allclose(found[f".{name}['trunk']['embedding']"], weights["trunk"]["embedding"], rtol=1e-6)
+    config.training.steps = 4
+    del weights["head"]  # ignored, since the run is there
+    fit(config, tmp_path / "run", weights, None)
+    assert json.loads((tmp_path / "run/config.json").read_text())["init_from"] == "runs/base"
+    with pytest.raises(sedd.UserError, match="another run: init_from"):
+        fit(config, tmp_path / "run", weights, "runs/other")
+
+
+def test_weights_that_do_not_fit(corpus, tmp_path):
+    """One line, naming the first leaf; the folder is not touched."""
+    config = small_config(corpus)
+    wide, good = fresh(small_config(corpus, "network.width=32"), corpus), fresh(config, corpus)
+    half = {**good, "head": jax.tree.map(lambda leaf: leaf.astype(np.float16), good["head"])}
+    for weights, message in (
+        (wide, r"head/modulation/bias is float32\[64\] there, float32\[32\]"),
+        ({"trunk": good["trunk"]}, "head/modulation/bias is missing there"),
+        ({**good, "more": np.zeros(2)}, r"more is float64\[2\] there, missing"),
+        (half, "head/modulation/bias is float16"),
+    ):
+        with pytest.raises(sedd.UserError, match=f"runs/base cannot start this run: {message}") as caught:
+            fit(config, tmp_path / "run", weights, "runs/base")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_needs_a_validation_split(corpus, tmp_path):
+    other = prepare({"train": f"text:{corpus.path.parent}/texts/*.txt"}, "characters", tmp_path / "other")
+    with pytest.raises(sedd.UserError, match="needs a validation split, .* has none; set evaluation.every=0"):
+        fit(small_config(other, "evaluation.every=3"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_something_else_is_left_alone(corpus, tmp_path):
+    (tmp_path / "letters.txt").write_text("dear")
+    with pytest.raises(sedd.UserError, match="holds no run"):
+        fit(small_config(corpus), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
+
+
+@pytest.mark.parametrize("padding", ["ignored", "scored"])
+def test_padded_documents(corpus, tmp_path, padding):
+    """Their lengths reach the loss and the samples; tokens seen are those that count."""
+    text = f"text:{corpus.path.parent}/texts/*.txt"
+    padded = prepare(text, "characters", tmp_path / "padded", mode="padded", padding=padding)
+    config = small_config(padded, "evaluation.every=6", "training.steps=2", "optimizer.decay=constant")
+    found = fit(config, tmp_path / "run")
+    layout = json.loads((tmp_path / "run/config.json").read_text())["layout"]
+    assert (layout["padding"], layout["row_lengths"] is None) == (padding, padding == "scored")
+    assert (found.tokens < 2 * 8 * 16) == (padding == "ignored")
+    assert found.loss == pytest.approx(np.log(padded.vocab_size), rel=0.3) and found.validation_nats_per_token > 0
+    records = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert len(records) == 2 and all(0 < len(record["tokens"]) <= 16 for record in records)

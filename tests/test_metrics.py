@@ -1,0 +1,84 @@
+"""What a run reports: its records, and TensorBoard's files."""
+
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import small_config, small_corpus
+
+import sedd
+from sedd.training.board import Board
+from sedd.training.fit import fit
+from sedd.training.metrics import Metrics
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("small"))
+
+
+def test_tensorboard(corpus, tmp_path, monkeypatch):
+    """Numbers and texts, of a resumed run too, whose later events are purged. Needs tensorboardX."""
+    pytest.importorskip("tensorboardX")
+    config = small_config(corpus, "evaluation.every=3", "metrics.tensorboard=true", "optimizer.decay=constant")
+    fit(config, tmp_path / "run")
+    config.training.steps = 8
+    fit(config, tmp_path / "run")
+    found, starts = {}, []
+    for event in events(tmp_path / "run/tensorboard"):
+        starts += [event.step] if event.HasField("session_log") else []
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append(event.step)
+    assert starts == [1, 7]
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        assert found[name] == list(range(1, 9))
+    assert found["validation_nats_per_token"] == found["samples/2/text_summary"] == [3, 6, 8]
+    assert len(found["tokens_per_second"]) >= 3
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(sedd.UserError, match="needs tensorboardX; pip install"):
+        fit(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def events(folder):
+    """All events, file by file: a length, its checksum, so many bytes, their checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for file in sorted(folder.iterdir(), key=lambda file: int(file.suffix[1:])):
+        content, at = file.read_bytes(), 0
+        while at < len(content):
+            size = int.from_bytes(content[at : at + 8], "little")
+            yield Event.FromString(content[at + 12 : at + 12 + size])
+            at += 16 + size
+
+
+def test_a_tracker_that_fails_stops_nothing(tmp_path, capsys):
+    """A folder that cannot be made, and a disk that is full: one line each."""
+    pytest.importorskip("tensorboardX")
+    (tmp_path / "file").write_text("")
+    board = Board(tmp_path / "file/tensorboard", 0)
+    board.numbers(1, {"loss": 1.0})
+    board.close()
+    board = Board(tmp_path / "board", 0)
+    board._events.write_event = lambda event: (_ for _ in ()).throw(OSError("disk full"))
+    for step in (1, 2):
+        board.numbers(step, {"loss": 1.0})
+        board.texts(step, ["a"])
+    board.close()
+    assert capsys.readouterr().err.count("training goes on") == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(sedd.UserError, match="step 7 is not finite"), Metrics(tmp_path, 0, 9) as log:
+        log.record(7, {"loss": jnp.float32(np.nan)}, 8)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_records_of_steps_to_be_taken_again_are_dropped(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 6)) + '{"step": 6, "lo')
+    with Metrics(tmp_path, 3, 9):
+        pass
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]

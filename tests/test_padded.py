@@ -1,0 +1,129 @@
+"""Padded corpora through the whole house: trained, evaluated and sampled, the padding scored or ignored."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from small import small_config, small_corpus
+
+import sedd
+from sedd.data.layout import Layout
+from sedd.evaluation.perplexity import from_corpus, from_texts, perplexity
+
+KINDS = [("ignored", "absorbing"), ("scored", "absorbing"), ("ignored", "uniform")]
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """Sixty documents, rows of 32: none needs as many, so that every row has padding."""
+
+    def made(padding):
+        folder = tmp_path_factory.mktemp(padding)
+        (folder / "texts").mkdir()
+        for number in range(60):
+            (folder / "texts" / f"{number:02}.txt").write_text(f"{number} " * (1 + number % 9))
+        return sedd.prepare(
+            f"text:{folder}/texts/*.txt", "characters", folder / "corpus", mode="padded", padding=padding
+        )
+
+    return {padding: made(padding) for padding in ("ignored", "scored")}
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+def run(request, corpora, tmp_path_factory):
+    """A run of a few steps, and its corpus."""
+    padding, process = request.param
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    settings = [f"process.name={process}"] + ["training.levels=times"] * (process == "uniform")
+    settings += ["data.block_length=32", "training.steps=40"]
+    sedd.train(small_config(corpora[padding], *settings), workdir)
+    return workdir, corpora[padding]
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return sedd.load(run[0])
+
+
+def test_a_run_remembers_its_layout(run, model, tmp_path):
+    workdir, corpus = run
+    about = json.loads((workdir / "config.json").read_text())
+    assert model.layout == Layout.from_json(about["layout"])
+    assert model.layout.padding == corpus.layout.padding
+    lengths = np.diff(corpus.offsets("train"))
+    if model.layout.binds_lengths:
+        assert model.layout.row_lengths == tuple(np.bincount(lengths, minlength=33))
+    model.save(tmp_path / "exported")
+    assert sedd.load(tmp_path / "exported").layout == model.layout
+
+
+def test_it_learns_and_samples_what_documents_are_like(run, model):
+    """After forty steps it knows at least that padding is padding and that texts are digits and spaces."""
+    workdir, corpus = run
+    losses = [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").open() if "loss" in line]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    drawn = model.sample(num_samples=24, steps=4, seed=3)
+    assert all("<|endoftext|>" not in text for text in drawn.texts)
+    lengths = (drawn.tokens >= 0).sum(axis=1)
+    if model.layout.binds_lengths:
+        assert {n for n, count in enumerate(model.layout.row_lengths) if count} >= set(lengths) and len(
+            set(lengths)
+        ) > 5
+    else:
+        assert set(lengths) == {32}
+    few = model.sample(num_samples=3, steps=4, seed=3, batch_size=2)
+    assert few.texts == drawn.texts[:3]  # lengths too belong to the row
+    assert model.sample(num_samples=2, length=9, steps=4).tokens.shape == (2, 9)
+
+
+def test_what_is_scored(run, model):
+    """Ignored padding is not seen: whatever stands there, the bound is the same. Scored padding is text."""
+    _, corpus = run
+    scored = from_corpus(corpus, "train", 32)
+    beyond = np.arange(32) >= scored.counts[:, None]
+    changed = dataclasses.replace(scored, tokens=np.where(beyond, 3, scored.tokens))
+    reports = [
+        perplexity(model.network, model.schedule, model.params, one, num_draws=2, progress=False)
+        for one in (scored, changed)
+    ]
+    same = np.isclose(reports[0].nats_per_token, reports[1].nats_per_token, rtol=1e-5)
+    assert same == model.layout.binds_lengths
+    assert reports[0].num_tokens == corpus.num_tokens("train") and reports[0].num_bytes == corpus.num_bytes("train")
+    assert reports[0].clusters == 54  # each document is one
+    wanted = "given its length" if model.layout.binds_lengths else "with its padding, as a whole block"
+    assert reports[0].lengths == wanted
+
+
+def test_texts_are_scored_as_documents(run, model):
+    """A list of texts has the rows that a corpus of them has."""
+    _, corpus = run
+    scored = from_corpus(corpus, "test", 32)
+    tokens, offsets = corpus.tokens("test"), corpus.offsets("test")
+    texts = [corpus.tokenizer.decode(tokens[a : b - 1]) for a, b in zip(offsets, offsets[1:])]
+    listed = from_texts(texts, corpus.tokenizer, 32, model.layout)
+    for name in ("tokens", "lengths", "counts", "clusters"):
+        np.testing.assert_array_equal(getattr(listed, name), getattr(scored, name))
+    reports = [model.perplexity(one, draws=2, progress=False) for one in (texts, corpus)]
+    assert reports[0].nats_per_token == reports[1].nats_per_token and reports[0].num_bytes == reports[1].num_bytes
+
+
+def test_infilling_knows_where_the_text_ends(model):
+    drawn = model.infill(["1<blank:3>1 1 ", "<blank:2>"], num_samples=2, steps=4)
+    end = model.tokenizer.end_of_text
+    ids = [row[row >= 0] for row in drawn.tokens]
+    assert all(row[8 if number < 2 else 2] == end for number, row in enumerate(ids))
+    assert all(text.startswith("1") and text.endswith("1 1 ") for text in drawn.texts[:2])
+    assert len(ids[0]) == (9 if model.layout.binds_lengths else 32)
+    with pytest.raises(sedd.UserError, match="a text of 33 tokens"):
+        model.infill("<blank:32>")
+    row = model.infill(prefix="1 ", suffix=" 1", length=10, steps=4).tokens[0]
+    assert row[9] == end and model.tokenizer.decode(row[7:9]) == " 1"  # the end makes ten
+
+
+def test_another_layout_is_refused(model, corpora, tmp_path):
+    other = corpora["scored" if model.layout.binds_lengths else "ignored"]
+    with pytest.raises(sedd.UserError, match="prepare it so"):
+        model.perplexity(other)
+    with pytest.raises(sedd.UserError, match="another tokenizer"):
+        model.perplexity(small_corpus(tmp_path))

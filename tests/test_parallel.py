@@ -1,0 +1,191 @@
+"""The same numbers on any devices: the losses of a run on 1, 2, 4 and 8 of them, with and without accumulation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import MUON, SETTINGS, small_config, small_corpus
+
+from sedd import config as configs
+from sedd import parallel
+from sedd.data.batches import Batch, batch
+from sedd.errors import UserError
+from sedd.training.objective import Objective, strata
+from sedd.training.optimizer import make_optimizer
+from sedd.training.step import init_state, make_step
+
+ROWS = 32
+DROPOUT = ("network.dropout=0.1", "network.scan=true", f"training.batch_size={ROWS}")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("small"))
+
+
+def paper_config(corpus):
+    """The paper's recipe on a network of 16: free scores, times, AdamW, an average, dropout 0.1."""
+    settings = (f"data.corpus={corpus.path}", *SETTINGS, *DROPOUT, "network.dtype=float32", "evaluation.every=0")
+    return configs.override(configs.paper(), [*settings, "training.steps=10", "optimizer.learning_rate=1e-3"])
+
+
+def default_config(corpus):
+    """The default recipe likewise: log r, counts, Muon at its full rate; dropout added."""
+    return small_config(corpus, *MUON, *DROPOUT, "training.steps=100")
+
+
+def parts(config, corpus, devices):
+    """The objective, the optimiser and the mesh of a config over the first devices."""
+    _, schedule, network = configs.build(config, corpus.vocab_size)
+    training = config.training
+    objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
+    mesh = parallel.make_mesh(config, jax.devices()[:devices])
+    return objective, make_optimizer(config.optimizer, training.steps), mesh
+
+
+def compiled(config, corpus, devices):
+    """The step as it is compiled for so many devices, its mesh and shardings."""
+    objective, optimizer, mesh = parts(config, corpus, devices)
+    init, step, where = make_step(config, objective, optimizer, mesh)
+    tokens = jax.ShapeDtypeStruct((ROWS, config.data.block_length), jnp.int32)
+    return (
+        step.lower(jax.eval_shape(init), Batch(tokens, None)).compile(),
+        mesh,
+        where,
+    )
+
+
+def start(recipe, corpus, kept={}):
+    """The state before the first step, on the host: the same on any devices, and made once."""
+    if recipe in kept:
+        return kept[recipe]
+    objective, optimizer, _ = parts(recipe(corpus), corpus, 1)
+    kept[recipe] = jax.device_get(jax.jit(lambda: init_state(recipe(corpus), objective, optimizer))())
+    return kept[recipe]
+
+
+def losses(recipe, corpus, devices, accumulation=1, mesh=None, steps=10, order=slice(None)):
+    """The losses of the first steps, and the ids that they were taken on."""
+    config = recipe(corpus)
+    config.training.accumulation = accumulation
+    config.mesh.update(mesh or {})
+    step, mesh, where = compiled(config, corpus, devices)
+    state, found, seen = jax.device_put(start(recipe, corpus), where), [], []
+    for k in range(steps):
+        rows = batch(corpus, config.data.block_length, ROWS, config.training.seed, k)
+        put = jax.device_put(Batch(rows.tokens[order], rows.lengths), parallel.batch_sharding(mesh))
+        assert len(put.tokens.sharding.device_set) == devices
+        seen.append(np.asarray(put.tokens))
+        state, metrics = step(state, put)
+        found.append(float(metrics["loss"]))
+    return np.array(found), np.array(seen)
+
+
+@pytest.fixture(scope="module")
+def alone(corpus):
+    """What each recipe gives on one device."""
+    return {recipe: losses(recipe, corpus, 1) for recipe in (paper_config, default_config)}
+
+
+@pytest.mark.parametrize("devices, accumulation", [(2, 4), (4, 2), (8, 1)])
+@pytest.mark.parametrize("recipe, tolerance", [(paper_config, 1e-5), (default_config, 1e-4)], ids=["paper", "default"])
+def test_the_first_losses_are_the_same_on_any_devices(corpus, alone, recipe, tolerance, devices, accumulation):
+    """Ten steps, with dropout, on the same ids; in 1, 2 and 4 microbatches."""
+    found, seen = losses(recipe, corpus, devices, accumulation)
+    wanted, ids = alone[recipe]
+    np.testing.assert_array_equal(seen, ids)
+    np.testing.assert_allclose(found, wanted, rtol=tolerance)
+
+
+def test_other_noise_gives_other_losses(corpus, alone):
+    """The control: where each row has the noise of another one, the same comparison fails by far."""
+    for recipe, (wanted, _) in alone.items():
+        found, _ = losses(recipe, corpus, 1, order=slice(None, None, -1))
+        assert np.abs(found / wanted - 1).max() > 1e-3
+
+
+def test_a_mesh_of_all_three_axes(corpus, alone):
+    """Data, fsdp and model parallel, two by two by two."""
+    found, _ = losses(paper_config, corpus, 8, mesh=dict(data=2, fsdp=2, model=2), steps=3)
+    np.testing.assert_allclose(found, alone[paper_config][0][:3], rtol=1e-5)
+
+
+def test_ragged_rows_on_devices_and_in_microbatches(corpus):
+    """Lengths travel with their rows: the shown loss is that of a token that counts, log V of an untrained network."""
+    config = default_config(corpus)
+    config.training.accumulation = 2
+    objective, optimizer, mesh = parts(config, corpus, 8)
+    _, step, where = make_step(config, objective, optimizer, mesh)
+    lengths = np.random.default_rng(0).integers(1, 17, ROWS).astype(np.int32)
+    rows = Batch(batch(corpus, 16, ROWS, 0, 0).tokens, lengths)
+    state = jax.device_put(start(default_config, corpus), where)
+    rows = jax.device_put(rows, parallel.batch_sharding(mesh))
+    _, metrics = step(state, rows)
+    np.testing.assert_allclose(metrics["loss"], np.log(corpus.vocab_size), rtol=1e-4)
+
+
+def spread(levels, slices):
+    """Whether each contiguous slice has one level in each of as many equal shares of [0, 1) as it has rows."""
+    found = np.floor(np.sort(levels.reshape(slices, -1)) * (levels.size // slices)).astype(int)
+    return (found == np.arange(levels.size // slices)).all()
+
+
+@pytest.mark.parametrize("slices", [1, 2, 4, 8])
+def test_every_slice_spans_the_levels(corpus, slices):
+    """Every device's and microbatch's: in strata, in times and in counts. Strata in order fail, and so does chance."""
+    count, length, key = 64, 64, jax.random.key(3)
+    assert spread(strata(count) / count, slices)
+    config = default_config(corpus)
+    objective = dataclasses.replace(parts(config, corpus, 1)[0], batch_size=count)
+    times = (np.asarray(objective.times(jnp.arange(count), key)) - 1e-3) / (1 - 1e-3)
+    assert spread(times, slices)
+    counts = np.asarray(objective.counts(jnp.arange(count), key, length))
+    assert spread((counts[::2] - 1) / length, slices)  # k - 1 of L, of the first rows of the pairs
+    assert spread((length - counts[1::2]) / length, slices)
+    assert slices == 1 or not spread(np.arange(count) / count, slices)
+    assert not spread(np.random.default_rng(0).random(count), slices)
+
+
+@pytest.mark.parametrize("count", [2, 6, 12, 20, 64])
+def test_strata_of_any_number(count):
+    """A permutation; and the slices of a batch that is no power of two have no two neighbours where it matters."""
+    found = strata(count)
+    assert sorted(found) == list(range(count))
+    if count % 4 == 0:
+        halves = found.reshape(2, -1)
+        assert (np.abs(halves.mean(1) - (count - 1) / 2) <= 1).all()
+        assert abs(np.arange(count).reshape(2, -1).mean(1) - (count - 1) / 2).min() > 1  # in order: the control
+
+
+def test_large_arrays_are_split_by_their_path(corpus):
+    """fsdp splits the width, model the padded vocabulary; the optimiser's copies follow; what is small stays whole."""
+    config = small_config(corpus, "network.width=512", "network.heads=4", "mesh.fsdp=2", "mesh.model=2")
+    _, _, places = make_step(config, *parts(config, corpus, 8))
+    specs = {name: tuple(where.spec) for name, where in parallel.named(places).items()}
+    assert specs["params/trunk/block_0/up/kernel"] == ("fsdp", "model")
+    assert specs["params/trunk/block_1/down/kernel"] == ("model", "fsdp")
+    assert specs["params/head/norm/scale"] == ()
+    moments = [spec for name, spec in specs.items() if name.startswith("optimizer") and name.endswith("up/kernel")]
+    assert moments and all(spec == ("fsdp", "model") for spec in moments)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("mesh.model=3", "does not fit the 8 that there are"),
+        ("mesh.data=4", "does not fit the 8 that there are"),
+        ("mesh.data=0", "does not fit the 8 that there are"),
+        ("training.batch_size=12", "12 rows .* cannot be split over 8 devices"),
+        ("training.accumulation=2", "4 rows .* cannot be split over 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(corpus, setting, message):
+    with pytest.raises(UserError, match=message) as caught:
+        parallel.make_mesh(small_config(corpus, setting))
+    assert "\n" not in str(caught.value)
+    assert parallel.make_mesh(small_config(corpus), jax.devices()[2:4]).devices.tolist() == [
+        [[jax.devices()[2]]],
+        [[jax.devices()[3]]],
+    ]

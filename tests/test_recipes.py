@@ -1,0 +1,127 @@
+"""The recipes of experiments/ at small size, from the command line: their bounds fall, their samples are of a kind."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sedd
+from sedd.data.sources import open_source
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+SMALL = ["network.width=64", "network.layers=2", "network.heads=2", "network.dtype=float32", "evaluation.samples=1"]
+
+
+def command(*args):
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "sedd.cli", *map(str, args)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def train(experiment, corpus, workdir, *settings):
+    """The recipe, made small; its bounds on the way and its run."""
+    flags = [f"--config.{setting}" for setting in (f"data.corpus={corpus}", "data.vocab_size=none", *SMALL, *settings)]
+    out = command("train", f"--config={EXPERIMENTS / experiment}.py", f"--workdir={workdir}", *flags)
+    records = map(json.loads, (workdir / "metrics.jsonl").open())
+    return out, [record["validation_nats_per_token"] for record in records if "loss" not in record]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["text8_absorb", "text8_uniform"])
+def test_text8_on_any_letters(experiment, tmp_path):
+    """Two megabytes of letters and spaces, cut by position, the alphabet of 27; the paper's recipe, free scores."""
+    words = [
+        word
+        for name in ("names", "functions")
+        for piece in open_source(f"builtin:{name}")
+        for word in piece.text.lower().split()
+    ]
+    letters = re.sub("[^a-z]+", " ", " ".join(words))
+    (tmp_path / "text8").write_text((letters * 2)[:2_000_000])
+    command(
+        "prepare",
+        f"--source=text:{tmp_path}/text8",
+        "--tokenizer=characters",
+        "--split=position:90,5,5",
+        f"--out={tmp_path}/corpus",
+    )
+    corpus = sedd.open_corpus(tmp_path / "corpus")
+    assert corpus.vocab_size == 27 and corpus.num_tokens("train") == 1_800_000
+    short = ["data.block_length=64", "training.batch_size=64", "training.steps=300", "optimizer.warmup_steps=50"]
+    faster = ["optimizer.learning_rate=3e-3", "training.ema_decay=0.98", "evaluation.every=100", "evaluation.draws=2"]
+    _, bounds = train(experiment, corpus.path, tmp_path / "run", *short, *faster)
+    assert len(bounds) == 3 and bounds[0] > bounds[1] > bounds[2] and bounds[2] < 0.93 * np.log(27)
+    drawn = json.loads(command("sample", f"--model={tmp_path}/run", "--steps=64", "--json"))
+    assert re.fullmatch("[a-z ]{64}", drawn["text"]) and " " in drawn["text"] and len(set(drawn["text"])) > 6
+
+
+COLOURS = ["golden", "blue", "green", "wild"]
+HOUSES = ["palace", "spice", "man", "mill"]
+PLACES = ["the river", "the old market", "the city centre", "a quiet park", "the railway station"]
+FOODS = ["french", "chinese", "english", "indian", "italian"]
+PRICES = ["cheap", "moderately priced", "expensive"]
+
+
+def descriptions(count):
+    """Sentences about restaurants, as E2E has them, of a few words or many."""
+    random = np.random.default_rng(0)
+
+    def one():
+        name = f"the {random.choice(COLOURS)} {random.choice(HOUSES)}"
+        parts = [
+            f"serves {random.choice(FOODS)} food",
+            f"is near {random.choice(PLACES)}",
+            f"is {random.choice(PRICES)}",
+        ]
+        chosen = random.permutation(parts)[: random.integers(1, 4)]
+        return f"{name} {' and '.join(chosen)}."
+
+    return [one() for _ in range(count)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["lm1b_absorb", "lm1b_uniform"])
+def test_lm1b_on_any_sentences(experiment, tmp_path):
+    """A sentence a row, the padding ignored: the bound falls, and samples are as long as sentences are, and end."""
+    (tmp_path / "sentences.txt").write_text("\n".join(descriptions(20_000)) + "\n")
+    source = f"--source=lines:{tmp_path}/sentences.txt"
+    command(
+        "prepare",
+        source,
+        "--tokenizer=sentencepiece:320",
+        "--mode=padded",
+        "--padding=ignored",
+        f"--out={tmp_path}/corpus",
+    )
+    corpus = sedd.open_corpus(tmp_path / "corpus")
+    longest = int(np.diff(corpus.offsets("train")).max())
+    short = [
+        f"data.block_length={longest}",
+        "training.batch_size=64",
+        "training.steps=300",
+        "optimizer.warmup_steps=50",
+    ]
+    faster = ["optimizer.learning_rate=3e-3", "training.ema_decay=0.98", "evaluation.every=100", "evaluation.draws=2"]
+    out, bounds = train(experiment, corpus.path, tmp_path / "run", *short, *faster)
+    assert len(bounds) == 3 and bounds[0] > bounds[1] > bounds[2] and "held-out bound" in out
+    unigram = np.bincount(corpus.tokens("train"), minlength=corpus.vocab_size) + 1.0
+    entropy = -np.log(unigram / unigram.sum())[corpus.tokens("validation")].mean()
+    assert bounds[2] < 0.6 * entropy
+    drawn = [
+        json.loads(line)
+        for line in command("sample", f"--model={tmp_path}/run", "--num_samples=64", "--json").splitlines()
+    ]
+    lengths = [len(one["tokens"]) for one in drawn]
+    assert len(set(lengths)) > 5 and max(lengths) <= longest
+    end = corpus.tokenizer.end_of_text
+    at_the_end = np.mean([one["tokens"][-1] == end for one in drawn])
+    before = sum(one["tokens"][:-1].count(end) for one in drawn) / (sum(lengths) - len(drawn))
+    assert at_the_end > 0.2 and at_the_end > 5 * before  # it was told where the end is

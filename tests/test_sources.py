@@ -1,0 +1,350 @@
+"""Sources: which documents each finds, that it holds little of them at once, and what it says of mistakes."""
+
+import ast
+import csv
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tensorflow_datasets as tfds
+import zstandard
+
+from sedd.data import files, open_source
+from sedd.errors import UserError
+
+HARD = ["first\r\nline", " padded ", 'a "quoted", one', "漢字 é 😀\u2028\x85", "x" * 200_000, "last\n"]
+
+
+def documents(spec):
+    """The documents of a source, their pieces joined."""
+    found, parts = [], []
+    for text, ends in open_source(spec):
+        parts.append(text)
+        if ends:
+            found.append("".join(parts))
+            parts = []
+    assert not parts
+    return found
+
+
+def write_csv(path, rows):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["id", "text"], *enumerate(rows)])
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps({"id": index, "text": text}) + "\n" for index, text in enumerate(rows)))
+
+
+def write_parquet(path, rows, **options):
+    table = pyarrow.table({"id": range(len(rows)), "text": pyarrow.array(rows, pyarrow.string())})
+    pyarrow.parquet.write_table(table, path, **options)
+
+
+WRITERS = {"csv": write_csv, "jsonl": write_jsonl, "parquet": write_parquet}
+
+
+class Tiny(tfds.core.GeneratorBasedBuilder):
+    """A data set of numbered texts."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        fields = dict.fromkeys(["text", "other", "broken"], tfds.features.Text()) | {"number": np.int32}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(fields))
+
+    def _split_generators(self, _):
+        return {"train": self._generate_examples(600), "test": self._generate_examples(3)}
+
+    def _generate_examples(self, count):
+        for number in range(count):
+            yield number, {"text": f"text {number} é", "other": "", "broken": b"caf\xe9", "number": number}
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    """A folder with a prepared data set, `tiny`."""
+    folder = tmp_path_factory.mktemp("datasets")
+    Tiny(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+# What each finds
+
+
+def test_text_files_are_documents_sorted_by_path(tmp_path):
+    texts = {"b/deep/1.txt": "third\r\n", "b/2.txt": "", "b/3.txt": "\ufefffourth", "a/1.txt": "first", "a/2.md": "no"}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode("utf-8"))
+    source = open_source(f"text:{tmp_path}/**/*.txt")
+    assert documents(source.spec) == ["first", "\ufefffourth", "third\r\n"]  # the empty file is none
+    assert list(source) == list(source) and source.joiner is None
+    assert [str(path.relative_to(tmp_path)) for path in source.files] == sorted(texts)[:1] + sorted(texts)[2:]
+
+
+def test_a_pattern_may_begin_at_home(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert documents("text:~/*.txt") == ["here"]
+
+
+def test_lines_are_documents_without_their_ends(tmp_path):
+    (tmp_path / "a").write_bytes("\ufeffone\r\n\n two \x85\u2028 2\rtwo\nlast".encode())
+    assert documents(f"lines:{tmp_path}/a") == ["one", " two \x85\u2028 2\rtwo", "last"]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_column_of_rows(kind, tmp_path):
+    WRITERS[kind](tmp_path / "a", HARD)
+    WRITERS[kind](tmp_path / "b", ["", "again"])
+    source = open_source(f"{kind}:{tmp_path}/[ab]:text")
+    assert documents(source.spec) == [*HARD, "again"] and source.joiner is None
+    assert source.files == (tmp_path / "a", tmp_path / "b")
+
+
+def test_csv_with_a_byte_order_mark_quoted_names_and_blank_lines(tmp_path):
+    (tmp_path / "a.csv").write_bytes('\ufeff"mr","ref"\r\n\r\n"x[1], y","An ""x"".\r\nTwo"\r\n,\n'.encode())
+    assert documents(f"csv:{tmp_path}/a.csv:ref") == ['An "x".\r\nTwo']
+    assert documents(f"csv:{tmp_path}/a.csv:mr") == ["x[1], y"]
+
+
+def test_jsonl_with_blank_lines_and_escapes(tmp_path):
+    (tmp_path / "a").write_bytes(b'\xef\xbb\xbf{"a:b": 1, "text": "\\ud83d\\ude00\\n"}\r\n\n{"text": "b"}')
+    assert documents(f"jsonl:{tmp_path}/a:text") == ["😀\n", "b"]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int8(), pyarrow.string())])
+def test_parquet_has_several_kinds_of_text_and_many_row_groups(kind, tmp_path):
+    texts = [f"text {number % 100}" for number in range(1000)]
+    table = pyarrow.table({"text": pyarrow.array(texts).cast(kind), "other": range(1000)})
+    pyarrow.parquet.write_table(table, tmp_path / "a", row_group_size=150)
+    assert documents(f"parquet:{tmp_path}/a:text") == texts
+
+
+def test_tfds(datasets):
+    folder = datasets / "tiny" / "1.0.0"
+    train = documents(f"tfds:{folder}")
+    assert sorted(train) == sorted(f"text {number} é" for number in range(600))
+    assert documents(f"tfds:{folder}:train:text") == train == documents(f"tfds:{folder}::text")
+    assert documents(f"tfds:{folder}:train[:10%]") == train[:60] == documents(f"tfds:{folder}:train[:10%]:text")
+    assert len(documents(f"tfds:{folder}:test")) == 3
+    assert [path.name.split("-")[1][:5] for path in open_source(f"tfds:{folder}").files] == ["test.", "train"]
+
+
+def test_tfds_by_name_without_tensorflow(datasets):
+    """In a process of its own, since the folder of all data sets is looked up once."""
+    code = "import sys, sedd.data as d; print(len(list(d.open_source('tfds:tiny:test'))), 'tensorflow' in sys.modules)"
+    environment = os.environ | {"TFDS_DATA_DIR": str(datasets)}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["3", "False"]
+
+
+def test_names():
+    names = documents("builtin:names")
+    assert (len(names), sum(map(len, names))) == (26540, 724088)
+    assert open_source("builtin:names").joiner == "\n" and "GREEK SMALL LETTER OMEGA WITH TONOS\n" in names
+
+
+def test_functions():
+    functions = [text.removesuffix("\n\n\n") for text in documents("builtin:functions")]
+    assert 4000 < len(functions) < 9000  # 6626 of Python 3.11.7
+    assert open_source("builtin:functions").joiner == "\n\n\n" and max(map(len, functions)) <= 200
+    for function in functions[::20]:
+        (node,) = ast.parse(function).body
+        assert isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) is None
+    long_lines = [line.strip() for text in functions for line in set(text.split("\n")) if len(line.strip()) > 40]
+    assert len(set(functions)) == len(functions) and len(set(long_lines)) == len(long_lines)
+
+
+# Compression and streaming
+
+
+def compressed(suffix, *members):
+    """The members one behind the other, each compressed by itself."""
+    compress = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    return b"".join(map(compress, members))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files_are_read_as_they_are(suffix, tmp_path):
+    text = "".join(f"{number} é\n" for number in range(100_000))
+    data = text.encode()
+    (tmp_path / f"a.txt{suffix}").write_bytes(compressed(suffix, data[:1001], data[1001:500_000], b"", data[500_000:]))
+    (tmp_path / "b.txt").write_bytes(data)
+    assert documents(f"text:{tmp_path}/a*") == documents(f"text:{tmp_path}/b*") == [text]
+    assert documents(f"lines:{tmp_path}/a*") == text.splitlines()
+    (tmp_path / f"c.csv{suffix}").write_bytes(compressed(suffix, b"text\nhello\n"))
+    (tmp_path / f"d.jsonl{suffix}").write_bytes(compressed(suffix, b'{"text": "hello"}\n'))
+    assert documents(f"csv:{tmp_path}/c*:text") == documents(f"jsonl:{tmp_path}/d*:text") == ["hello"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_damaged_compressed_file_is_refused(suffix, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    noise = np.random.default_rng(0).integers(97, 123, 100_000, np.uint8).tobytes()
+    path.write_bytes(whole := compressed(suffix, noise, b"second member"))
+    assert len(documents(f"text:{path}")[0]) == 100_013
+    flipped = whole[:100] + bytes([whole[100] ^ 255]) + whole[101:] if suffix == ".gz" else b"nonsense" + whole
+    for damaged in (whole[:-3], whole[:30_000], whole[:-21], whole + b"trailing", b"no archive", flipped):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"a{suffix} is damaged or no {suffix} file") as error:
+            documents(f"text:{path}")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_long_text_is_never_whole_in_memory(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr("sedd.data.source.LONGEST_PIECE", 1000)
+    monkeypatch.setattr(files, "CHUNK", 777)
+    text = "".join(f"Line {number} of é漢😀.\n" for number in range(1000))
+    (tmp_path / f"a{suffix}").write_bytes(compressed(suffix, text.encode()) if suffix else text.encode())
+    pieces = list(open_source(f"text:{tmp_path}/a*"))
+    assert "".join(piece.text for piece in pieces) == text
+    assert max(len(piece.text) for piece in pieces) <= 1000 and all(piece.text.endswith("\n") for piece in pieces)
+    assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    (document,) = open_source(f"text:{tmp_path}/a*").read()
+    assert max(map(len, document)) <= 777
+
+
+def test_reading_a_file_in_parts_takes_little_memory(tmp_path):
+    """A text that is a few kilobytes when compressed; a control reads it whole."""
+    frame = zstandard.ZstdCompressor().compress(b"a line of text\n" * 2**20)
+    (tmp_path / "a.zst").write_bytes(frame * 10)
+    source = open_source(f"text:{tmp_path}/a.zst")
+
+    def peak(read):
+        tracemalloc.start()
+        assert read() == 10 * 15 * 2**20
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    streamed = peak(lambda: sum(len(piece.text) for piece in source))
+    whole = peak(lambda: len("".join([piece.text for piece in source])))
+    assert streamed < 50e6 < 150e6 < whole
+
+
+# Mistakes
+
+FILES = {
+    "latin.txt": b"good\ncaf\xe9 noir",
+    "cut.txt": "é".encode()[:1],
+    "empty": b"",
+    "blank.jsonl": b"\n \n",
+    "a.jsonl": b'{"title": "a", "texts": "b", "n": 1, "none": null}\n{"title": "\\ud800x"}\n',
+    "wrong.jsonl": b'{"text": "a"}\n\n{"text": \n',
+    "list.jsonl": b'["text"]\n',
+    "a.csv": b"id,title,texts\n1,a,b\n2,a\n",
+    "many.csv": ",".join(f"c{number}" for number in range(20)).encode(),
+    "quotes.csv": b'text\n"a"b\n',
+    "open.csv": b'text\n"a\n',
+    "header.csv": b"text,id\n",
+    "no.parquet": b"PAR1 nonsense",
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory, datasets):
+    """A folder of files, none of them without fault."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+    write_parquet(folder / "a.parquet", ["a"] * 100 + [None])
+    write_parquet(folder / "empty.parquet", [])
+    latin = pyarrow.array([b"a", b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": latin}), folder / "latin.parquet")
+    write_parquet(folder / "cut.parquet", HARD * 10)
+    (folder / "cut.parquet").write_bytes((folder / "cut.parquet").read_bytes()[:-30])
+    (folder / "tiny").symlink_to(datasets / "tiny" / "1.0.0")
+    (folder / "records").mkdir()
+    for path in (folder / "tiny").glob("*.json"):
+        (folder / "records" / path.name).write_text(path.read_text().replace("array_record", "tfrecord"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "web:all",
+            r"unknown source 'web:all'; write text:GLOB, .*builtin:functions",
+        ),
+        ("builtin:poems", "unknown source 'builtin:poems'"),
+        ("", "unknown source ''"),
+        ("text:{}/none/*.txt", "no file matches '.*none/.*change the pattern after 'text:'"),
+        ("text:{}/latin.txt", "latin.txt is not UTF-8: the byte at position 8 does not fit; convert it"),
+        ("lines:{}/latin.txt", "latin.txt is not UTF-8: the byte at position 8 does not fit; convert it"),
+        ("text:{}/cut.txt", "cut.txt is not UTF-8: the byte at position 0 does not fit"),
+        ("jsonl:{}/a.jsonl", "does not say which field holds the text; write jsonl:GLOB:FIELD"),
+        ("csv:{}/a.csv:", "does not say which column holds the text; write csv:GLOB:COLUMN"),
+        ("jsonl:{}/a.jsonl:text", r"a.jsonl, line 1: no field 'text'; there are texts, title, none, n"),
+        ("jsonl:{}/a.jsonl:n", "a.jsonl, line 1: the field 'n' holds no text, but a int"),
+        (
+            "jsonl:{}/a.jsonl:none",
+            "a.jsonl, line 1: the field 'none' is null; leave the row out, or write an empty text",
+        ),
+        ("jsonl:{}/a.jsonl:title", r"a.jsonl, line 2: the field 'title' holds '\\ud800', no character"),
+        ("jsonl:{}/wrong.jsonl:text", "wrong.jsonl, line 3 is no JSON"),
+        ("jsonl:{}/list.jsonl:text", "list.jsonl, line 1 is no JSON object with fields, but a list"),
+        ("jsonl:{}/empty:text", "empty has no lines; leave the file out"),
+        ("jsonl:{}/blank.jsonl:text", "blank.jsonl has no lines"),
+        ("csv:{}/a.csv:text", "a.csv, the header: no column 'text'; there are texts, title, id"),
+        ("csv:{}/many.csv:d", "there are (c[0-9]+, ){{10}}...$"),
+        ("csv:{}/a.csv:title", "a.csv, line 3: 2 fields, but the header has 3"),
+        ("csv:{}/quotes.csv:text", "quotes.csv, line 2: .*; mend the quotes"),
+        ("csv:{}/open.csv:text", "open.csv, line 2: unexpected end of data; mend the quotes"),
+        ("csv:{}/empty:text", "empty is empty: it has no header"),
+        ("csv:{}/header.csv:text", "header.csv has no rows below its header"),
+        ("parquet:{}/a.parquet:texts", "a.parquet: no column 'texts'; there are text, id"),
+        ("parquet:{}/a.parquet:id", "a.parquet: the column 'id' holds no text, but int64"),
+        ("parquet:{}/a.parquet:text", "a.parquet, row 101: the column 'text' is null"),
+        ("parquet:{}/latin.parquet:text", "latin.parquet, row 2: the column 'text' is not UTF-8"),
+        ("parquet:{}/empty.parquet:text", "empty.parquet has no rows"),
+        ("parquet:{}/no.parquet:text", "no.parquet is damaged or no Parquet file"),
+        ("parquet:{}/cut.parquet:text", "cut.parquet is damaged or no Parquet file"),
+        ("tfds:", r"names no data set; write tfds:NAME\[:SPLIT\[:FIELD\]\]"),
+        ("tfds:no_such_data", "tfds:no_such_data: no data set of that name and no such folder"),
+        ("tfds:../x y", r"tfds:../x y: "),
+        ("tfds:{}", "holds no readable dataset_info.json; name the folder of a version"),
+        ("tfds:tiny", 'tfds:tiny is not prepared in .*; prepare it with file_format="array_record"'),
+        ("tfds:{}/records", 'records is stored as tfrecord; prepare it with file_format="array_record"'),
+        ("tfds:{}/tiny:valid", "tiny: no split 'valid'; there are train, test"),
+        ("tfds:{}/tiny:train[oo]", r"tiny: no split 'train\[oo\]'; there are train, test"),
+        ("tfds:{}/tiny:train:texts", "tiny: no field 'texts'; there are text, other"),
+        ("tfds:{}/tiny:train:number", "tiny:train:number, record 1: the field 'number' holds no text, but a int"),
+        ("tfds:{}/tiny:train:broken", "record 1: the field 'broken' is not UTF-8 at byte 3"),
+    ],
+)
+def test_a_wrong_source_is_one_clear_line(spec, message, mistakes):
+    with pytest.raises(UserError, match=message.replace("{{", "{").replace("}}", "}")) as error:
+        documents(spec.format(mistakes))
+    assert "\n" not in str(error.value)
+
+
+def test_the_byte_is_found_behind_the_first_part(tmp_path, monkeypatch):
+    """Also where a character is cut between two parts, and in a compressed file."""
+    monkeypatch.setattr(files, "CHUNK", 10)
+    for good in ("a" * 25, "é" * 15, "aé" * 15, "a" * 29 + "漢"):
+        data = good.encode() + b"\xff" + b"more"
+        (tmp_path / "a").write_bytes(data)
+        (tmp_path / "a.gz").write_bytes(gzip.compress(data))
+        with pytest.raises(UserError, match=f"a is not UTF-8: the byte at position {len(data) - 5} does"):
+            documents(f"text:{tmp_path}/a")
+        with pytest.raises(UserError, match=f"position {len(data) - 5} of its text does"):
+            documents(f"text:{tmp_path}/a.gz")
+
+
+def test_a_file_that_vanishes_is_one_clear_line(tmp_path):
+    (tmp_path / "a").write_text("a")
+    source = open_source(f"text:{tmp_path}/a")
+    (tmp_path / "a").unlink()
+    with pytest.raises(UserError, match="a cannot be read: No such file"):
+        list(source)

@@ -1,7 +1,12 @@
 """A corpus and a network small enough to be trained inside a test."""
 
+import jax
+
 from sedd import config as configs
+from sedd import parallel
 from sedd.data.prepare import prepare
+from sedd.training.objective import Objective
+from sedd.training.optimizer import make_optimizer
 
 NETWORK = ("network.width=16", "network.layers=2", "network.heads=2", "network.condition=8")
 ADAMW = ("optimizer.name=adamw", "optimizer.learning_rate=0.01", "optimizer.warmup_steps=2")  # compiles twice as fast
@@ -9,15 +14,30 @@ SETTINGS = (*NETWORK, *ADAMW, "data.block_length=16", "training.batch_size=8", "
 MUON = ("optimizer.name=muon", "optimizer.learning_rate=0.02")  # as in the default
 
 
+def write_files(folder, texts):
+    """A file for each text, and the spec of the source that they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, text in enumerate(texts):
+        (folder / f"{index:03}.txt").write_bytes(text.encode("utf-8"))
+    return f"text:{folder}/*.txt"
+
+
 def small_corpus(folder, tokenizer="characters"):
     """Sixty short documents in files, prepared."""
-    (folder / "texts").mkdir(parents=True)
-    for number in range(60):
-        text = f"the {number} times table: " + ", ".join(str(number * factor) for factor in range(1, 10)) + ".\n"
-        (folder / "texts" / f"{number:02}.txt").write_text(text)
-    return prepare(f"text:{folder}/texts/*.txt", tokenizer, folder / "corpus")
+    tables = [", ".join(str(number * factor) for factor in range(1, 10)) for number in range(60)]
+    texts = [f"the {number} times table: {table}.\n" for number, table in enumerate(tables)]
+    return prepare(write_files(folder / "texts", texts), tokenizer, folder / "corpus")
 
 
 def small_config(corpus, *settings):
     """The default config on that corpus, small; then the settings told."""
     return configs.override(configs.default(), [f"data.corpus={corpus.path}", *SETTINGS, *settings])
+
+
+def parts(config, corpus, devices=None):
+    """The objective, the optimiser and the mesh of a config, over the first devices or all."""
+    _, schedule, network = configs.build(config, corpus.vocab_size)
+    training = config.training
+    objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
+    mesh = parallel.make_mesh(config, jax.devices()[:devices])
+    return objective, make_optimizer(config.optimizer, training.steps), mesh

@@ -6,18 +6,11 @@ import threading
 
 import numpy as np
 import pytest
+from small import write_files
 
 from sedd import data
 from sedd.data.splits import SPLITS
 from sedd.errors import UserError
-
-
-def write_files(folder, texts):
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, text in enumerate(texts):
-        (folder / f"{index:03}.txt").write_bytes(text.encode("utf-8"))
-    return f"text:{folder}/*.txt"
-
 
 # Packed
 

@@ -41,7 +41,7 @@ def test_prepare(place, capsys):
 
 
 def test_prepare_with_a_source_for_each_split(place, capsys):
-    sources = [f"--train=text:{place}/texts/0*.txt", f"--test=text:{place}/texts/1*.txt"]
+    sources = [f"--train=text:{place}/texts/00*.txt", f"--test=text:{place}/texts/01*.txt"]
     flags = ["--tokenizer=bytes", "--mode=padded", "--padding=scored", "--workers=1", f"--out={place}/padded"]
     assert main(["prepare", *sources, *flags]) == 0
     assert "packed" not in (out := capsys.readouterr().out) and "padded, its padding scored" in out

@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from small import SETTINGS, small_config, small_corpus
+from small import SETTINGS, parts, small_config, small_corpus
 
 import sedd
 from sedd import config as configs
@@ -21,22 +21,12 @@ from sedd.data.prepare import prepare
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.claim import claim
 from sedd.training.fit import fit
-from sedd.training.objective import Objective
-from sedd.training.optimizer import make_optimizer
 from sedd.training.step import make_step
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return small_corpus(tmp_path_factory.mktemp("small"))
-
-
-def parts(config, corpus):
-    """The objective, the optimiser and the mesh of a config."""
-    _, schedule, network = configs.build(config, corpus.vocab_size)
-    training = config.training
-    objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
-    return objective, make_optimizer(config.optimizer, training.steps), parallel.make_mesh(config)
 
 
 def test_training_learns_and_reports(corpus, tmp_path, capsys):
@@ -193,7 +183,7 @@ def test_the_corpus_goes_by_its_hash(corpus, tmp_path):
     shutil.copytree(corpus.path, tmp_path / "moved")
     moved = open_corpus(tmp_path / "moved")
     claim(tmp_path / "run", small_config(moved), moved, moved.layout)
-    text = str(corpus.path.parent / "texts/1*.txt")
+    text = str(corpus.path.parent / "texts/01*.txt")
     for other in (
         prepare(f"text:{text}", "characters", tmp_path / "other"),
         prepare(f"text:{corpus.path.parent}/texts/*.txt", "characters", tmp_path / "padded", mode="padded"),

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import MUON, SETTINGS, small_config, small_corpus
+from small import MUON, SETTINGS, parts, small_config, small_corpus
 
 from sedd import config as configs
 from sedd import parallel
 from sedd.data.batches import Batch, batch
 from sedd.errors import UserError
-from sedd.training.objective import Objective, strata
-from sedd.training.optimizer import make_optimizer
+from sedd.training.objective import strata
 from sedd.training.step import init_state, make_step
 
 ROWS = 32
@@ -34,15 +33,6 @@ def paper_config(corpus):
 def default_config(corpus):
     """The default recipe likewise: log r, counts, Muon at its full rate; dropout added."""
     return small_config(corpus, *MUON, *DROPOUT, "training.steps=100")
-
-
-def parts(config, corpus, devices):
-    """The objective, the optimiser and the mesh of a config over the first devices."""
-    _, schedule, network = configs.build(config, corpus.vocab_size)
-    training = config.training
-    objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
-    mesh = parallel.make_mesh(config, jax.devices()[:devices])
-    return objective, make_optimizer(config.optimizer, training.steps), mesh
 
 
 def compiled(config, corpus, devices):

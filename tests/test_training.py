@@ -6,29 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import MUON, small_config, small_corpus
+from small import MUON, parts, small_config, small_corpus
 
 import sedd
 from sedd import config as configs
-from sedd import parallel
 from sedd.data.batches import batch
 from sedd.diffusion.score import stats_from
 from sedd.training.objective import Objective
-from sedd.training.optimizer import learning_rate, make_optimizer
+from sedd.training.optimizer import learning_rate
 from sedd.training.step import averaged
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return small_corpus(tmp_path_factory.mktemp("small"))
-
-
-def parts(config, corpus):
-    """The objective, the optimiser and the mesh of a config."""
-    _, schedule, network = configs.build(config, corpus.vocab_size)
-    training = config.training
-    objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
-    return objective, make_optimizer(config.optimizer, training.steps), parallel.make_mesh(config)
 
 
 def test_levels(corpus):

@@ -3,6 +3,10 @@
 For Absorbing the exact law of the masks is integrated from alpha = 1 to alpha = 0, so that prior and reconstruction are
 0 and nothing is cut off; the network is told the noise clipped to what it was trained on. For Uniform sigma runs from
 the schedule's sigma(0) to max(sigma(1), 12), and both terms are added. Noise levels are stratified within each block.
+
+With Absorbing a text shorter than the block is scored in a full block whose other positions stay masked: that is the
+model's exact marginal, and better than at its own length by .12 nats a token at 4 tokens, .01 at 32, on a model of
+blocks of 128 (docs/measurements.md). A network that was trained on padded documents is told their lengths instead.
 """
 
 import dataclasses

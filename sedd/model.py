@@ -56,12 +56,16 @@ class Model:
         """The length it was trained at, in tokens; the default and the most for sampling and infilling."""
         return self.config.data.block_length
 
-    def log_score(self, tokens: jax.Array, sigma: jax.Array) -> jax.Array:
+    def log_score(self, tokens: jax.Array, sigma: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """The log concrete score, the mask's column too, 0 at the current token.
 
-        tokens: Int[B L]; sigma: Float[B], the noise the network is told, unclipped. Returns Float32[B L S].
+        tokens: Int[B L]; sigma: Float[B], the noise the network is told, unclipped; lengths: Int[B], the valid ones, of
+        a model of padded documents whose padding is ignored. Returns Float32[B L S].
         """
-        return _log_score(self.network, self.params, jnp.asarray(tokens), jnp.asarray(sigma))
+        tokens, sigma = jnp.asarray(tokens), jnp.asarray(sigma)
+        return _log_score(
+            self.network, self.params, tokens, sigma, lengths if lengths is None else jnp.asarray(lengths)
+        )
 
     def denoiser(
         self, tokens: jax.Array | None = None, given: jax.Array | None = None, lengths: jax.Array | None = None
@@ -209,8 +213,8 @@ class Model:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _log_score(network, params, tokens, sigma):
-    return network.log_score(params, tokens, sigma)
+def _log_score(network, params, tokens, sigma, lengths):
+    return network.log_score(params, tokens, sigma, lengths)
 
 
 def load(path: str | Path) -> Model:

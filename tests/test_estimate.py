@@ -64,6 +64,7 @@ def test_flops_are_those_of_the_traced_gradient(setting):
     assert twice.step_flops == estimate(config, VOCABULARY, 1).step_flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -78,7 +78,9 @@ def whole(corpus, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM], ids=["ctrl-c", "sigterm"]
+)
 def test_interrupted_and_started_again_is_uninterrupted(corpus, whole, tmp_path, stop):
     """Through the command line, bit for bit: state, losses, and the exit status 0."""
     workdir = tmp_path / "broken"
@@ -270,18 +272,3 @@ def test_a_folder_with_something_else_is_left_alone(corpus, tmp_path):
     with pytest.raises(sedd.UserError, match="holds no run"):
         fit(small_config(corpus), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
-
-
-@pytest.mark.parametrize("padding", ["ignored", "scored"])
-def test_padded_documents(corpus, tmp_path, padding):
-    """Their lengths reach the loss and the samples; tokens seen are those that count."""
-    text = f"text:{corpus.path.parent}/texts/*.txt"
-    padded = prepare(text, "characters", tmp_path / "padded", mode="padded", padding=padding)
-    config = small_config(padded, "evaluation.every=6", "training.steps=2", "optimizer.decay=constant")
-    found = fit(config, tmp_path / "run")
-    layout = json.loads((tmp_path / "run/config.json").read_text())["layout"]
-    assert (layout["padding"], layout["row_lengths"] is None) == (padding, padding == "scored")
-    assert (found.tokens < 2 * 8 * 16) == (padding == "ignored")
-    assert found.loss == pytest.approx(np.log(padded.vocab_size), rel=0.3) and found.validation_nats_per_token > 0
-    records = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
-    assert len(records) == 2 and all(0 < len(record["tokens"]) <= 16 for record in records)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ def corpus(tmp_path_factory):
     return small_corpus(tmp_path_factory.mktemp("small"))
 
 
-@pytest.fixture(scope="module", params=["absorbing", "uniform"])
+@pytest.fixture(scope="module", params=["absorbing", pytest.param("uniform", marks=pytest.mark.slow)])
 def run(request, corpus, tmp_path_factory):
     """A run of a few steps with each process."""
     workdir = tmp_path_factory.mktemp("runs") / request.param
@@ -117,8 +118,8 @@ def test_log_score_and_denoiser(model):
     np.testing.assert_array_equal(score[..., 0], 0)
     given = np.arange(16) < 8
     state = np.where(given, 3, 0)[None].repeat(2, 0)
-    seen = model.denoiser(tokens, np.broadcast_to(given, (2, 16)))(state, sigma, None)
-    np.testing.assert_array_equal(seen, model.denoiser()(tokens, sigma, None))
+    seen = jax.jit(model.denoiser(tokens, np.broadcast_to(given, (2, 16))))(state, sigma, None)
+    np.testing.assert_array_equal(seen, jax.jit(model.denoiser())(tokens, sigma, None))
 
 
 @pytest.mark.parametrize(

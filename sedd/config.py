@@ -99,8 +99,13 @@ def default() -> ConfigDict:
 
 
 def paper() -> ConfigDict:
-    """The default with the SEDD paper's recipe and its small network (section 5.1 and appendix C; 90 M parameters
-    without embedding and head): free log scores, noise by times, AdamW, an average of the parameters, no decay."""
+    """The default with the SEDD paper's recipe and its small network: free log scores, noise by times, AdamW, an
+    average of the parameters, no decay.
+
+    Section 5.1 and appendix C of the paper; the warm-up of 2,500 steps is the authors' settings', the paper says 2,000,
+    and 400,000 steps are what RADD (arXiv 2406.03736) reports of the published models. Whoever changes the width sets
+    `network.embedding_std` to 1 / sqrt(3 width) too.
+    """
     config = default()
     config.network.update(prediction="score", width=768, layers=12, heads=12, dropout=0.1, dtype="bfloat16")
     config.network.embedding_std = 768**-0.5 / 3**0.5

@@ -242,7 +242,7 @@ def load(path: str | Path) -> Model:
     like = jax.eval_shape(network.init, jax.random.key(0))
     weights = directory / "weights.safetensors"
     params = _exported(weights, like) if weights.is_file() else _trained(directory, config, like)
-    layout = Layout.from_json(about["layout"])
+    layout = Layout.from_json(about["layout"]) if "layout" in about else Layout()  # of 0.1.0, all of them packed
     return Model(config, jax.device_put(params), tokenizer, process, schedule, network, layout)
 
 

@@ -13,7 +13,7 @@ from sedd import data
 from sedd.data import prepare as prepare_function
 from sedd.data import source as source_file
 from sedd.data import writer
-from sedd.data.splits import SPLITS
+from sedd.data.splits import SPLITS, make_rule
 from sedd.errors import UserError
 
 
@@ -257,6 +257,13 @@ def test_the_last_documents(tmp_path):
     corpus = data.prepare(source, "bytes", tmp_path / "two", split="last:7,2")
     assert sorted(documents(corpus, "validation")) == sorted(text + "<|endoftext|>" for text in MANY[-9:-2])
     assert sorted(documents(corpus, "test")) == sorted(text + "<|endoftext|>" for text in MANY[-2:])
+
+
+@pytest.mark.parametrize(
+    "spec", ["documents:0.9,0.05,0.05", "position:90,5,5", "last:1234567", "documents:0.12345678,2"]
+)
+def test_a_rule_is_recorded_to_the_last_digit(spec):
+    assert make_rule(spec).spec == spec
 
 
 def test_a_source_for_each_split(tmp_path):

@@ -1,6 +1,7 @@
 """The model as people use it: load, save, sample, infill."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from small import small_config, small_corpus
 
 import sedd
+from sedd.data.layout import Layout
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,15 @@ def test_exported_model_is_the_run(model, tmp_path):
     assert other.sample(num_samples=3, steps=6, seed=4).texts == wanted.texts
     with pytest.raises(sedd.UserError, match="not empty"):
         model.save(tmp_path / "exported")
+
+
+def test_a_run_from_before_layouts_is_packed(run, tmp_path):
+    """A config.json without one is of 0.1.0, which knew no other."""
+    shutil.copytree(run, tmp_path / "old")
+    about = json.loads((tmp_path / "old/config.json").read_text())
+    assert about.pop("layout")["mode"] == "packed"
+    (tmp_path / "old/config.json").write_text(json.dumps(about))
+    assert sedd.load(tmp_path / "old").layout == Layout()
 
 
 def test_sample(model):

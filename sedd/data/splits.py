@@ -40,8 +40,8 @@ class Rule:
 
     @property
     def spec(self) -> str:
-        """The rule as it is written."""
-        return f"{self.name}:{','.join(f'{number:g}' for number in self.numbers)}"
+        """The rule as it is written, every digit of it: two rules are one if their specs are."""
+        return f"{self.name}:{','.join(str(number).removesuffix('.0') for number in self.numbers)}"
 
     def sizes(self, counted: Survey) -> dict[str, int]:
         """How much of the source each split gets."""

@@ -14,17 +14,20 @@ from sedd.diffusion.samplers import Euler, Sampler, Tweedie, sample
 from sedd.diffusion.schedule import Geometric, LogLinear, Schedule
 from sedd.diffusion.score import Denoiser, ScoreStats, StatsFn, score_stats, stats_from
 from sedd.errors import UserError
-from sedd.evaluation.perplexity import Report
+from sedd.evaluation.conditional import LogLikelihood
+from sedd.evaluation.report import Comparison, Report
 from sedd.model import Model, Samples, load, train
 from sedd.version import __version__
 
 __all__ = [
     "Absorbing",
+    "Comparison",
     "Corpus",
     "Denoiser",
     "Euler",
     "Geometric",
     "Jump",
+    "LogLikelihood",
     "LogLinear",
     "Model",
     "Process",

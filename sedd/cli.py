@@ -1,6 +1,7 @@
 """The `sedd` command: the only file that knows flags. Results go to stdout, progress and errors to stderr."""
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 from sedd.data import sources, tokenizers
 from sedd.data.splits import SPLITS
 from sedd.errors import UserError
+from sedd.evaluation.protocols import PROTOCOLS, get_protocol
+from sedd.generation import SAMPLERS
 from sedd.version import __version__
 
 # What the quickstart fills in, for each built-in corpus.
@@ -87,17 +90,33 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--init_from", metavar="MODEL", help="a model whose weights a new run starts from")
     train.add_argument("--dry_run", action="store_true", help="print sizes, memory and operations; train nothing")
 
-    evaluate = command("eval", _eval, "Bound the negative log-likelihood of a corpus.")
-    _add_model(evaluate)
+    evaluate = command("eval", _eval, "Bound the negative log-likelihood of text, or measure the quality of samples.")
+    evaluate.add_argument("--model", help="a run, an exported model or a published SEDD checkpoint")
+    evaluate.add_argument("--against", metavar="MODEL", help="another, on the same noise: the difference and its error")
     evaluate.add_argument("--data", help="a corpus directory (the one the model was trained on)")
-    evaluate.add_argument("--split", default="test", help="train, validation or test (%(default)s)")
-    evaluate.add_argument("--draws", type=int, help="noise levels a block (the config's)")
+    evaluate.add_argument("--source", help="instead of --data: text as `sedd prepare` takes it, wikitext:wiki.test.raw")
+    evaluate.add_argument("--split", help="train, validation or test (what the protocol has; test)")
+    evaluate.add_argument("--protocol", default="clean", help=f"{', '.join(PROTOCOLS)}, or several (%(default)s)")
+    evaluate.add_argument("--draws", type=int, help="noise levels a block (the protocol's; the config's)")
     evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--batch_size", type=int, help="blocks at a time over all devices; changes no number")
+    evaluate.add_argument("--out", help="a folder for the report, and for what is scored, so that a job can go on")
+    evaluate.add_argument("--samples", metavar="FILE", help="instead of text: what `sedd sample --json` printed")
+    evaluate.add_argument("--judge", help="with --samples: a folder of a language model, for generative perplexity")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     sample = command("sample", _sample, "Draw texts.")
     _add_model(sample)
     _add_sampling(sample)
+
+    compare = command("sweep", _sweep, "Measure the quality of samples against network calls, for several samplers.")
+    _add_model(compare)
+    compare.add_argument("--samplers", default="tweedie,euler", help=f"of {', '.join(SAMPLERS)} (%(default)s)")
+    compare.add_argument("--steps", default="8,16,32,64,128", help="of each sampler (%(default)s)")
+    compare.add_argument("--num_samples", type=int, default=64, help="at each point (%(default)s)")
+    compare.add_argument("--judge", help="a folder of a language model (the model itself, by its bound)")
+    compare.add_argument("--out", help="a folder for sweep.json and sweep.png")
+    _add_drawing(compare)
 
     infill = command("infill", _infill, "Fill in the blanks of texts.")
     _add_model(infill)
@@ -114,14 +133,18 @@ def _add_model(parser):
 
 def _add_sampling(parser):
     parser.add_argument("--num_samples", type=int, default=1, help="how many, of each template (%(default)s)")
-    parser.add_argument("--length", type=int, help="tokens in all (the model's block)")
     parser.add_argument("--steps", type=int, default=128, help="of the sampler (%(default)s)")
-    parser.add_argument("--sampler", default="tweedie", help="euler or tweedie (%(default)s)")
+    _add_drawing(parser)
+    parser.add_argument("--sampler", default="tweedie", help=f"{', '.join(SAMPLERS)} (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a text")
+
+
+def _add_drawing(parser):
+    parser.add_argument("--length", type=int, help="tokens in all (the model's block)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the law over clean tokens (%(default)s)")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens of this mass (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, help="rows at a time; changes no sample")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a text")
 
 
 def _prepare(args, _):
@@ -175,12 +198,88 @@ def _estimate(config):
 
 def _eval(args, _):
     from sedd.data.corpus import open_corpus
+    from sedd.evaluation.report import table
     from sedd.model import load
 
+    if (args.model is None) == (args.samples is None):
+        raise UserError("eval needs either a --model, or --samples to measure the quality of")
+    if args.samples:
+        _eval_samples(args)
+        return
+    if args.data and args.source:
+        raise UserError("give either --data or --source")
+    protocols = args.protocol.split(",")
+    list(map(get_protocol, protocols))
+    if args.against and len(protocols) > 1:
+        raise UserError("--against takes one protocol")
     model = load(args.model)
-    corpus = open_corpus(args.data or model.config.data.corpus)
-    report = model.perplexity(corpus, args.split, args.seed, args.draws)
-    print(report.to_json() if args.json else report)
+    text = sources.open_source(args.source) if args.source else open_corpus(args.data or model.config.data.corpus)
+    settings = {name: getattr(args, name) for name in ("split", "draws", "seed", "batch_size")}
+    if args.against:
+        found = model.compare(load(args.against), text, protocol=args.protocol, out=args.out, **settings)
+        print(found.to_json() if args.json else found)
+        return
+    reports = []
+    for name in protocols:
+        out = args.out and Path(args.out) / (name if len(protocols) > 1 else "")
+        reports.append(model.perplexity(text, protocol=name, out=out, **settings))
+        if out:
+            _picture(reports[-1], out)
+    if args.json:
+        print("\n".join(report.to_json() for report in reports))
+    else:
+        print(table(reports) if len(reports) > 1 else reports[0])
+
+
+def _eval_samples(args):
+    """The quality of samples that were drawn before."""
+    from sedd.evaluation.quality import quality, read_samples
+
+    texts, tokens = read_samples(args.samples)
+    found = quality(texts, tokens, args.judge and _judge(args.judge))
+    print(found.to_json() if args.json else found)
+
+
+def _judge(path):
+    """A causal language model in a local folder, or one of this package's models, whose nats are a bound."""
+    from sedd.evaluation.judges import holds_language_model, open_judge
+    from sedd.model import load
+
+    if holds_language_model(Path(path).expanduser()):
+        return open_judge(path)
+    judge = functools.partial(load(path).judge)
+    judge.name = f"{path}, a bound"
+    return judge
+
+
+def _sweep(args, _):
+    from sedd.evaluation.pictures import plot_sweep
+    from sedd.evaluation.sweep import sweep, table, to_json
+    from sedd.model import load
+
+    model, judge = load(args.model), _judge(args.judge or args.model)
+    try:
+        steps = [int(number) for number in args.steps.split(",")]
+    except ValueError:
+        raise UserError(f"--steps takes numbers, as in 8,16,32, not {args.steps!r}") from None
+    drawing = {name: getattr(args, name) for name in ("length", "temperature", "top_p", "batch_size")}
+    points = sweep(model.generator, args.samplers.split(","), steps, args.num_samples, judge, args.seed, **drawing)
+    print(table(points))
+    if args.out:
+        folder = Path(args.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "sweep.json").write_text(to_json(points) + "\n", encoding="utf-8")
+        plot_sweep(points, folder / "sweep.png")
+
+
+def _picture(report, folder):
+    """The information profile beside the report, where there is a library to draw it."""
+    from sedd.evaluation.pictures import plot_profile
+
+    try:
+        plot_profile(report.profile, folder / "profile.png", report.noise)
+    except UserError as missing:
+        print(f"sedd: no profile.png: {missing}", file=sys.stderr)
 
 
 def _sample(args, _):

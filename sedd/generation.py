@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -11,14 +12,31 @@ from sedd import prompts
 from sedd.data.layout import Layout
 from sedd.data.splits import philox
 from sedd.data.tokenizers import Tokenizer
-from sedd.diffusion.samplers import SAMPLERS, Sampler, sample
+from sedd.diffusion.process import Absorbing, Process
+from sedd.diffusion.reveal import Adaptive, Entropy, Margin
+from sedd.diffusion.samplers import Euler, Sampler, Tweedie, sample
 from sedd.diffusion.schedule import Schedule
-from sedd.diffusion.score import edited, in_block, nucleus, temperature
+from sedd.diffusion.score import edited, in_block, nucleus, temperature, told_share
 from sedd.errors import UserError
 from sedd.network.network import Network
 from sedd.prompts import Prompt
 
 GROUP = 64  # rows sampled at a time, unless told otherwise
+
+
+def _adaptive(picker):
+    """Reveals as many tokens a call as it takes to be done after so many steps."""
+    return lambda process, _, steps, tokens: Adaptive(process, picker(-(-tokens // steps)))
+
+
+# By name: from the process, its schedule, the number of steps, and the most tokens that a row has to be filled with.
+SAMPLERS: dict[str, Callable[[Process, Schedule, int, int], Sampler]] = {
+    "euler": lambda process, schedule, steps, _: Euler(process, schedule, steps),
+    "tweedie": lambda process, schedule, steps, _: Tweedie(process, schedule, steps),
+    "margin": _adaptive(Margin),
+    "entropy": _adaptive(Entropy),
+}
+REVEALING = ("margin", "entropy")  # those that need masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +89,8 @@ class Generator:
         trace: bool = False,
     ) -> Samples:
         """Draws the free positions of prompts given the others. UserError, before any compilation, for a mistake."""
-        sampler = self._sampler(sampler, steps)
+        blanks = [int(np.sum(~row.given)) for row in rows]
+        sampler = self.sampler(sampler, steps, max(1, *blanks))
         if not temperature > 0:
             raise UserError(f"temperature must be positive, not {temperature}")
         if not 0 < top_p <= 1:
@@ -101,7 +120,11 @@ class Generator:
                 f"{self.block_length}"
             )
 
-    def _sampler(self, sampler: str | Sampler, steps: int) -> Sampler:
+    def sampler(self, sampler: str | Sampler, steps: int, tokens: int | None = None) -> Sampler:
+        """The sampler of a name, to fill in at most so many tokens of a row (a block); or the one told.
+
+        UserError if there is none of that name, or it is not for this model's process.
+        """
         process = self.network.process
         if isinstance(sampler, Sampler):
             if sampler.process != process:
@@ -111,7 +134,10 @@ class Generator:
             raise UserError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
         if steps < 1:
             raise UserError(f"steps must be at least 1, not {steps}")
-        return SAMPLERS[sampler](process, self.schedule, steps)
+        if sampler in REVEALING and not isinstance(process, Absorbing):
+            others = ", ".join(name for name in SAMPLERS if name not in REVEALING)
+            raise UserError(f"the sampler {sampler} reveals masks, and the model's process has none; use {others}")
+        return SAMPLERS[sampler](process, self.schedule, steps, tokens or self.block_length)
 
     def _collected(self, drawn, rows: list[Prompt], lengths: np.ndarray, trace: bool) -> Samples:
         calls = int(max(group.calls for group in drawn))
@@ -141,6 +167,8 @@ class Generator:
 def _sample(network, sampler, block, reshaped, trace, params, key, heat, top_p, tokens, free, lengths, rows):
     """One group of rows. Compiled once a shape; heat and top_p are arguments, `reshaped` says whether they matter."""
     denoiser = network.denoiser(params, lengths)
+    if isinstance(sampler, Adaptive):
+        denoiser = told_share(network.process, denoiser, lengths)
     if lengths is None and tokens.shape[1] < block:
         denoiser = in_block(denoiser, block, network.process.mask)
     if reshaped:

@@ -20,16 +20,21 @@ from sedd import config as configs
 from sedd import pretrained, prompts
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
+from sedd.data.source import Source
 from sedd.data.tokenizers import Tokenizer, load_tokenizer
 from sedd.diffusion.process import Process
 from sedd.diffusion.samplers import Sampler
 from sedd.diffusion.schedule import Schedule
 from sedd.diffusion.score import Denoiser, clamped
 from sedd.errors import UserError
-from sedd.evaluation.perplexity import Report, from_corpus, from_texts, perplexity
+from sedd.evaluation.conditional import LogLikelihood, answers_to, log_likelihoods
+from sedd.evaluation.judges import Judged
+from sedd.evaluation.perplexity import perplexity
+from sedd.evaluation.protocols import get_protocol, laid_out
+from sedd.evaluation.report import Comparison, Report, Terms, make_comparison
 from sedd.generation import Generator, Samples
 from sedd.network.network import Network
-from sedd.parallel import named, placed
+from sedd.parallel import fingerprint, named, placed
 from sedd.prompts import Prompt
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.fit import fit
@@ -99,7 +104,7 @@ class Model:
         at a time, which changes no sample; trace: keep the states on the way.
         """
         settings = dict(steps=steps, sampler=sampler, temperature=temperature, top_p=top_p)
-        return self._generator.sample(num_samples, length, **settings, seed=seed, batch_size=batch_size, trace=trace)
+        return self.generator.sample(num_samples, length, **settings, seed=seed, batch_size=batch_size, trace=trace)
 
     def infill(
         self,
@@ -142,38 +147,63 @@ class Model:
             rows = self._of_texts(texts, prefix or "", suffix or "", length)
         rows = [row for row in rows for _ in range(num_samples)]
         settings = dict(steps=steps, sampler=sampler, temperature=temperature, top_p=top_p)
-        return self._generator.draw(rows, **settings, seed=seed, batch_size=batch_size, trace=trace)
+        return self.generator.draw(rows, **settings, seed=seed, batch_size=batch_size, trace=trace)
 
-    def perplexity(
-        self,
-        texts_or_corpus: str | Sequence[str] | Corpus,
-        split: str = "test",
-        seed: int = 0,
-        draws: int | None = None,
-        progress: bool = True,
-    ) -> Report:
-        """A bound on the negative log-likelihood of texts, one by one, or of a corpus' split in its blocks.
+    def perplexity(self, texts_or_corpus: str | Sequence[str] | Corpus | Source, **settings) -> Report:
+        """A bound on the negative log-likelihood of texts, one by one, of a corpus' split, or of a source.
 
-        draws: noise levels a block, by default `config.evaluation.draws`. UserError if the corpus was made with
-        another tokenizer.
+        split: of a corpus, by default "test", or what the protocol has; protocol: a name of
+        `sedd.evaluation.protocols`, by default "clean"; draws: noise levels a block, by default what the protocol says,
+        or `config.evaluation.draws`; seed: of the noise; batch_size: blocks at a time, which changes no number; out: a
+        folder that keeps what is scored and goes on from it; progress: whether to show it.
+
+        UserError if there is nothing to score, or it was made with another tokenizer.
         """
-        draws = self.config.evaluation.draws if draws is None else draws
-        if draws < 1:
-            raise UserError(f"draws must be at least 1, not {draws}")
-        if isinstance(texts_or_corpus, Corpus):
-            corpus = texts_or_corpus
-            if corpus.tokenizer.fingerprint != self._require_tokenizer().fingerprint:
-                raise UserError(f"{corpus.path} was made with another tokenizer than the model's; prepare it with that")
-            if corpus.layout.name != self.layout.name:
-                raise UserError(
-                    f"{corpus.path} is {corpus.layout.name}, but the model was trained on a corpus that is "
-                    f"{self.layout.name}; prepare it so"
-                )
-            scored = from_corpus(corpus, split, self.block_length)
-        else:
-            texts = [texts_or_corpus] if isinstance(texts_or_corpus, str) else texts_or_corpus
-            scored = from_texts(texts, self._require_tokenizer(), self.block_length, self.layout)
-        return perplexity(self.network, self.schedule, self.params, scored, seed, draws, progress=progress)
+        return self._score(texts_or_corpus, **settings)[0]
+
+    def compare(self, other: "Model", texts_or_corpus: str | Sequence[str] | Corpus | Source, **settings) -> Comparison:
+        """Both models' `perplexity` on the same rows with the same noise, and the difference with its own error.
+
+        UserError unless they have the same tokenizer, block length and layout.
+        """
+        if (self.block_length, self.layout.name) != (other.block_length, other.layout.name):
+            raise UserError(
+                f"the models cannot be compared row by row: one has {self.layout.name} blocks of {self.block_length}, "
+                f"the other {other.layout.name} blocks of {other.block_length}"
+            )
+        if self.tokenizer and other.tokenizer and self.tokenizer.fingerprint != other.tokenizer.fingerprint:
+            raise UserError("the models cannot be compared row by row: they have different tokenizers")
+        out = settings.pop("out", None)
+        folders = (None, None) if out is None else (Path(out) / "first", Path(out) / "second")
+        settings["draws"] = settings.get("draws") or self.config.evaluation.draws
+        found = [model._score(texts_or_corpus, out=at, **settings) for model, at in zip((self, other), folders)]
+        return make_comparison(*found)
+
+    def log_likelihood(
+        self,
+        answer: str | Sequence[str],
+        given: str = "",
+        *,
+        method: str = "auto",
+        draws: int = 64,
+        seed: int = 0,
+    ) -> LogLikelihood | list[LogLikelihood]:
+        """log p(answer | given) in nats: exactly where that is affordable, else from below. A list gives a list.
+
+        The tokens scored are those of given + answer beyond what they share with those of `given`. Answers in a list
+        share their noise. What would follow the answer is left open, but where documents were padded and their padding
+        ignored: there the text ends with the answer, as the model has to be told its length. See
+        `sedd.evaluation.conditional` for the methods. UserError for an empty answer, or more tokens than a block.
+        """
+        texts = [answer] if isinstance(answer, str) else list(answer)
+        answers = answers_to(given, texts, self._require_tokenizer(), self.process, self.block_length, self.layout)
+        found = log_likelihoods(self.network, self.schedule, self.params, answers, method, draws, seed)
+        return found[0] if isinstance(answer, str) else found
+
+    def judge(self, texts: Sequence[str]) -> Judged:
+        """What each text costs under this model, from above: a judge of the samples of others."""
+        _, terms = self._score(texts, progress=False)
+        return Judged(np.bincount(terms.clusters, terms.rows), np.bincount(terms.clusters, terms.counts))
 
     def save(self, directory: str | Path):
         """Exports all that `load` needs: weights, config and tokenizer. UserError if the folder is not empty."""
@@ -191,6 +221,45 @@ class Model:
         (directory / "config.json").write_text(json.dumps(about, indent=2) + "\n")
         save_file(named(jax.device_get(self.params)), directory / "weights.safetensors")
 
+    def _score(
+        self,
+        texts_or_corpus: str | Sequence[str] | Corpus | Source,
+        split: str | None = None,
+        protocol: str = "clean",
+        draws: int | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+        out: str | Path | None = None,
+        progress: bool = True,
+    ) -> tuple[Report, Terms]:
+        protocol = get_protocol(protocol)
+        draws = draws if draws is not None else protocol.draws or self.config.evaluation.draws
+        for name, value in (("draws", draws), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        text = [texts_or_corpus] if isinstance(texts_or_corpus, str) else texts_or_corpus
+        tokenizer = self._check_corpus(text) if isinstance(text, Corpus) else self._require_tokenizer()
+        scored = laid_out(protocol, text, split or protocol.split, tokenizer, self.block_length, self.layout)
+        about = {"model": fingerprint(self.params), "tokenizer": tokenizer.fingerprint, "config": self.config.to_dict()}
+        settings = dict(about=about, folder=out and Path(out), batch_size=batch_size, progress=progress)
+        return perplexity(self.network, self.schedule, self.params, scored, protocol, draws, seed, **settings)
+
+    def _check_corpus(self, corpus: Corpus) -> Tokenizer:
+        """The corpus' tokenizer. UserError unless it is the model's; of a model without, its size has to fit."""
+        if self.tokenizer is None and corpus.vocab_size != self.process.vocab_size:
+            raise UserError(
+                f"{corpus.path} has {corpus.vocab_size} tokens, the model {self.process.vocab_size}; prepare it with "
+                "the tokenizer that the model was trained with"
+            )
+        if self.tokenizer is not None and corpus.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise UserError(f"{corpus.path} was made with another tokenizer than the model's; prepare it with that")
+        if corpus.layout.name != self.layout.name:
+            raise UserError(
+                f"{corpus.path} is {corpus.layout.name}, but the model was trained on a corpus that is "
+                f"{self.layout.name}; prepare it so"
+            )
+        return corpus.tokenizer
+
     def _of_texts(self, templates: Sequence[str] | None, prefix: str, suffix: str, length: int | None) -> list[Prompt]:
         """The prompts of templates, or of a prefix and a suffix, as documents of the corpus."""
         tokenizer = self._require_tokenizer()
@@ -203,7 +272,8 @@ class Model:
         return [prompts.as_document(row, self.layout, self.block_length, tokenizer.end_of_text) for row in rows]
 
     @property
-    def _generator(self) -> Generator:
+    def generator(self) -> Generator:
+        """What draws its texts."""
         return Generator(self.network, self.params, self.schedule, self.tokenizer, self.layout, self.block_length)
 
     def _require_tokenizer(self) -> Tokenizer:

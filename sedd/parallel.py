@@ -4,6 +4,7 @@ One step is jitted over a mesh with the axes 'data', 'fsdp' and 'model'. The bat
 parameters, their average and the optimiser's state by one table of parameter paths.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -52,6 +53,12 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of the devices, by default of all, each of which takes rows."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over 'data' and 'fsdp'."""
     return NamedSharding(mesh, P(("data", "fsdp")))
@@ -65,6 +72,16 @@ def name_of(path: tuple, separator: str = "/") -> str:
 def named(tree, separator: str = "/") -> dict:
     """The leaves of a tree by their paths, in the order of the tree."""
     return {name_of(path, separator): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def fingerprint(tree) -> str:
+    """A hash of all leaves, their paths and types, in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, leaf in named(tree).items():
+        array = np.asarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8))
+    return digest.hexdigest()
 
 
 def shardings(mesh: Mesh | AbstractMesh, tree) -> object:

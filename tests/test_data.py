@@ -30,7 +30,7 @@ MANY = [f"Document {index}.\r\nIts text: {'é' * (index % 7)} {index**3}" for in
 FEW = ["The first file.\n" * 20, "The second, " * 30, "ends.\0 漢字" * 20]
 
 
-LONG = [f"{index} " * (200 + 90 * (index % 5)) for index in range(50)]
+LONG = [f"{index} " * (199 + 90 * (index % 5)) + "é漢 " * (index % 2) for index in range(50)]
 
 
 @pytest.fixture
@@ -80,6 +80,7 @@ def test_a_joiner_belongs_to_the_document_before_it(tmp_path):
     corpus = data.prepare("builtin:names", "characters", tmp_path / "corpus")
     texts = documents(corpus, "test")
     assert all(text.endswith("\n") and text.count("\n") == 1 for text in texts)
+    assert corpus.num_characters("test") == sum(map(len, texts))
     assert [len(text.encode()) for text in texts] == list(corpus.document_bytes("test"))
 
 
@@ -89,6 +90,8 @@ def test_counts(many):
         assert counts["documents"] == len(documents(many, split)) == len(many.document_bytes(split))
         assert counts["tokens"] == many.num_tokens(split) == len(many.tokens(split)) == many.offsets(split)[-1]
         assert counts["bytes"] == many.num_bytes(split) == many.document_bytes(split).sum()
+        text = "".join(documents(many, split)).replace("<|endoftext|>", "")
+        assert counts["characters"] == many.num_characters(split) == len(text) < len(text.encode()) == counts["bytes"]
     assert sum(many.num_bytes(split) for split in SPLITS) == sum(len(text.encode()) for text in MANY)
     assert sum(many.num_tokens(split) for split in SPLITS) == sum(len(text.encode()) + 1 for text in MANY)
 
@@ -145,11 +148,12 @@ def corpus_spec(corpus):
     return corpus.meta["source"], corpus.meta["tokenizer"]
 
 
+@pytest.mark.parametrize("split", ["documents:90,5,5", "position:90,5,5"])
 @pytest.mark.parametrize("stage", ["counting", "tokenising", "arranging", "hashing"])
-def test_an_interrupted_preparation_goes_on(stage, small_pieces, tmp_path, monkeypatch):
+def test_an_interrupted_preparation_goes_on(stage, split, small_pieces, tmp_path, monkeypatch):
     """Whenever it was interrupted the corpus is the same, and what was done is not done again."""
     source, out = write_files(tmp_path / "text", LONG), tmp_path / "corpora" / "mine"
-    wanted = data.prepare(source, "sentencepiece:300", tmp_path / "whole")
+    wanted = data.prepare(source, "sentencepiece:300", tmp_path / "whole", split=split)
     calls = []
 
     def counted(function, name, when=None):
@@ -169,11 +173,12 @@ def test_an_interrupted_preparation_goes_on(stage, small_pieces, tmp_path, monke
     monkeypatch.setitem(prepare, "arrange", counted(prepare["arrange"], "arranging"))
     monkeypatch.setitem(prepare, "hash_of_splits", counted(prepare["hash_of_splits"], "hashing"))
     with pytest.raises(KeyboardInterrupt):
-        data.prepare(source, "sentencepiece:300", out, workers=2)
+        data.prepare(source, "sentencepiece:300", out, split=split, workers=2)
     assert [path.name for path in out.parent.iterdir()] == [".mine.preparing"]
     before, resumed = calls.copy(), True
     calls.clear()
-    assert data.prepare(source, "sentencepiece:300", out, workers=3).hash == wanted.hash
+    assert data.prepare(source, "sentencepiece:300", out, split=split, workers=3).meta == wanted.meta
+    assert sum(wanted.num_characters(split) for split in SPLITS) == sum(map(len, LONG))
     assert [path.name for path in out.parent.iterdir()] == ["mine"]
     assert ("counting" in calls) == ("making" in calls) == (stage == "counting")
     chunks = before.count("tokenising") + calls.count("tokenising")
@@ -323,7 +328,8 @@ def test_a_text_too_short_to_split(tmp_path):
 def test_a_corpus_is_read_only_and_knows_its_splits(many):
     with pytest.raises(ValueError, match="read-only"):
         many.tokens("train")[0] = 1
-    for read in (many.tokens, many.offsets, many.document_bytes, many.num_bytes, many.num_tokens):
+    counts = (many.num_bytes, many.num_characters, many.num_tokens)
+    for read in (many.tokens, many.offsets, many.document_bytes, *counts):
         with pytest.raises(UserError, match="no split 'valid'; there are train, validation, test"):
             read("valid")
 
@@ -337,6 +343,10 @@ def test_a_corpus_is_read_only_and_knows_its_splits(many):
         (lambda path: (path / "meta.json").write_text("[]"), "is no corpus"),
         (lambda path: (path / "meta.json").unlink(), "is no corpus"),
         (lambda path: (path / "meta.json").write_text('{"format": 99}'), "has corpus format 99"),
+        (
+            lambda path: (path / "meta.json").write_text('{"format": 2}'),
+            "format 2, this sedd reads 3.* prepare it again",
+        ),
         (lambda path: (path / "tokenizer" / "tokenizer.json").unlink(), "there is no tokenizer"),
     ],
 )

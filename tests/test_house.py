@@ -10,6 +10,7 @@ import sedd
 PACKAGE = Path(sedd.__file__).parent
 ROOMS = [
     "cli",
+    "harness",
     "model",
     "pretrained",
     "training",
@@ -24,7 +25,7 @@ ROOMS = [
 ]
 LEAVES = {"errors", "version"}  # what anyone may import
 ALONE = {"data", "diffusion"}  # rooms that know of no other
-DIFFUSION = ["samplers", "likelihood", "loss", "process", "schedule", "score", "draws"]
+DIFFUSION = ["reveal", "samplers", "exact", "likelihood", "loss", "process", "schedule", "score", "draws"]
 
 
 def imports(file):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sedd.data.corpus import Corpus
-from sedd.data.layout import padded_rows
+from sedd.data.layout import cut, padded_rows
 from sedd.data.splits import philox
 from sedd.errors import UserError
 
@@ -74,12 +74,7 @@ def blocks(corpus: Corpus, split: str, block_length: int) -> Blocks:
     if corpus.layout.padded:
         starts, lengths, document = _rows(corpus, split, block_length)
         return Blocks(_filled(tokens, starts, lengths, block_length, corpus.tokenizer.end_of_text), lengths, document)
-    num_blocks = -(-len(tokens) // block_length)
-    rows = np.zeros(num_blocks * block_length, np.int32)
-    rows[: len(tokens)] = tokens
-    lengths = np.full(num_blocks, block_length, np.int32)
-    lengths[-1] = len(tokens) - (num_blocks - 1) * block_length
-    return Blocks(rows.reshape(num_blocks, block_length), lengths, None)
+    return Blocks(*cut(tokens, block_length), None)
 
 
 def row_lengths(corpus: Corpus, block_length: int) -> tuple[int, ...]:

@@ -17,12 +17,12 @@ from sedd.data.layout import Layout
 from sedd.data.tokenizers import Tokenizer, load_tokenizer
 from sedd.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus directory and what its small files say. `meta["splits"]` counts documents, tokens and bytes."""
+    """A corpus directory and what its small files say. `meta["splits"]` counts documents, tokens, bytes, characters."""
 
     path: Path
     meta: dict
@@ -69,6 +69,10 @@ class Corpus:
         """The UTF-8 bytes of the text of a split, joiners included."""
         return self._counts(split)["bytes"]
 
+    def num_characters(self, split: str) -> int:
+        """The characters, Unicode code points, of the text of a split, joiners included."""
+        return self._counts(split)["characters"]
+
     def _offsets(self, split: str, kind: str) -> np.memmap:
         self._counts(split)
         return np.memmap(self.path / f"{split}.{kind}", "<i8", mode="r")
@@ -94,7 +98,7 @@ def open_corpus(path: str | Path) -> Corpus:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no corpus: it has no meta.json of one; make one with sedd prepare") from error
     if version != FORMAT:
-        raise UserError(f"{path} has corpus format {version}, this sedd reads {FORMAT}; prepare it again")
+        raise UserError(f"{path} has corpus format {version}, this sedd reads {FORMAT}; remove it and prepare it again")
     corpus = Corpus(path, meta, load_tokenizer(path / "tokenizer"))
     for split in meta["splits"]:
         _check_files(corpus, split)

@@ -66,6 +66,16 @@ def make_layout(mode: str, padding: str | None) -> Layout:
     return Layout(mode, padding)
 
 
+def cut(tokens: np.ndarray, block_length: int, padding: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Consecutive blocks, the last filled up, and how many tokens each has. Int[T] -> Int32[N L], Int32[N]."""
+    count = -(-len(tokens) // block_length)
+    rows = np.full(count * block_length, padding, np.int32)
+    rows[: len(tokens)] = tokens
+    lengths = np.full(count, block_length, np.int32)
+    lengths[-1:] = len(tokens) - (count - 1) * block_length
+    return rows.reshape(count, block_length), lengths
+
+
 def padded_rows(offsets: np.ndarray, block_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The rows of documents of their own; one longer than a block takes several.
 

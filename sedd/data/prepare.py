@@ -18,7 +18,7 @@ from sedd.data.survey import PROGRESS_DELAY, Survey, survey
 from sedd.data.text import Text, asked_rule, divided, open_sources
 from sedd.data.tokenizers import Tokenizer, given_data, load_tokenizer, make_tokenizer
 from sedd.data.workplace import stamps, workplace, write_whole
-from sedd.data.writer import arrange, count_splits, hash_of_splits, token_dtype, write_splits
+from sedd.data.writer import arrange, hash_of_splits, token_dtype, write_splits
 from sedd.errors import UserError
 
 MOST_WORKERS = 32  # threads, unless told otherwise: each holds some megabytes
@@ -113,7 +113,7 @@ def _write(folder: Path, text: Text, layout: Layout, request: dict, workers: int
     tokenizer = _tokenizer(corpus / "tokenizer", text, layout, request)
     written.mkdir(exist_ok=True)
     with tqdm(desc="tokenising", total=text.num_bytes, unit="B", unit_scale=True, delay=PROGRESS_DELAY) as progress:
-        write_splits(written, text.segments(seed), splits, tokenizer, workers, progress.update)
+        counts = write_splits(written, text.segments(seed), splits, tokenizer, workers, progress.update)
     dtype = token_dtype(tokenizer)
     arrange(written, corpus, splits, dtype, None if text.in_order else philox(seed, 1))
     meta = {
@@ -122,7 +122,7 @@ def _write(folder: Path, text: Text, layout: Layout, request: dict, workers: int
         **text.origin(),
         "vocab_size": tokenizer.vocab_size,
         "dtype": dtype.str,
-        "splits": count_splits(corpus, splits),
+        "splits": counts,
         "hash": hash_of_splits(corpus, splits, tokenizer, layout),
     }
     (corpus / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")

@@ -24,12 +24,14 @@ class Source:
       joiner: the text that follows each document as ordinary tokens; None where an end-of-text id does instead.
       read: begins another pass over the documents; each is a string, or its parts where it may not fit into memory.
       files: what is read, so that a change is noticed; none for what never changes.
+      in_order: whether each document goes on where the one before it ended, so that a corpus keeps their order.
     """
 
     spec: str
     joiner: str | None
     read: Callable[[], Iterator[str | Iterable[str]]]
     files: tuple[Path, ...] = ()
+    in_order: bool = False
 
     def __iter__(self) -> Iterator[Piece]:
         """The documents in pieces, each followed by the joiner; an empty document has nothing to teach."""

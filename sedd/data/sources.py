@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from sedd.data.source import Source
+from sedd.data.source_benchmarks import BENCHMARKS, open_benchmark, open_text8
 from sedd.data.source_csv import open_csv
 from sedd.data.source_functions import open_functions
 from sedd.data.source_jsonl import open_jsonl
@@ -21,6 +22,8 @@ SOURCES: dict[str, tuple[Callable[[str], Source], str]] = {
     "csv": (open_csv, "csv:GLOB:COLUMN"),
     "parquet": (open_parquet, "parquet:GLOB:COLUMN"),
     "tfds": (open_tfds, "tfds:NAME[:SPLIT[:FIELD]]"),
+    **{name: (open_benchmark, f"{name}:GLOB") for name in BENCHMARKS},
+    "text8": (open_text8, "text8:GLOB"),
     "builtin:names": (open_names, "builtin:names"),
     "builtin:functions": (open_functions, "builtin:functions"),
 }

@@ -34,13 +34,12 @@ class Text:
     @property
     def in_order(self) -> bool:
         """Whether the splits keep the order of the source."""
-        return self.rule is not None and self.rule.in_order
+        return (self.rule is not None and self.rule.in_order) or any(one.in_order for one in self.sources.values())
 
     @property
     def needs_end_of_text(self) -> bool:
         """Whether an id stands between documents; after the only one it would be an id that training never sees."""
-        several = any(one.documents > 1 for one in self.counted.values())
-        return several and all(source.joiner is None for source in self.sources.values())
+        return any(self.counted[name].documents > 1 for name, one in self.sources.items() if one.joiner is None)
 
     def origin(self) -> dict[str, str | None]:
         """What is recorded of it: the rule, and a hash of all documents."""
@@ -54,7 +53,7 @@ class Text:
             return
         for split, source in self.sources.items():
             for text, ends_document in source:
-                yield Segment(split, text, ends_document, ends_document)
+                yield Segment(split, text, ends_document, ends_document and source.joiner is None)
 
     def of_splits(self, splits: tuple[str, ...], seed: int) -> Iterator[str]:
         """Reads the pieces of some splits only."""

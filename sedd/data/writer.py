@@ -35,6 +35,7 @@ class Tokens(NamedTuple):
     ends: np.ndarray  # Int64[documents]
     byte_ends: np.ndarray  # Int64[documents]
     num_bytes: int
+    num_characters: int
 
 
 def write_splits(
@@ -44,14 +45,20 @@ def write_splits(
     tokenizer: Tokenizer,
     workers: int,
     progress: Callable[[int], None],
-):
+) -> dict[str, dict[str, int]]:
     """Tokenises and writes all splits in one pass, from where an earlier call into the same folder was interrupted.
 
     progress: told the bytes of text done, in parts.
+
+    Returns:
+      The counts of each split: `documents`, `tokens`, `bytes` and `characters`.
     """
     record = folder / "written.json"
     splits = list(splits)
-    done = json.loads(record.read_text()) if record.is_file() else {"chunks": 0, "splits": {}}
+    done = json.loads(record.read_text()) if record.is_file() else {"chunks": 0, "splits": {}, "complete": False}
+    if done["complete"]:  # the files may have been moved since
+        progress(sum(counts["bytes"] for counts in done["splits"].values()))
+        return done["splits"]
     writers = [_SplitWriter(folder, split, token_dtype(tokenizer), done["splits"].get(split)) for split in splits]
     try:
         chunks = _chunks(segments)
@@ -66,7 +73,9 @@ def write_splits(
                 write_whole(record, done | {"splits": {writer.split: writer.settle() for writer in writers}})
                 recorded = time.monotonic()
             progress(sum(part.num_bytes for part in tokens))
-        write_whole(record, done | {"splits": {writer.split: writer.settle() for writer in writers}})
+        counts = {writer.split: writer.settle() for writer in writers}
+        write_whole(record, done | {"splits": counts, "complete": True})
+        return counts
     finally:
         for writer in writers:
             writer.close()
@@ -86,19 +95,6 @@ def arrange(written: Path, folder: Path, splits: Iterable[str], dtype: np.dtype,
         for part in PARTS:
             if (written / f"{split}.{part}").exists():  # else moved before an interruption
                 (written / f"{split}.{part}").replace(folder / f"{split}.{part}")
-
-
-def count_splits(folder: Path, splits: Iterable[str]) -> dict[str, dict[str, int]]:
-    """The counts of each split: `documents`, `tokens` and `bytes`."""
-    counts = {}
-    for split in splits:
-        offsets, byte_offsets = (np.memmap(folder / f"{split}.{part}", OFFSET, mode="r") for part in PARTS[1:])
-        counts[split] = {
-            "documents": len(offsets) - 1,
-            "tokens": int(offsets[-1]),
-            "bytes": int(byte_offsets[-1]),
-        }
-    return counts
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -152,13 +148,14 @@ def _tokenise(tokenizer: Tokenizer, chunk: list[Segment], splits: list[str]) -> 
     end_of_text = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int32)
     found = []
     for split in splits:
-        parts, ends, byte_ends, total, num_bytes = [end_of_text[:0]], [], [], 0, 0
+        parts, ends, byte_ends, total, num_bytes, num_characters = [end_of_text[:0]], [], [], 0, 0, 0
         for segment, ids in zip(chunk, encoded):
             if segment.split != split:
                 continue
             parts.append(ids)
             total += len(ids)
             num_bytes += len(segment.text.encode("utf-8"))
+            num_characters += len(segment.text)
             if segment.ends_document:
                 parts.append(end_of_text)
                 total += len(end_of_text)
@@ -166,7 +163,7 @@ def _tokenise(tokenizer: Tokenizer, chunk: list[Segment], splits: list[str]) -> 
                 ends.append(total)
                 byte_ends.append(num_bytes)
         ids = np.concatenate(parts).astype(token_dtype(tokenizer))
-        found.append(Tokens(ids, np.array(ends, OFFSET), np.array(byte_ends, OFFSET), num_bytes))
+        found.append(Tokens(ids, np.array(ends, OFFSET), np.array(byte_ends, OFFSET), num_bytes, num_characters))
     return found
 
 
@@ -175,7 +172,7 @@ class _SplitWriter:
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, counts: dict[str, int] | None):
         self.split = split
-        self._counts = counts or {"documents": 0, "tokens": 0, "bytes": 0}
+        self._counts = counts or dict.fromkeys(("documents", "tokens", "bytes", "characters"), 0)
         offsets = OFFSET.itemsize * (self._counts["documents"] + 1)
         sizes = (dtype.itemsize * self._counts["tokens"], offsets, offsets)
         self._files = [open(folder / f"{split}.{part}", "ab", buffering=2**20) for part in PARTS]
@@ -193,6 +190,7 @@ class _SplitWriter:
         counts["documents"] += len(tokens.ends)
         counts["tokens"] += len(tokens.ids)
         counts["bytes"] += tokens.num_bytes
+        counts["characters"] += tokens.num_characters
 
     def settle(self) -> dict[str, int]:
         """Brings to the disk what was appended, and says what that is."""

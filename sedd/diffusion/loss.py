@@ -42,22 +42,29 @@ def count_loss(
     x0: jax.Array,
     k: jax.Array,
     free: jax.Array | None = None,
+    lengths: jax.Array | None = None,
+    mirrored: jax.Array | None = None,
 ) -> jax.Array:
     """The score entropy with exactly k of each row's n free tokens masked, times n / k (Ou et al., arXiv 2406.03736).
 
     With k uniform on 1 .. n the mean of a row's sum is the bound of decoding in random order: the integral over all
-    noise, from 0 to infinity, with nothing cut off. A network that is told the noise is told that of the middle of
-    the k-th of n equal shares of masked tokens, 1 - alpha = (k - 1/2) / n.
+    noise, from 0 to infinity, with nothing cut off. A network that is told the noise is told `process.sigma_seen`, a
+    function of the number of masks in the row.
 
-    keys: Key[B]; x0: Int[B L]; k: Int[B]; free: Bool[B L]. Returns Float[B L], nats.
+    keys: Key[B]; x0: Int[B L]; k: Int[B]; free: Bool[B L], False where a token is given, or masked and not to be
+    revealed; lengths: Int[B], the valid positions where the network is told them; mirrored: Bool[B], rows that mask the
+    last k of their random order instead of the first: of two rows with the same key, one of them mirrored, k and
+    n + 1 - k masks cover every token, and one of them twice. Returns Float[B L], nats.
     """
     free = jnp.ones(x0.shape, bool) if free is None else free
     n = jnp.maximum(jnp.sum(free, axis=-1), 1)  # a row with nothing free costs nothing
     k = jnp.clip(k, 1, n)
-    masked = (draws.ranks(keys, free) < k[:, None]) & free
+    order = draws.ranks(keys, free)
+    if mirrored is not None:
+        order = jnp.where(mirrored[:, None], n[:, None] - 1 - order, order)
+    masked = (order < k[:, None]) & free
     x = process.hide(x0, masked)
-    share = (k - 0.5) / n
-    sigma = -jnp.log1p(-share)
+    sigma = process.sigma_seen(x, lengths)
     entropy = process.score_entropy(stats_fn(x, sigma, x0), x, x0, sigma[:, None])
-    weight = share / (1 - share) * n / k  # e^sigma - 1 turns the score entropy into a cross-entropy
+    weight = jnp.expm1(sigma) * n / k  # e^sigma - 1 turns the score entropy into a cross-entropy
     return jnp.where(masked, weight[:, None] * entropy, 0.0)

@@ -102,6 +102,17 @@ class Absorbing(Process):
         """x with masks at the positions told, where a Denoiser can then be asked. Int[...], Bool[...] -> Int[...]."""
         return jnp.where(where, self.mask, x)
 
+    def sigma_seen(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """The noise that a network is told where rows, not times, say how much is masked. Int[B L] -> Float[B].
+
+        With k of a row's n positions masked it is that of the middle of the k-th of n equal shares,
+        1 - alpha = (k - 1/2) / n. lengths: Int[B], n where it is not all L; what follows is not counted.
+        """
+        within = True if lengths is None else jnp.arange(x.shape[-1]) < lengths[..., None]
+        masked = jnp.sum((x == self.mask) & within, axis=-1)
+        share = (jnp.maximum(masked, 1) - 0.5) / (x.shape[-1] if lengths is None else jnp.maximum(lengths, 1))
+        return -jnp.log1p(-share)
+
     def log_transition(self, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
         """log q(x | x0) at noise sigma. Float[...]."""
         stayed = jnp.where(x == x0, -sigma, -jnp.inf)
@@ -125,6 +136,14 @@ class Absorbing(Process):
         A free score is normalised: what it says of the total rate is not seen.
         """
         return jax.nn.log_softmax(log_score[..., : self.vocab_size], axis=-1)
+
+    def tightened(self, log_score: jax.Array, sigma: jax.Array) -> jax.Array:
+        """A free log score of masked tokens with the true normaliser, sum s = 1 / (e^sigma - 1). Float[... V].
+
+        Its score entropy is never above the free one's, for any x0: less by w (Z - 1 - log Z), where Z is what the
+        normaliser is off (Ou et al., arXiv 2406.03736, theorem 1, has the true one).
+        """
+        return self.log_score(self.clean_from_score(log_score, sigma), jnp.zeros(log_score.shape[:-1]), sigma)
 
     def rate(self, log_clean: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
         """The reverse rates pi_x s_y per unit sigma. Float[... V]; SEDD, equation 3."""
@@ -209,6 +228,16 @@ class Uniform(Process):
         weight = jnp.maximum(jnp.where(alpha > 0.5, clear, noisy), 0.0)
         return jnp.log(weight) - jnp.log(jnp.sum(weight, axis=-1, keepdims=True))
 
+    def tightened(self, log_score: jax.Array, sigma: jax.Array) -> jax.Array:
+        """A free log score cut, state by state, to what a ratio can be. Float[... V].
+
+        That is [rho, 1 / rho], rho = (1 - alpha) / (V alpha + 1 - alpha). Its score entropy is never above the free
+        one's, for any x and x0: the true ratio of one x0 is rho, 1 or 1 / rho, and s - a log s is convex in s with its
+        least value at a. `clean_from_score` can be worse.
+        """
+        odds = self._odds(jnp.broadcast_to(sigma, log_score.shape[:-1])[..., None])
+        return jnp.clip(log_score, -jnp.log1p(odds), jnp.log1p(odds))
+
     def rate(self, log_clean: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
         """The reverse rates pi_x s_y per unit sigma, 0 at y = x. Float[... V]; SEDD, equation 3."""
         current = jnp.arange(self.vocab_size) == x[..., None]
@@ -240,7 +269,7 @@ class Uniform(Process):
         all rho < 1 where x = x0; else 1 / rho at x0 and 1 elsewhere. In that grouping nothing of the size of the
         answer cancels, down to noise where rho is 1e-11.
         """
-        odds = self.vocab_size * jnp.exp(-sigma) / -jnp.expm1(-sigma)
+        odds = self._odds(sigma)
         rho, log_rho = 1 / (1 + odds), -jnp.log1p(odds)
         others = self.vocab_size - 1
         mean = stats.log_sum - math.log(others)
@@ -262,9 +291,13 @@ class Uniform(Process):
 
         The step is p(v) ~ m_v q(x | v), a law for any score; Tweedie's has r_v for m_v, which differs by O(sigma).
         """
-        odds = self.vocab_size * jnp.exp(-sigma) / -jnp.expm1(-sigma)  # q(x | x) = (1 + odds) q(x | v)
+        odds = self._odds(sigma)
         log_total = jnp.logaddexp(jnp.log1p(odds), stats.log_sum)
         return log_total - jnp.where(x == x0, jnp.log1p(odds), stats.target)
+
+    def _odds(self, sigma: jax.Array) -> jax.Array:
+        """V alpha / (1 - alpha): q(x | x) = (1 + odds) q(x | v)."""
+        return self.vocab_size * jnp.exp(-sigma) / -jnp.expm1(-sigma)
 
     def _log_mixed(self, log_clean: jax.Array, sigma: jax.Array) -> jax.Array:
         """log (alpha r + (1 - alpha) / V), pointwise; sigma broadcasts to log_clean."""

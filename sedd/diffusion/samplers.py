@@ -92,9 +92,6 @@ class Euler(Tweedie):
         return jax.tree.map(lambda last, held: jnp.where(entry.sigma_next == 0, last, held), last, held)
 
 
-SAMPLERS = {"euler": Euler, "tweedie": Tweedie}
-
-
 def leap(rate: jax.Array, duration: jax.Array) -> Jump:
     """The jump with rates held for a duration, in units of sigma. Float[... V] -> Jump."""
     return Jump(jnp.minimum(duration * jnp.sum(rate, axis=-1), 1.0), jnp.log(rate))

@@ -73,6 +73,14 @@ def clamped(denoiser: Denoiser, tokens: jax.Array, free: jax.Array) -> Denoiser:
     return lambda x, sigma, positions=None: denoiser(jnp.where(free, x, tokens), sigma, positions)
 
 
+def told_share(process, denoiser: Denoiser, lengths: jax.Array | None = None) -> Denoiser:
+    """Told `process.sigma_seen` of what it sees, whatever the caller says (absorbing process only).
+
+    Put below `in_block`, it counts the masks of the whole block, as likelihoods do. lengths: Int[B], the valid ones.
+    """
+    return lambda x, sigma, positions=None: denoiser(x, process.sigma_seen(x, lengths), positions)
+
+
 def in_block(denoiser: Denoiser, block: int, mask: int) -> Denoiser:
     """Shorter work in a block of the full length, whose other positions stay masked (absorbing process only).
 

@@ -100,11 +100,14 @@ class Network:
         keys: jax.Array | None = None,
         lengths: jax.Array | None = None,
         masked_pairs: bool = False,
+        tightened: bool = False,
     ) -> StatsFn:
         """A StatsFn of these parameters. keys: Key[B] for dropout; lengths: Int[B].
 
         masked_pairs: the head runs at masked positions only, of which rows 2i and 2i + 1 hold at most L + 1 together,
-        as counts in antithetic pairs do. Elsewhere the statistics are 0, for which Absorbing has no use.
+        as counts in antithetic pairs do; those that are masked in x0 too are not asked. Elsewhere the statistics are 0,
+        for which Absorbing has no use. tightened: of a free score; puts an axis of two in front of the statistics,
+        those of the score as it is and those of `process.tightened` of it.
         """
 
         def stats(x, sigma, x0):
@@ -112,9 +115,9 @@ class Network:
             sites = (hidden, jnp.broadcast_to(condition[:, None], (*x.shape, self.condition)), x, x0)
             sites = (*sites, jnp.broadcast_to(sigma[:, None], x.shape))
             if not masked_pairs:
-                return self._stats(params, *sites)
-            take, put = _masked_of_pairs(x == self.process.mask)
-            return ScoreStats(*map(put, self._stats(params, *map(take, sites))))
+                return self._stats(params, tightened, *sites)
+            take, put = _masked_of_pairs((x == self.process.mask) & (x0 != self.process.mask))
+            return jax.tree.map(put, self._stats(params, tightened, *map(take, sites)))
 
         return stats
 
@@ -148,10 +151,14 @@ class Network:
             logits = logits - (log_expm1(sigma) + math.log(self.process.vocab_size))[..., None]
         return jnp.where(jnp.arange(self.process.num_states) == x[..., None], 0.0, logits)
 
-    def _stats(self, params, hidden, condition, x, x0, sigma) -> ScoreStats:
+    def _stats(self, params, tightened, hidden, condition, x, x0, sigma) -> ScoreStats:
         logits = self._logits(params, hidden, condition)
         if self.prediction == "score":
-            return score_stats(self._free_log_score(logits, x, sigma), x, x0)
+            log_score = self._free_log_score(logits, x, sigma)
+            if not tightened:
+                return score_stats(log_score, x, x0)
+            scores = (log_score, self.process.tightened(log_score, sigma))
+            return jax.tree.map(lambda *both: jnp.stack(both), *(score_stats(one, x, x0) for one in scores))
         return clean_stats(self.process, self._log_clean(logits, x, sigma), x, x0, sigma)
 
 
@@ -167,8 +174,9 @@ def _masked_of_pairs(masked: jax.Array):
     def take(values):
         return jax.vmap(lambda row, at: row[at])(values.reshape(batch // 2, 2 * length, *values.shape[2:]), where)
 
-    def put(found):
-        rows = jax.vmap(lambda row, at: jnp.zeros(2 * length, row.dtype).at[at].set(row))(found, where)
-        return rows.reshape(batch, length)
+    def put(found):  # [... B/2 L+1], with or without an axis in front
+        pair = jnp.arange(batch // 2)[:, None]
+        rows = jnp.zeros((*found.shape[:-1], 2 * length), found.dtype).at[..., pair, where].set(found)
+        return rows.reshape(*found.shape[:-2], batch, length)
 
     return take, put

@@ -59,7 +59,7 @@ def fit(config: ConfigDict, workdir: str | Path, weights: dict | None = None, in
 
     objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
     init, step, where = make_step(config, objective, make_optimizer(config.optimizer, training.steps), mesh)
-    held_out = HeldOut(config, corpus, layout, schedule, network)
+    held_out = HeldOut(config, corpus, layout, schedule, network, mesh)
     rows = parallel.batch_sharding(mesh)
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, _stop_signals() as stopping:
         state = checkpoints.restore(parallel.placed(jax.eval_shape(init), where))

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sedd.data.batches import check_block_length, row_lengths
@@ -10,7 +11,8 @@ from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
-from sedd.evaluation.perplexity import from_corpus, perplexity
+from sedd.evaluation.perplexity import perplexity
+from sedd.evaluation.text import from_corpus
 from sedd.generation import Generator
 from sedd.network.network import Network
 
@@ -24,12 +26,14 @@ class HeldOut:
     layout: Layout
     schedule: Schedule
     network: Network
+    mesh: Mesh
 
     def bound(self, params: dict) -> dict[str, float]:
         """The bound on the validation split, as a record of the metrics."""
         scored = from_corpus(self.corpus, "validation", self.config.data.block_length)
         draws = self.config.evaluation.draws
-        report = perplexity(self.network, self.schedule, params, scored, num_draws=draws, progress=False)
+        settings = dict(num_draws=draws, mesh=self.mesh, progress=False)
+        report, _ = perplexity(self.network, self.schedule, params, scored, **settings)
         return {"validation_nats_per_token": report.nats_per_token, "validation_bits_per_byte": report.bits_per_byte}
 
     def samples(self, params: dict) -> tuple[list[str], list[np.ndarray]]:

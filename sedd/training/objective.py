@@ -59,7 +59,7 @@ class Objective:
         free = None if lengths is None else jnp.arange(tokens.shape[1]) < lengths[:, None]
         if paired:
             counts = self.counts(rows, key, tokens.shape[1] if lengths is None else lengths)
-            loss = count_loss(process, stats, noise, tokens, counts, free)
+            loss = count_loss(process, stats, noise, tokens, counts, free, lengths)
         else:
             loss = denoising_loss(process, self.schedule, stats, noise, tokens, self.times(rows, key), free)
         return jnp.sum(loss, axis=-1)

@@ -1,0 +1,90 @@
+"""What draws of a bound say of a text, and how well: estimates in nats per token, with two errors."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+CONFIDENCE = 0.95
+FEW = 20  # clusters below which an error says little of itself
+BINS = 20  # of an information profile
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A ratio of sums over clusters, as nats to tokens.
+
+    standard_error: what another sample of clusters would change, None where there is one only; interval: 95 %, by
+    Student's t with one degree of freedom less than there are clusters.
+    """
+
+    value: float
+    standard_error: float | None
+    interval: tuple[float, float] | None
+    clusters: int
+
+    def __str__(self) -> str:
+        return with_error(self.value, self.standard_error)
+
+
+def ratio(nats: np.ndarray, counts: np.ndarray, clusters: np.ndarray) -> Estimate:
+    """sum(nats) / sum(counts) over rows, its error that of the ratio over clusters of rows (Cochran 1977, 6.4).
+
+    nats: Float[N]; counts: Int[N]; clusters: Int[N], from 0 on.
+    """
+    total = counts.sum()
+    value = float(nats.sum() / total)
+    number = int(clusters.max()) + 1
+    if number < 2:
+        return Estimate(value, None, None, number)
+    residual = np.bincount(clusters, nats - value * counts)
+    error = math.sqrt(number / (number - 1) * np.sum(residual**2)) / float(total)
+    reach = t_quantile(number - 1) * error
+    return Estimate(value, error, (value - reach, value + reach), number)
+
+
+def sampling_error(halves: np.ndarray, total: int) -> tuple[float, float]:
+    """The noise of the estimator alone, from two replicates of each row: its standard error, and degrees of freedom.
+
+    halves: Float[N 2], nats a row, whose mean is the estimate; total: tokens. With d the differences of the replicates
+    the variance of the sum is sum d^2 / 4; its degrees of freedom, as Satterthwaite has them, 3 (sum d^2)^2 / sum d^4.
+    """
+    squares = (halves[:, 0] - halves[:, 1]) ** 2
+    if not squares.any():
+        return 0.0, float(len(squares))
+    freedom = 3 * squares.sum() ** 2 / (squares**2).sum()
+    return float(math.sqrt(squares.sum()) / 2 / total), float(min(freedom, len(squares)))
+
+
+def profile(level: np.ndarray, width: np.ndarray, nats: np.ndarray, counts: np.ndarray) -> list[dict]:
+    """The information profile: nats per token against the share of tokens that are touched, masked or random.
+
+    The mean over the shares is the diffusion term. Each of the draws stands for `width` of the share, as Draws has it.
+    level, width, nats: Float[N M], nats a row; counts: Int[N]. Returns for each bin low, high, nats_per_token and error
+    (None where nothing was drawn).
+    """
+    due = width * counts[:, None]
+    bins = np.minimum((level * BINS).astype(int), BINS - 1)
+    weight, total = (np.bincount(bins.ravel(), values.ravel(), BINS) for values in (due, nats))
+    mean = np.divide(total, weight, out=np.full(BINS, np.nan), where=weight > 0)
+    residual = np.bincount(bins.ravel(), ((nats - mean[bins] * due) ** 2).ravel(), BINS)
+    found = []
+    for number in range(BINS):
+        known = weight[number] > 0
+        value, error = (mean[number], math.sqrt(residual[number]) / weight[number]) if known else (math.nan, math.nan)
+        ends = {"low": number / BINS, "high": (number + 1) / BINS}
+        values = {"nats_per_token": value, "error": error}
+        found.append({**ends, **{name: float(number) if known else None for name, number in values.items()}})
+    return found
+
+
+def t_quantile(freedom: float) -> float:
+    """The quantile of Student's t that leaves 2.5 % above it."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
+
+
+def with_error(value: float, error: float | None, digits: int = 4) -> str:
+    """A number and its error, as people read it."""
+    return f"{value:.{digits}f} ± " + ("unknown" if error is None else f"{error:.{digits}f}")

@@ -1,0 +1,108 @@
+"""Quality against network calls: the same model, by each sampler, in each number of steps."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from sedd.errors import UserError
+from sedd.evaluation.judges import Judge
+from sedd.evaluation.quality import Quality, quality
+from sedd.generation import GROUP, Generator
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What one sampler does in one number of steps."""
+
+    sampler: str
+    steps: int
+    network_calls: int  # of each row; a sampler may end early
+    seconds: float  # per sample, at the batch size of the sweep, without compilation
+    quality: Quality
+
+
+def sweep(
+    generator: Generator,
+    samplers: Sequence[str],
+    steps: Sequence[int],
+    num_samples: int,
+    judge: Judge | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **settings,
+) -> list[Point]:
+    """Draws and measures `num_samples` texts by each sampler in each number of steps, all from the same seed.
+
+    settings: what else Generator.sample takes, such as length, temperature, top_p and batch_size.
+
+    Raises:
+      UserError: a sampler is not to be had, or there is nothing to draw or to judge; before anything is drawn.
+    """
+    if not samplers or not steps:
+        raise UserError("a sweep needs at least one sampler and one number of steps")
+    if judge is not None and generator.tokenizer is None:
+        raise UserError("a judge reads texts, and this model has no tokenizer; leave the judge out")
+    made = {(name, count): generator.sampler(name, count) for name in samplers for count in steps}
+    points = []
+    for (name, count), sampler in tqdm(made.items(), desc="sweep", unit="point", delay=2, disable=not progress):
+        drawn, seconds = _timed(generator, num_samples, sampler=sampler, seed=seed, **settings)
+        tokens = [_kept(row, generator) for row in drawn.tokens]
+        measured = quality(drawn.texts, tokens, judge)
+        points.append(Point(name, count, drawn.network_calls, seconds / num_samples, measured))
+    return points
+
+
+def to_json(points: Sequence[Point]) -> str:
+    """A JSON list with one object a point."""
+    return json.dumps([dataclasses.asdict(point) for point in points], indent=2)
+
+
+def table(points: Sequence[Point]) -> str:
+    """The points of a sweep as aligned text."""
+    judged = any(point.quality.judge for point in points)
+    head = ["sampler", "steps", "calls", "s/sample"]
+    head += ["perplexity", "nats/token", "±"] if judged else []
+    rows = [[*head, "entropy", "±", "distinct-1", "-2", "-3"]]
+    for point in points:
+        row = [point.sampler, str(point.steps), str(point.network_calls), f"{point.seconds:.3g}"]
+        measured = point.quality
+        if judged:
+            row += [f"{measured.generative_perplexity:.2f}", f"{measured.nats_per_token:.4f}"]
+            row += [_number(measured.standard_error, 4)]
+        row += [f"{measured.unigram_entropy:.4f}", _number(measured.unigram_entropy_error, 4)]
+        rows.append(row + [_number(share, 3) for share in measured.distinct])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for name, *numbers in rows:
+        cells = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(numbers, widths[1:]))]
+        lines.append("  ".join(cells))
+    number, judge = points[0].quality.num_samples, points[0].quality.judge
+    said = f"; perplexity by {judge}" if judged else ""
+    return "\n".join([*lines, f"{number:,} samples a line, ± is one standard error over them{said}"])
+
+
+def _timed(generator: Generator, num_samples: int, **settings):
+    """The samples, and the seconds that they took. A group is drawn before, so that its program is compiled."""
+    group = min(num_samples, settings.get("batch_size") or GROUP)
+    # Where lengths are drawn, the longest of all samples is part of the program's shape.
+    generator.sample(num_samples if generator.layout.binds_lengths else group, **settings)
+    start = time.perf_counter()
+    drawn = generator.sample(num_samples, **settings)
+    return drawn, time.perf_counter() - start
+
+
+def _kept(row: np.ndarray, generator: Generator) -> np.ndarray:
+    """The tokens of a text, Int[L] -> Int[l]: of a model of padded documents, those before its end."""
+    row = row[row >= 0]
+    if not generator.layout.padded:
+        return row
+    ends = np.flatnonzero(row == generator.tokenizer.end_of_text)
+    return row[: ends[0]] if len(ends) else row
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

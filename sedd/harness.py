@@ -1,0 +1,313 @@
+"""A model as the lm-evaluation-harness asks for it (the package `lm_eval`).
+
+    lm_eval.simple_evaluate(model=Harness("runs/mine"), tasks=["lambada_openai"])          # in Python
+    python -m sedd.harness --model sedd --model_args pretrained=runs/mine --tasks lambada_openai
+
+The second is lm_eval's own command with this model registered. What the numbers mean is said at each method.
+"""
+
+import dataclasses
+import functools
+import itertools
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from sedd import prompts
+from sedd.diffusion.process import Absorbing
+from sedd.diffusion.reveal import Adaptive, Margin, Picker
+from sedd.errors import UserError
+from sedd.evaluation.conditional import Answers, LogLikelihood, answers_to, log_likelihoods
+from sedd.evaluation.perplexity import perplexity
+from sedd.evaluation.text import from_texts
+from sedd.generation import GROUP, Generator
+from sedd.model import Model, load
+from sedd.prompts import Prompt
+
+try:
+    import lm_eval.models  # noqa: F401, before this model: lm_eval adds its own only where there is none
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ImportError:
+    raise UserError("the harness needs the package lm_eval: pip install 'sedd[harness]'") from None
+
+SAMPLING = ("temperature", "top_p", "seed", "sampler", "steps")  # of generate_until, as in Model.infill
+SETTINGS = ("until", "max_gen_toks", "do_sample", *SAMPLING)
+SHARP = 1e-6  # the top_p that leaves of each law the likeliest token only
+
+
+class Wish(NamedTuple):
+    """How a continuation is wanted; hashable."""
+
+    count: int  # of tokens
+    sampling: tuple[tuple[str, Any], ...]  # the settings of Generator.draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy(Adaptive):
+    """Reveals one masked token a call, that of the largest margin, as its likeliest value: nothing is drawn."""
+
+    picker: Picker = Margin()
+
+    def step(self, keys, denoiser, x, entry):
+        log_clean = denoiser(x, self.process.sigma_seen(x), None)
+        likeliest = jnp.argmax(log_clean, axis=-1).astype(x.dtype)
+        return jnp.where(self.choose(log_clean, x, entry), likeliest, x)
+
+
+@register_model("sedd")
+class Harness(LM):
+    """A model for lm_eval: its likelihoods of answers and of documents, and its continuations.
+
+    pretrained: what `sedd.load` takes, or a Model; method, draws, seed: as in `Model.log_likelihood`; draws is also the
+    noise levels a block of `loglikelihood_rolling`; None is the default of each. max_gen_toks: the tokens of a
+    continuation where a task does not say; batch_size, max_batch_size: lm_eval passes them, but rows are grouped here,
+    and no number depends on how. UserError for a device, which is JAX's to choose, or a model without tokenizer.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Path | Model,
+        method: str = "auto",
+        draws: int | None = None,
+        seed: int = 0,
+        max_gen_toks: int = 64,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ):
+        super().__init__()
+        if device is not None:
+            raise UserError(f"the device is JAX's to choose: leave {device!r} out, and set JAX_PLATFORMS")
+        self.model = pretrained if isinstance(pretrained, Model) else load(pretrained)
+        if self.model.tokenizer is None:
+            raise UserError("this model has no tokenizer, and lm_eval has only text for it")
+        self.method, self.draws, self.seed, self.max_gen_toks = method, draws, seed, max_gen_toks
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm_eval tells tokenizers apart by."""
+        return self.model.tokenizer.fingerprint
+
+    def get_model_info(self) -> dict:
+        """What lm_eval writes into its results: how the numbers were estimated."""
+        estimator = dict(method=self.method, draws=self.draws, seed=self.seed)
+        return estimator | dict(block_length=self.model.block_length, tokenizer=self.tokenizer_name)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """log p(continuation | context) of each request, in nats, and whether it is what greedy decoding gives.
+
+        The number is `Model.log_likelihood`'s by its method: exact, or from below. Options of a question share their
+        noise, and where "auto" would take different methods for them, all are bounded. White space at the end of a
+        context passes to the continuation. A context that does not fit into the block loses its oldest tokens.
+        UserError, before anything is scored, for a continuation that is longer than the block, and for a context where
+        the process is Uniform.
+
+        Greedy decoding is that of `generate_until`, told how many tokens the continuation has.
+        """
+        groups = itertools.groupby(requests, key=lambda request: (request.doc_id, request.args[0]))
+        questions = self._questions([[request.args for request in group] for _, group in groups])
+        found = []
+        for start in tqdm(range(0, len(questions), GROUP), desc="scoring", unit=f"{GROUP} questions", delay=2):
+            group = questions[start : start + GROUP]
+            likelihoods = [one for answers in group for one in self._likelihoods(answers)]
+            for likelihood, greedy in zip(likelihoods, self._are_greedy(group), strict=True):
+                found.append((likelihood.nats, greedy))
+                self.cache_hook.add_partial("loglikelihood", requests[len(found) - 1].args, found[-1])
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """A lower bound on log p of each document, in nats: what `Model.perplexity` makes of a task's documents.
+
+        One that is longer than a block is cut into blocks, none of which sees another, so that each token is scored
+        once. An empty document has 0.
+        """
+        found = []
+        for _, group in itertools.groupby(requests, key=lambda request: request.task_name):
+            found += self._of_documents([request.args[0] for request in group])
+        return found
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Fills in `max_gen_toks` tokens after each context, and cuts them at the first of `until`.
+
+        A context that leaves no room for them loses its oldest tokens. Without `do_sample`, or at temperature 0,
+        nothing is drawn: one position a call is revealed, that of the largest margin, as its likeliest token. A Uniform
+        process, which has no such order, draws from `seed` with the likeliest tokens only. With `do_sample` the
+        settings are those of `Model.infill`: temperature, top_p, seed, sampler, steps. UserError for any other.
+        """
+        wishes = [self._wish(request.args[1]) for request in requests]
+        whole = [request.args[0] for request in requests]
+        contexts = [self._newest(context, [""], self._room - wish.count) for context, wish in zip(whole, wishes)]
+        self._warn_of(contexts, whole)
+        texts = [""] * len(requests)
+        for wish in dict.fromkeys(wishes):
+            at = [number for number, other in enumerate(wishes) if other == wish]
+            filled = self._continued([contexts[number] for number in at], wish)
+            for number, ids in zip(at, filled, strict=True):
+                texts[number] = self._until(ids, requests[number].args[1].get("until", []))
+                self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
+        return texts
+
+    def _questions(self, groups: list[list[tuple[str, str]]]) -> list[Answers]:
+        """Of groups of (context, continuation) with one context each."""
+        model, questions = self.model, []
+        whole = [group[0][0].rstrip() for group in groups]
+        contexts = []
+        for context, group in zip(whole, groups):
+            texts = [before[len(context) :] + continuation for before, continuation in group]
+            contexts.append(self._newest(context, texts, self._room))
+            layout = (model.tokenizer, model.process, model.block_length, model.layout)
+            questions.append(answers_to(contexts[-1], texts, *layout))
+        self._warn_of(contexts, whole)
+        return questions
+
+    def _likelihoods(self, answers: Answers) -> list[LogLikelihood]:
+        """Of the options of a question, by one method: a bound and what it bounds cannot be compared."""
+        model = self.model
+        ask = functools.partial(log_likelihoods, model.network, model.schedule, model.params, answers, seed=self.seed)
+        found = ask(self.method, **self._draws("num_draws"))
+        if len({one.method for one in found}) > 1:
+            found = ask("bound", **self._draws("num_draws"))
+        return found
+
+    def _of_documents(self, texts: list[str]) -> list[float]:
+        """The bound on log p of each document of a task."""
+        model, full = self.model, [number for number, text in enumerate(texts) if text]
+        nats = np.zeros(len(texts))
+        if full:
+            scored = from_texts([texts[number] for number in full], model.tokenizer, model.block_length, model.layout)
+            draws = {"num_draws": model.config.evaluation.draws} | self._draws("num_draws")
+            _, terms = perplexity(model.network, model.schedule, model.params, scored, seed=self.seed, **draws)
+            nats[full] = -np.bincount(terms.clusters, terms.rows, minlength=len(full))
+        return nats.tolist()
+
+    def _draws(self, name: str) -> dict[str, int]:
+        return {} if self.draws is None else {name: self.draws}
+
+    def _are_greedy(self, questions: list[Answers]) -> list[bool]:
+        """Whether greedy decoding of the free tokens of each row gives them back."""
+        rows = [row for answers in questions for row in _rows(answers)]
+        order = np.argsort(
+            [np.sum(~row.given) for row in rows], kind="stable"
+        )  # as many calls for all that run together
+        decoded = self._generator.draw([rows[number] for number in order], **dict(self._greedy)).tokens
+        found = {number: ids[: len(rows[number].tokens)] for number, ids in zip(order, decoded, strict=True)}
+        return [bool(np.array_equal(found[number], row.tokens)) for number, row in enumerate(rows)]
+
+    def _continued(self, contexts: list[str], wish: Wish) -> list[np.ndarray]:
+        """The tokens after each context."""
+        known = [prompts.of_text(context, self.model.tokenizer) for context in contexts]
+        rows = [self._in_block(prompts.joined(context, prompts.blank(wish.count))) for context in known]
+        filled = self._generator.draw(rows, **dict(wish.sampling)).tokens
+        starts = [len(context.tokens) for context in known]
+        return [ids[start : start + wish.count] for ids, start in zip(filled, starts, strict=True)]
+
+    def _in_block(self, row: Prompt) -> Prompt:
+        """A row as `answers_to` has it: it ends where lengths are told, else what follows is masked and stays so."""
+        model = self.model
+        if model.layout.binds_lengths:
+            return prompts.as_document(row, model.layout, model.block_length, model.tokenizer.end_of_text)
+        if not isinstance(model.process, Absorbing):
+            return row
+        rest = model.block_length - len(row.tokens)
+        return prompts.joined(row, Prompt(np.full(rest, model.process.mask, np.int32), np.ones(rest, bool)))
+
+    @property
+    def _generator(self) -> Generator:
+        model = self.model  # without tokenizer: its rows hold masks, which have no text
+        return Generator(model.network, model.params, model.schedule, None, model.layout, model.block_length)
+
+    @property
+    def _greedy(self) -> tuple[tuple[str, Any], ...]:
+        """The settings of Generator.draw."""
+        process = self.model.process
+        if isinstance(process, Absorbing):
+            return (("sampler", Greedy(process)),)
+        return ("top_p", SHARP), ("seed", self.seed)
+
+    def _wish(self, asked: dict) -> Wish:
+        """The continuation that a task's generation settings ask for."""
+        if unknown := sorted(asked.keys() - set(SETTINGS)):
+            raise UserError(f"generate_until takes no setting {unknown[0]!r}; there are {', '.join(SETTINGS)}")
+        count = asked.get("max_gen_toks", self.max_gen_toks)
+        if not 1 <= count < self._room:
+            raise UserError(
+                f"{count} new tokens leave no room for a context in the model's block of {self.model.block_length}; "
+                f"set fewer, as in --gen_kwargs max_gen_toks={self._room // 2}"
+            )
+        heat = asked.get("temperature", float(asked.get("do_sample", False)))
+        if not (asked.get("do_sample", True) and heat > 0):
+            return Wish(count, self._greedy)
+        told = {name: asked[name] for name in SAMPLING if name in asked}
+        return Wish(count, tuple(({"seed": self.seed} | told).items()))
+
+    def _until(self, ids: np.ndarray, stops: str | Sequence[str]) -> str:
+        """The text of ids, up to an end of text, and to the first of what stops it."""
+        ended = np.flatnonzero(ids == self.model.tokenizer.end_of_text)
+        text = self.model.tokenizer.decode(ids[: ended[0]] if len(ended) else ids)
+        stops = [stops] if isinstance(stops, str) else stops
+        return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]
+
+    def _newest(self, context: str, texts: list[str], room: int) -> str:
+        """A context, or its end where there is no room for all of it and each of the texts, in tokens."""
+        encode = self.model.tokenizer.encode
+        most = max(len(encode(context + text)) for text in texts)
+        if most <= room:
+            return context
+        longest = max(texts, key=lambda text: len(encode(text)))
+        spare = room - len(encode(longest))
+        if spare < 0:
+            raise UserError(
+                f"the continuation {longest[:40]!r} has {len(encode(longest))} tokens, more than the model's block of "
+                f"{self.model.block_length}; leave the task out, or take a model of longer blocks"
+            )
+        ids = encode(context)
+        context = self.model.tokenizer.decode(ids[len(ids) - spare :]).lstrip("\ufffd")  # part of a character
+        while any(len(encode(context + text)) > room for text in texts):  # cut elsewhere, it may have more tokens
+            context = context[1:]
+        return context
+
+    @property
+    def _room(self) -> int:
+        """The most tokens of a text."""
+        return self.model.block_length - self.model.layout.binds_lengths
+
+    def _warn_of(self, contexts: list[str], whole: list[str]):
+        """One line, if contexts lost their oldest tokens."""
+        cut = sum(context != before for context, before in zip(contexts, whole, strict=True))
+        if cut:
+            block = f"the model's block of {self.model.block_length} tokens"
+            logging.getLogger(__name__).warning(
+                f"{cut} of {len(whole)} contexts did not fit into {block}; cut on the left"
+            )
+
+
+def _rows(answers: Answers) -> list[Prompt]:
+    """Each answer as something to fill in; tokens holds what it is."""
+    whole = np.full(len(answers.tokens), answers.tokens.shape[1])
+    lengths = whole if answers.lengths is None else answers.lengths
+    rows = zip(answers.tokens, ~answers.free, lengths)
+    return [Prompt(tokens[:length], given[:length]) for tokens, given, length in rows]
+
+
+def main() -> int:
+    """lm_eval's own command, for which `--model sedd` is this one. Returns the exit status."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"sedd: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""The lm-evaluation-harness adapter: lm_eval's own tasks and numbers against what the model says directly."""
+
+import functools
+import importlib
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import lm_eval
+import numpy as np
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+from small import small_config, small_corpus
+
+import sedd
+from sedd import config as configs
+from sedd.harness import Harness
+
+TASKS = Path(__file__).parent / "harness_tasks"
+BLOCK = 24
+SEED = 3  # of parameters with which greedy text holds no end of text
+
+
+def scattered(corpus, *settings):
+    """A model whose parameters are noise, so that its law is far from even and its tokens depend on each other."""
+    config = small_config(corpus, f"data.block_length={BLOCK}", *settings)
+    process, schedule, network = configs.build(config, corpus.vocab_size)
+
+    @jax.jit
+    def noisy(key):
+        leaves, tree = jax.tree.flatten(network.init(key))
+        draws = [
+            leaf + 0.5 * jax.random.normal(jax.random.fold_in(key, at), leaf.shape) for at, leaf in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(tree, draws)
+
+    return sedd.Model(config, noisy(jax.random.key(SEED)), corpus.tokenizer, process, schedule, network)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def model(corpus):
+    return scattered(corpus)
+
+
+@pytest.fixture(scope="module")
+def harness(model):
+    return Harness(model, method="margin", draws=8)
+
+
+@pytest.fixture(scope="module")
+def results(harness, tmp_path_factory):
+    """All four tasks in one run of lm_eval, with no network."""
+    with pytest.MonkeyPatch.context() as patch:
+        import datasets
+
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.chdir(TASKS)
+        manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+        tasks = ["times_choice", "times_last", "times_text", "times_until"]
+        return lm_eval.simple_evaluate(model=harness, tasks=tasks, task_manager=manager, bootstrap_iters=0)
+
+
+def asked(*arguments, kind="loglikelihood", documents=None):
+    """Requests as lm_eval makes them, each of a document of its own unless told."""
+    documents = range(len(arguments)) if documents is None else documents
+    return [
+        Instance(kind, {}, one, number, ("task", document, 1))
+        for number, (one, document) in enumerate(zip(arguments, documents))
+    ]
+
+
+def decoded(model, context, count):
+    """Greedy decoding written out: of the masked tokens the one whose two best differ most gets its best."""
+    mask = model.process.mask
+    ids = model.tokenizer.encode(context)
+    x = np.full((1, BLOCK), mask)
+    x[0, : len(ids)] = ids
+    free = np.arange(len(ids), len(ids) + count)
+    denoise = jax.jit(lambda x, sigma: model.denoiser()(x, sigma, None))
+    for _ in range(count):
+        sigma = model.process.sigma_seen(jax.numpy.asarray(x))
+        p = np.exp(np.asarray(denoise(x, sigma), np.float64))[0]
+        best = np.sort(p, axis=-1)
+        margin = np.where(x[0] == mask, best[:, -1] - best[:, -2], -1)
+        at = free[np.argmax(margin[free])]
+        x[0, at] = np.argmax(p[at])
+    return model.tokenizer.decode(x[0, free])
+
+
+def scored(results, task):
+    """What lm_eval asked of a task's documents and was answered: pairs, and (nats, greedy) of each."""
+    for sample in results["samples"][task]:
+        yield sample["arguments"], [answers[0] for answers in sample["resps"]], sample["doc"]
+
+
+def test_accuracy_is_by_the_likelihoods_of_the_model(model, results):
+    """Spaces at the end of a context are the continuation's, and a long context loses its beginning."""
+    right, cut = [], 0
+    for pairs, answers, doc in scored(results, "times_choice"):
+        context = pairs[0][0].rstrip()
+        options = [pairs[0][0][len(context) :] + continuation for _, continuation in pairs]
+        newest = context[-(BLOCK - max(map(len, options))) :]
+        cut += newest != context
+        wanted = model.log_likelihood(options, given=newest, method="margin")
+        assert [nats for nats, _ in answers] == pytest.approx([one.nats for one in wanted])
+        right.append(np.argmax([one.nats for one in wanted]) == doc["answer"])
+    assert cut and results["results"]["times_choice"]["acc,none"] == np.mean(right)
+
+
+def test_perplexity_of_documents_is_that_of_the_model(model, results):
+    """An empty document adds nothing; bytes are lm_eval's count and the model's."""
+    texts = [pairs[0][0] for pairs, _, _ in scored(results, "times_text")]
+    assert "" in texts and max(map(len, texts)) > BLOCK
+    report = model.perplexity([text for text in texts if text], draws=8, progress=False)
+    assert results["results"]["times_text"]["bits_per_byte,none"] == pytest.approx(report.bits_per_byte)
+    assert 2**report.bits_per_byte == pytest.approx(results["results"]["times_text"]["byte_perplexity,none"])
+
+
+def test_each_document_has_its_own_bound(model, harness):
+    """The first is scored with the same noise in any company."""
+    texts = ["the 5 times table", "the 12 times table: 12, 24, 36, 48", "", "times"]
+    nats = harness.loglikelihood_rolling(asked(*((text,) for text in texts)))
+    alone = model.perplexity(texts[0], draws=8, progress=False)
+    assert nats[0] == pytest.approx(-alone.nats_per_token * alone.num_tokens)
+    whole = model.perplexity([text for text in texts if text], draws=8, progress=False)
+    assert sum(nats) == pytest.approx(-whole.nats_per_token * whole.num_tokens)
+    assert nats[2] == 0 and max(nats[:2]) < 0
+
+
+def test_generated_text_is_greedy_up_to_a_stop(model, results):
+    for (pair,), (text,), _ in scored(results, "times_until"):
+        context, settings = pair
+        wanted = decoded(model, context[-(BLOCK - settings["max_gen_toks"]) :], settings["max_gen_toks"])
+        assert text == wanted.partition(",")[0]
+    assert results["results"]["times_until"]["exact_match,none"] == 0
+
+
+def test_greedy_is_whether_it_would_be_decoded(model, harness, results):
+    """What greedy decoding gives is greedy, in any company; with one token changed it is not. lm_eval's acc is that."""
+    contexts = ["the 3 times", "", "12, 24, 36", "the"]
+    right = [decoded(model, context, 2 + number) for number, context in enumerate(contexts)]
+    wrong = [text[:-1] + ("a" if text[-1] != "a" else "b") for text in right]
+    pairs = list(zip(contexts * 2, right + wrong))
+    found = [greedy for _, greedy in harness.loglikelihood(asked(*pairs))]
+    assert found == [True] * 4 + [False] * 4
+    last = [greedy for _, answers, _ in scored(results, "times_last") for _, greedy in answers]
+    assert results["results"]["times_last"]["acc,none"] == np.mean(last)
+
+
+def test_options_share_their_noise_and_their_method(model):
+    """Equal options are equal to the last digit. One that would be scored exactly is bounded beside one that is not."""
+    harness = Harness(model, draws=8)
+    ask = functools.partial(model.log_likelihood, given="the", method="bound", draws=8)
+    same = harness.loglikelihood(asked(("the", " times table"), ("the", " times table"), documents=[0, 0]))
+    assert same[0] == same[1] and same[0][0] == ask(" times table").nats != ask(" times table", seed=1).nats
+    mixed = harness.loglikelihood(asked(("the", " 3"), ("the", " times table"), documents=[0, 0]))
+    assert [nats for nats, _ in mixed] == pytest.approx([ask(" 3").nats, ask(" times table").nats])
+    alone = harness.loglikelihood(asked(("the", " 3"), ("the", " times table")))
+    assert alone[0][0] == model.log_likelihood(" 3", given="the").nats != mixed[0][0]
+
+
+def test_a_cut_context_is_one_line(model, harness, caplog):
+    long = "the 12 times table: 12, 24, 36"
+    with caplog.at_level(logging.WARNING):
+        found = harness.loglikelihood(asked((long, ", 48"), (long + ", 48", ", 60"), ("the", " 1")))
+    assert [record.message for record in caplog.records] == [
+        f"2 of 3 contexts did not fit into the model's block of {BLOCK} tokens; cut on the left"
+    ]
+    assert found[0] == harness.loglikelihood(asked((long[-(BLOCK - 4) :], ", 48")))[0]
+
+
+def until(harness, context, **settings):
+    return harness.generate_until(asked(*((context, settings),) * 2, kind="generate_until"))
+
+
+def test_settings_of_generation(model, harness):
+    """Nothing is drawn unless it is asked for; what is drawn depends on the seed, and differs between requests."""
+    greedy = until(harness, "the 3 times", max_gen_toks=8)
+    assert greedy == [decoded(model, "the 3 times", 8)] * 2
+    for same in (dict(do_sample=False, temperature=1.0), dict(do_sample=True, temperature=0.0), dict(seed=5)):
+        assert until(harness, "the 3 times", max_gen_toks=8, **same) == greedy
+    drawn = until(harness, "the 3 times", max_gen_toks=8, do_sample=True, steps=8)
+    assert drawn[0] != drawn[1] and drawn == until(harness, "the 3 times", max_gen_toks=8, temperature=1.0, steps=8)
+    assert drawn != until(harness, "the 3 times", max_gen_toks=8, do_sample=True, steps=8, seed=1)
+    assert all(len(text) == 8 for text in greedy + drawn)
+
+
+def test_text_is_cut_at_the_first_stop(harness):
+    whole = until(harness, "the", max_gen_toks=8)[0]
+    assert until(harness, "the", max_gen_toks=8, until=[whole[5:], whole[2:4], "no such", ""])[0] == whole[:2]
+    assert until(harness, "the", max_gen_toks=8, until=whole[0])[0] == ""
+
+
+def test_a_template_in_a_context_is_text(corpus, tmp_path):
+    """Requests of different settings come back in their order, and `<blank:8>` means nothing."""
+    bytes_model = scattered(small_corpus(tmp_path, "bytes"))
+    harness = Harness(bytes_model)
+    requests = asked(("the <blank:8>", {"max_gen_toks": 3}), ("the <blank:8>", {}), kind="generate_until")
+    harness.max_gen_toks = 4
+    short, longer = harness.generate_until(requests)
+    assert short == decoded(bytes_model, "the <blank:8>", 3) and longer == decoded(bytes_model, "the <blank:8>", 4)
+
+
+@pytest.mark.parametrize(
+    "ask, message",
+    [
+        (lambda harness: until(harness, "the", num_beams=2), "no setting 'num_beams'; there are until, max_gen_toks"),
+        (lambda harness: until(harness, "the", max_gen_toks=24), "leave no room for a context in the model's block"),
+        (lambda harness: until(harness, "the", max_gen_toks=4, do_sample=True, top_p=2), "top_p must lie in"),
+        (lambda harness: harness.loglikelihood(asked(("the", " times" * 5))), "has 30 tokens, more than the model's"),
+        (lambda harness: Harness(harness.model, device="cuda:0"), "leave 'cuda:0' out, and set JAX_PLATFORMS"),
+        (lambda harness: Harness("no/such/folder"), "there is no folder no/such/folder"),
+    ],
+)
+def test_mistakes(harness, ask, message):
+    with pytest.raises(sedd.UserError, match=message) as caught:
+        ask(harness)
+    assert "\n" not in str(caught.value)
+
+
+def test_uniform_process(corpus):
+    """Text without a context and documents can be scored; a context cannot. Greedy text needs no luck."""
+    uniform = Harness(scattered(corpus, "process.name=uniform", "training.levels=times"), draws=8)
+    with pytest.raises(sedd.UserError):
+        uniform.loglikelihood(asked(("the", " times")))
+    assert uniform.loglikelihood_rolling(asked(("the times",)))[0] < 0
+    assert until(uniform, "the", max_gen_toks=4, steps=4) == until(uniform, "the", max_gen_toks=4, steps=4)
+
+
+def test_lm_eval_knows_the_model_by_name(model, tmp_path):
+    """Beside its own, which it would not look for had ours come first."""
+    model.save(tmp_path / "exported")
+    settings = f"pretrained={tmp_path / 'exported'},method=bound,draws=2"
+    made = get_model("sedd").create_from_arg_string(settings, {"batch_size": 1, "max_batch_size": None, "device": None})
+    assert isinstance(made, Harness) and made.draws == 2 and made.get_model_info()["method"] == "bound"
+    assert made.tokenizer_name == model.tokenizer.fingerprint
+    assert get_model("dummy").__name__ == "DummyLM"
+
+
+def test_without_lm_eval_it_is_one_line(monkeypatch):
+    monkeypatch.delitem(sys.modules, "sedd.harness")
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(sedd.UserError, match=r"pip install 'sedd\[harness\]'"):
+        importlib.import_module("sedd.harness")
+
+
+@pytest.mark.slow
+def test_the_command(model, tmp_path):
+    """lm_eval's command with this model; a mistake is one line."""
+    model.save(tmp_path / "exported")
+    command = [sys.executable, "-m", "sedd.harness", "run", "--model", "sedd", "--include_path", str(TASKS)]
+    command += ["--tasks", "times_until", "--output_path", str(tmp_path / "results"), "--model_args"]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "datasets"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(sedd.__file__).parents[1])
+    run = functools.partial(subprocess.run, cwd=TASKS, env=environment, capture_output=True, text=True)
+    done = run([*command, f"pretrained={tmp_path / 'exported'}"])
+    assert done.returncode == 0 and "exact_match" in done.stdout, done.stderr
+    assert list((tmp_path / "results").rglob("results_*.json"))
+    done = run([*command, "pretrained=no/such/folder"])
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("sedd: error: there is no folder")

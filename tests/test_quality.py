@@ -1,0 +1,474 @@
+"""The quality of samples: numbers known by hand, judges whose answer is known, files that are damaged, pictures."""
+
+import json
+import math
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from oracle import MarkovChain
+from small import small_config, small_corpus
+
+import sedd
+from sedd import config as configs
+from sedd.data.layout import Layout
+from sedd.evaluation import pictures
+from sedd.evaluation.judges import Judged, language_model, open_judge, scored, windows
+from sedd.evaluation.quality import distinct, quality, read_samples, unigram_entropy
+from sedd.evaluation.sweep import Point, sweep, table, to_json
+from sedd.generation import Generator, Samples
+
+
+def letters(texts):
+    """A judge whose tokens are letters; a costs 1 nat, b 2, and so on to g, h nothing."""
+    return Judged([sum(ord(letter) % 8 for letter in text) for text in texts], [len(text) for text in texts])
+
+
+# --- entropy, distinct n-grams, and the two numbers together
+
+
+def test_entropy_is_that_of_the_frequencies_within_a_sample():
+    """Not of all samples together: two samples of one token each time have none."""
+    rows = [np.array([7, 7, 7]), np.array([1, 1, 2, 3]), np.arange(5), np.array([], int)]
+    np.testing.assert_allclose(unigram_entropy(rows), [0, 1.5 * math.log(2), math.log(5), 0])
+    assert quality(None, [[4, 4], [5, 5]]).unigram_entropy == 0
+
+
+def test_distinct_n_grams_are_counted_over_all_samples():
+    """No n-gram spans two samples, and a sample that is too short has none."""
+    rows = [[1, 2, 1, 2], [2, 1, 3], [9]]
+    assert distinct(rows, 1) == 4 / 8
+    assert distinct(rows, 2) == 3 / 5  # 12 21 12, 21 13
+    assert distinct(rows, 3) == 3 / 3  # 121 212, 213
+    assert distinct(rows, 5) is None
+
+
+def test_quality_of_known_samples():
+    """The nats per token of all samples together, and not the mean of those of each."""
+    found = quality(["ab", "cccccc", "a"], [[0, 1], [2] * 6, [0]], letters)
+    assert (found.num_samples, found.num_tokens, found.judge, found.judge_tokens) == (3, 9, "letters", 9)
+    assert found.nats_per_token == 22 / 9 and found.generative_perplexity == pytest.approx(math.exp(22 / 9))
+    assert found.nats_per_token != pytest.approx((1.5 + 3 + 1) / 3)
+    assert found.unigram_entropy == pytest.approx(math.log(2) / 3)
+    assert found.unigram_entropy_error == pytest.approx(np.std([math.log(2), 0, 0], ddof=1) / math.sqrt(3))
+    assert found.distinct == (3 / 9, 2 / 6, 1 / 4)
+    assert json.loads(found.to_json())["distinct"] == [3 / 9, 2 / 6, 1 / 4]
+
+
+def test_standard_error_is_clustered_by_sample():
+    """That of a ratio of sums over samples, against many repetitions. Control: the tokens as if independent."""
+    random = np.random.default_rng(0)
+
+    def draw():
+        """Forty samples of different lengths, each of a single letter: its tokens stand or fall together."""
+        return ["abcdefgh"[random.integers(8)] * random.integers(5, 15) for _ in range(40)]
+
+    found = [quality(texts, [[0]] * 40, letters) for texts in (draw() for _ in range(400))]
+    spread = np.std([one.nats_per_token for one in found])
+    error = np.mean([one.standard_error for one in found])
+    assert abs(error / spread - 1) < 0.12
+    naive = math.sqrt(np.var(np.arange(8)) / np.mean([one.judge_tokens for one in found]))
+    assert naive < 0.5 * spread
+
+
+def test_people_read_perplexity_beside_entropy_with_their_errors():
+    alone, judged = quality(["ab"], [[0, 1]]), quality(["ab", "cc"], [[0, 1], [2, 2]], letters)
+    assert "perplexity" not in str(alone) and "0.6931 ± unknown nats" in str(alone)
+    assert json.loads(alone.to_json())["nats_per_token"] is None
+    perplexity, entropy, *_ = str(judged).splitlines()
+    assert perplexity.startswith("generative perplexity 9.49 ± ") and "of letters" in perplexity
+    assert entropy.startswith("unigram entropy       0.3466 ± 0.3466 nats")
+
+
+def test_what_cannot_be_measured_is_refused():
+    def says(nats, tokens):
+        return lambda texts: Judged(np.array(nats, float), np.array(tokens))
+
+    for texts, tokens, judge, words in [
+        ([], [], None, "nothing to measure"),
+        (["", ""], [[], []], None, "nothing to measure"),
+        (["a"], [[0], [1]], None, "1 texts and the tokens of 2"),
+        (None, [[0]], letters, "these samples have none"),
+        (["a", "b"], [[0], [1]], says([1, np.inf], [1, 1]), "text 2 inf nats"),
+        (["a", "b"], [[0], [1]], says([1], [1]), "asked of 2 texts"),
+        (["a", "b"], [[0], [1]], says([0, 0], [0, 0]), "too short"),
+    ]:
+        with pytest.raises(sedd.UserError, match=words):
+            quality(texts, tokens, judge)
+
+
+# --- files of samples
+
+
+def lines(*records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_samples_are_read_as_they_were_written(tmp_path):
+    """A line separator within a text ends no line."""
+    texts, tokens = ["one\u2028two\n", "é"], [[3, 1, 2], [5]]
+    records = [{"text": text, "tokens": ids, "steps": 4} for text, ids in zip(texts, tokens)]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records), "utf-8")
+    read, ids = read_samples(tmp_path / "s.jsonl")
+    assert read == texts and [row.tolist() for row in ids] == tokens
+    (tmp_path / "t.jsonl").write_text(lines({"text": None, "tokens": [1]})[:-1])
+    assert read_samples(tmp_path / "t.jsonl")[0] is None
+
+
+def test_texts_of_another_program_need_a_tokenizer(tmp_path, corpus):
+    """It encodes the others too, so that all are measured alike."""
+    file = tmp_path / "s.jsonl"
+    file.write_text(lines({"text": "the 1"}, {"text": "table", "tokens": [0]}, {"text": ""}))
+    with pytest.raises(sedd.UserError, match="line 1 has no tokens; name a tokenizer"):
+        read_samples(file)
+    texts, tokens = read_samples(file, corpus.tokenizer)
+    assert [corpus.tokenizer.decode(row) for row in tokens] == texts == ["the 1", "table", ""]
+
+
+GOOD = {"text": "a", "tokens": [0]}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lines(GOOD, GOOD)[:-5], "line 2, the last, is cut off"),
+        (lines(GOOD)[:-5] + "\n" + lines(GOOD), "line 1 is no JSON object"),
+        (lines(GOOD) + "\n" + lines(GOOD), "line 2 is no JSON object"),
+        (lines([1, 2]), "line 1 is no sample"),
+        (lines(GOOD, {"text": 3, "tokens": [0]}), "line 2 is no sample"),
+        (lines({"text": "a", "tokens": [0, -1]}), "line 1 is no sample"),
+        (lines({"text": "a", "tokens": [0.5]}), "line 1 is no sample"),
+        (lines({"seed": 1}), "line 1 is no sample"),
+        (lines(GOOD, {"text": None, "tokens": [0]}), "line 2 has no text, and others have"),
+        ("", "is empty"),
+    ],
+)
+def test_damaged_files_are_one_clear_line(tmp_path, content, words):
+    (tmp_path / "s.jsonl").write_text(content)
+    with pytest.raises(sedd.UserError, match=words) as refused:
+        read_samples(tmp_path / "s.jsonl")
+    assert "\n" not in str(refused.value)
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    (tmp_path / "s.jsonl").write_bytes(b"\xff\xfe")
+    for name in ("s.jsonl", "none.jsonl"):
+        with pytest.raises(sedd.UserError, match="cannot be read as samples"):
+            read_samples(tmp_path / name)
+
+
+# --- judges
+
+
+def test_windows_score_each_token_once_with_half_a_window_before_it():
+    for length in range(40):
+        for size in range(2, 12):
+            found = windows(length, size)
+            assert [at for _, first, stop in found for at in range(first, stop)] == list(range(1, length))
+            for start, first, stop in found:
+                assert stop - start == min(size, length)
+                assert first - start >= min(first, size - size // 2)
+    assert windows(7, 4) == [(0, 1, 4), (2, 4, 6), (3, 6, 7)]
+
+
+def test_windows_cost_a_markov_chain_nothing():
+    """One token before is all that it needs, so that any window gives the exact likelihood of each row.
+
+    Control: disjoint windows lose the tokens at their seams.
+    """
+    nats = -np.log(MarkovChain.random(5).step)
+    random = np.random.default_rng(0)
+    rows = [random.integers(0, 5, length) for length in (1, 300, 2, 37, 0, 64, 65)]
+    exact = [sum(nats[pair] for pair in zip(row, row[1:])) for row in rows]
+
+    def network(ids, there):
+        return nats[ids[:, :-1], ids[:, 1:]]
+
+    for size in (2, 7, 64, 1000):
+        found = scored(rows, network, size)
+        np.testing.assert_allclose(found.nats, exact, rtol=1e-12)
+        assert found.tokens.tolist() == [0, 299, 1, 36, 0, 63, 64]
+    apart = scored(np.split(rows[1], [64, 128, 192, 256]), network, 64)
+    assert apart.nats.sum() < 0.995 * exact[1]
+
+
+def test_each_window_is_shown_its_own_tokens():
+    """A network whose nats are the number of tokens before: 1 2 3, then 2 3, then 3. In batches of any make-up."""
+    shapes = []
+
+    def count(ids, there):
+        shapes.append(ids.shape)
+        assert there.all(axis=1).any() and (ids[~there] == 0).all() and (ids[there] == 9).all()
+        return np.broadcast_to(np.arange(1.0, ids.shape[1]), (len(ids), ids.shape[1] - 1))
+
+    found = scored([np.full(7, 9), np.full(3, 9)], count, 4)
+    assert found.nats.tolist() == [1 + 2 + 3 + 2 + 3 + 3, 1 + 2]
+    scored([np.full(1500, 9)] * 3, count, 1024)
+    assert max(rows * width for rows, width in shapes) <= 2048
+
+
+class Tokenizer:
+    """Letters as ids, as the library transformers would have it."""
+
+    def __init__(self, bos, eos="."):
+        self.bos_token_id, self.eos_token = bos, eos
+
+    def __call__(self, texts, add_special_tokens, verbose):
+        assert not add_special_tokens
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+
+
+def cost_of_id(ids, there):
+    return ids[:, 1:].astype(float)
+
+
+def test_the_first_token_is_scored_only_after_bos():
+    with_bos = language_model("lm", Tokenizer(bos=1), cost_of_id, 8)
+    without = language_model("lm", Tokenizer(bos=None), cost_of_id, 8)
+    assert with_bos.name == "lm (BOS first, windows of 8)"
+    assert without.name == "lm (from the second token on, windows of 8)"
+    said, other = with_bos(["ab", "c", ""]), without(["ab", "c", ""])
+    assert said.nats.tolist() == [97 + 98, 99, 0] and said.tokens.tolist() == [2, 1, 0]
+    assert other.nats.tolist() == [98, 0, 0] and other.tokens.tolist() == [1, 0, 0]
+
+
+def test_an_end_of_text_is_the_judges_own():
+    said = language_model("lm", Tokenizer(bos=1), cost_of_id, 8)(["a<|endoftext|>b"])
+    assert said.tokens.tolist() == [3] and said.nats.tolist() == [97 + ord(".") + 98]
+    literal = language_model("lm", Tokenizer(bos=1, eos=None), cost_of_id, 8)(["a<|endoftext|>b"])
+    assert literal.tokens.tolist() == [15]
+
+
+def test_a_network_that_sees_what_follows_is_no_judge():
+    def looks_ahead(ids, there):
+        return np.broadcast_to(ids.sum(1, keepdims=True), (len(ids), ids.shape[1] - 1)).astype(float)
+
+    with pytest.raises(sedd.UserError, match="sees what follows"):
+        language_model("bert", Tokenizer(bos=1), looks_ahead, 8)
+
+
+def test_an_empty_tokenizer_is_refused():
+    class Empty(Tokenizer):
+        def __call__(self, texts, **_):
+            return {"input_ids": [[] for _ in texts]}
+
+    with pytest.raises(sedd.UserError, match="no tokenizer, or an empty one"):
+        language_model("lm", Empty(bos=1), cost_of_id, 8)
+
+
+def test_folders_that_hold_no_judge_are_refused(tmp_path, monkeypatch):
+    """So are missing packages, with the command that installs them."""
+    (tmp_path / "config.json").write_text(json.dumps({"network": {}}))
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(sedd.UserError, match="no causal language model"):
+            open_judge(folder)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(sedd.UserError, match=r"pip install 'sedd\[judge\]'"):
+        open_judge(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_gpt2_judge_against_one_call_for_each_token(tmp_path, bos):
+    """A random GPT-2 over bytes, in windows of 32. Weights that lack one are refused, where the library draws it."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    of_bytes = Tokenizer(models.BPE(vocab={byte: id for id, byte in enumerate(alphabet)}, merges=[]))
+    of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"} if bos else {}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=of_bytes, **special)
+    sizes = dict(vocab_size=257, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    for part in (tokenizer, model):
+        part.save_pretrained(tmp_path / "lm")
+
+    def by_hand(text):
+        """The law of each token but the first given what its window holds before it, a call of the network each."""
+        ids = [tokenizer.bos_token_id] * bos + tokenizer(text)["input_ids"]
+        total = 0.0
+        for start, first, stop in windows(len(ids), 32):
+            for at in range(first, stop):
+                with torch.no_grad():
+                    law = model(torch.tensor([ids[start:at]])).logits[0, -1].log_softmax(-1)
+                total -= float(law[ids[at]])
+        return total
+
+    texts = ["hello world", "é", "x" * 32, "the quick brown fox jumps over the lazy dog " * 3, "a<|endoftext|>b"]
+    judge = open_judge(tmp_path / "lm")
+    said = judge(texts)
+    np.testing.assert_allclose(said.nats, [by_hand(text) for text in texts], rtol=1e-5)
+    assert said.tokens[:3].tolist() == ([11, 2, 32] if bos else [10, 1, 31])
+    weights = load_file(tmp_path / "lm/model.safetensors")
+    del weights["transformer.h.0.ln_1.weight"]
+    save_file(weights, tmp_path / "lm/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(sedd.UserError, match="lack transformer.h.0.ln_1.weight"):
+        open_judge(tmp_path / "lm")
+
+
+# --- the sweep
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def generator(corpus):
+    """Of a model that was never trained: its law is uniform over the vocabulary."""
+    config = small_config(corpus, "network.layers=1")
+    _, schedule, network = configs.build(config, corpus.vocab_size)
+    params = jax.jit(network.init)(jax.random.key(0))
+    return Generator(network, params, schedule, corpus.tokenizer, Layout(), 16)
+
+
+@pytest.fixture(scope="module")
+def points(generator):
+    return sweep(generator, ["euler", "tweedie"], [2, 4], 6, letters, seed=3, progress=False, length=8)
+
+
+def test_sweep_measures_each_sampler_in_each_number_of_steps(generator, points):
+    """What a point says is what the samples of that seed have."""
+    assert [(point.sampler, point.steps) for point in points] == [
+        ("euler", 2),
+        ("euler", 4),
+        ("tweedie", 2),
+        ("tweedie", 4),
+    ]
+    for point in points:
+        drawn = generator.sample(6, 8, sampler=point.sampler, steps=point.steps, seed=3)
+        assert point.quality == quality(drawn.texts, drawn.tokens, letters)
+        assert point.network_calls == drawn.network_calls and point.quality.num_tokens == 48
+        assert 0 < point.seconds < 60
+    assert points[0].quality != points[1].quality
+    assert json.loads(to_json(points))[2]["quality"]["judge"] == "letters"
+
+
+def test_table_has_a_line_for_each_point(points):
+    """Its columns are aligned; without a judge it says nothing of perplexity."""
+    lines = table(points).splitlines()
+    assert len(lines) == 6 and len({len(line) for line in lines[:5]}) == 1
+    assert "perplexity" in lines[0] and f"{points[0].quality.nats_per_token:.4f}" in lines[1]
+    assert "6 samples" in lines[5] and lines[5].endswith("by letters")
+    alone = [Point("euler", 2, 2, 0.1, quality(None, [[1, 2]]))]
+    assert "perplexity" not in table(alone) and table(alone).splitlines()[1].endswith(
+        "  0.6931  -       1.000  1.000   -"
+    )
+
+
+def test_padded_texts_end_where_their_documents_do(generator):
+    """Padding is no text, and would lower the entropy. Control: packed, all tokens count."""
+    padded = Generator(**{**vars(generator), "layout": Layout("padded", "scored")})
+    [point] = sweep(padded, ["tweedie"], [4], 6, letters, progress=False, length=8, seed=5)
+    texts = padded.sample(6, 8, sampler="tweedie", steps=4, seed=5).texts
+    assert point.quality.num_tokens == sum(map(len, texts)) < 48
+
+
+def test_what_cannot_be_drawn_is_refused_before_anything_is(generator, monkeypatch):
+    monkeypatch.setattr(Generator, "sample", lambda *_, **__: pytest.fail("something was drawn"))
+    for samplers, steps, words in [
+        (["tweedie", "twedie"], [2], "no sampler 'twedie'"),
+        (["tweedie"], [2, 0], "at least 1"),
+        ([], [2], "at least one sampler"),
+    ]:
+        with pytest.raises(sedd.UserError, match=words):
+            sweep(generator, samplers, steps, 2, progress=False)
+    mute = Generator(**{**vars(generator), "tokenizer": None})
+    with pytest.raises(sedd.UserError, match="leave the judge out"):
+        sweep(mute, ["tweedie"], [2], 2, letters)
+
+
+def test_seconds_are_those_of_a_program_that_is_compiled(generator, monkeypatch):
+    """The first call of a sampler takes long, here as there."""
+    slept = []
+
+    def sample(self, num_samples, sampler, seed):
+        if sampler not in slept:
+            slept.append(sampler)
+            time.sleep(0.4)
+        return Samples(["ab"] * num_samples, np.ones((num_samples, 2), int), 3, None)
+
+    monkeypatch.setattr(Generator, "sample", sample)
+    [one, other] = sweep(generator, ["tweedie"], [2, 3], 2, progress=False)
+    assert len(slept) == 2 and max(one.seconds, other.seconds) < 0.1
+
+
+# --- pictures
+
+
+def curves(axes):
+    """The label, the x and the y of each line, and the length of its error bars."""
+    found = {}
+    for bars in axes.containers:
+        line, _, [ends] = bars.lines
+        lengths = [segment[1, 1] - segment[0, 1] for segment in ends.get_segments()]
+        found[bars.get_label()] = (*(values.tolist() for values in line.get_data()), lengths)
+    return found
+
+
+def test_picture_of_a_sweep_has_a_line_for_each_sampler(points, tmp_path):
+    pytest.importorskip("matplotlib")
+    judged, entropy = pictures.sweep_figure(points).axes
+    for axes, field, error in [
+        (judged, "nats_per_token", "standard_error"),
+        (entropy, "unigram_entropy", "unigram_entropy_error"),
+    ]:
+        assert axes.get_xscale() == "log" and "network calls" in axes.get_xlabel()
+        assert "nats" in axes.get_ylabel()
+        assert list(curves(axes)) == ["euler", "tweedie"]
+        for sampler, (x, y, lengths) in curves(axes).items():
+            of = [point for point in points if point.sampler == sampler]
+            assert x == [point.network_calls for point in of]
+            assert y == [getattr(point.quality, field) for point in of]
+            np.testing.assert_allclose(lengths, [2 * getattr(point.quality, error) for point in of])
+    assert [text.get_text() for text in judged.get_legend().get_texts()] == ["euler", "tweedie"]
+    pictures.plot_sweep(points, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_judge_there_is_entropy_only():
+    pytest.importorskip("matplotlib")
+    [axes] = pictures.sweep_figure([Point("euler", 2, 2, 0.1, quality(None, [[1, 2]]))]).axes
+    assert axes.get_ylabel().startswith("unigram entropy")
+
+
+def test_the_area_of_a_profile_is_the_bound(tmp_path):
+    """Over ranges of any widths; where a range has no measurement, it is less, and the picture says so."""
+    pytest.importorskip("matplotlib")
+    profile = [
+        {"low": 0.0, "high": 0.5, "nats_per_token": 1.0, "error": 0.1},
+        {"low": 0.5, "high": 0.75, "nats_per_token": 2.0, "error": None},
+        {"low": 0.75, "high": 1.0, "nats_per_token": 4.0, "error": 0.3},
+    ]
+    [axes] = pictures.profile_figure(profile, noise="touched").axes
+    assert sum(bar.get_width() * bar.get_height() for bar in axes.patches) == 2.0
+    [label] = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert label == "area: 2.000 nats per token, the bound's diffusion term"
+    assert axes.get_xlabel() == "fraction of tokens touched" and axes.get_ylabel() == "nats per token"
+    profile[1]["nats_per_token"] = None
+    [axes] = pictures.profile_figure(profile).axes
+    assert "1.500 nats per token, of the levels measured" in axes.get_legend().get_texts()[0].get_text()
+    pictures.plot_profile(profile, tmp_path / "profile.png")
+    assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_that_cannot_be_drawn_are_refused(points, tmp_path, monkeypatch):
+    """Nothing to draw, nowhere to write, an unknown kind of file, no matplotlib."""
+    pytest.importorskip("matplotlib")
+    with pytest.raises(sedd.UserError, match="no points"):
+        pictures.plot_sweep([], tmp_path / "a.png")
+    with pytest.raises(sedd.UserError, match="no measurement"):
+        pictures.plot_profile([{"low": 0, "high": 1, "nats_per_token": None, "error": None}], tmp_path / "a.png")
+    for path in (tmp_path / "none/a.png", tmp_path / "a.nosuch"):
+        with pytest.raises(sedd.UserError, match="cannot be written"):
+            pictures.plot_sweep(points, path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(sedd.UserError, match=r"pip install 'sedd\[plots\]'"):
+        pictures.plot_sweep(points, tmp_path / "a.png")

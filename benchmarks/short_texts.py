@@ -12,7 +12,8 @@ import numpy as np
 
 import sedd
 from sedd.data.layout import Layout
-from sedd.evaluation.perplexity import Scored, row_bounds
+from sedd.evaluation.perplexity import perplexity
+from sedd.evaluation.text import Scored
 
 OWN_LENGTH = Layout("padded", "ignored")  # what is not valid is not seen
 
@@ -43,9 +44,9 @@ def nats_per_token(model: sedd.Model, texts: np.ndarray, layout: Layout, draws: 
     count, length = texts.shape
     rows = np.pad(texts, ((0, 0), (0, model.block_length - length))).astype(np.int32)
     lengths = np.full(count, length, np.int32)
-    scored = Scored(rows, lengths, lengths, np.arange(count), texts.size, layout)
-    terms = row_bounds(model.network, model.schedule, model.params, scored, num_draws=draws, progress=False)
-    return terms.sum(axis=1) / length
+    scored = Scored(rows, lengths, lengths, np.arange(count), None, None, layout, {})
+    _, terms = perplexity(model.network, model.schedule, model.params, scored, num_draws=draws, progress=False)
+    return terms.rows / length
 
 
 if __name__ == "__main__":

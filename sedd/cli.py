@@ -13,11 +13,7 @@ from sedd.evaluation.protocols import PROTOCOLS, get_protocol
 from sedd.generation import SAMPLERS
 from sedd.version import __version__
 
-# What the quickstart fills in, for each built-in corpus.
-_TEMPLATES = {
-    "names": "GREEK SMALL LETTER<blank:1> WITH TONOS\nARABIC LETTER<blank:3> FINAL FORM\n",
-    "functions": "def __init__(self,<blank:2>):\n    self.<blank:4>\n\n\n",
-}
+QUICK = ("builtin:names", "builtin:functions")  # what the quickstart can train on
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,8 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
     quick = command("quickstart", _quickstart, "Train on a built-in corpus, evaluate, sample and infill.", True)
     quick.add_argument("--workdir", default="runs/quickstart", help="where the run goes (%(default)s)")
-    corpora = tuple(f"builtin:{name}" for name in _TEMPLATES)
-    quick.add_argument("--source", default=corpora[0], choices=corpora, help="(%(default)s)")
+    quick.add_argument("--source", default=QUICK[0], choices=QUICK, help="(%(default)s)")
 
     prep = command("prepare", _prepare, "Tokenise a source once, into a corpus directory.")
     prep.add_argument("--source", help=f"the text, to be split: {', '.join(sources.FORMS)}")
@@ -103,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", help="a folder for the report, and for what is scored, so that a job can go on")
     evaluate.add_argument("--samples", metavar="FILE", help="instead of text: what `sedd sample --json` printed")
     evaluate.add_argument("--judge", help="with --samples: a folder of a language model, for generative perplexity")
+    evaluate.add_argument("--tokenizer", metavar="MODEL", help="with --samples: whose tokenizer counts their tokens")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     sample = command("sample", _sample, "Draw texts.")
@@ -198,7 +194,6 @@ def _estimate(config):
 
 def _eval(args, _):
     from sedd.data.corpus import open_corpus
-    from sedd.evaluation.report import table
     from sedd.model import load
 
     if (args.model is None) == (args.samples is None):
@@ -206,10 +201,11 @@ def _eval(args, _):
     if args.samples:
         _eval_samples(args)
         return
+    if args.judge or args.tokenizer:
+        raise UserError("--judge and --tokenizer go with --samples; a model's own number needs none")
     if args.data and args.source:
         raise UserError("give either --data or --source")
-    protocols = args.protocol.split(",")
-    list(map(get_protocol, protocols))
+    protocols = [get_protocol(name).name for name in args.protocol.split(",")]
     if args.against and len(protocols) > 1:
         raise UserError("--against takes one protocol")
     model = load(args.model)
@@ -218,24 +214,33 @@ def _eval(args, _):
     if args.against:
         found = model.compare(load(args.against), text, protocol=args.protocol, out=args.out, **settings)
         print(found.to_json() if args.json else found)
-        return
+    else:
+        _eval_protocols(args, model, text, protocols, settings)
+
+
+def _eval_protocols(args, model, text, protocols, settings):
+    """The model's number under one protocol, or a table of several."""
+    from sedd.evaluation.pictures import plot_profile
+    from sedd.evaluation.report import table
+
     reports = []
     for name in protocols:
         out = args.out and Path(args.out) / (name if len(protocols) > 1 else "")
         reports.append(model.perplexity(text, protocol=name, out=out, **settings))
         if out:
-            _picture(reports[-1], out)
-    if args.json:
-        print("\n".join(report.to_json() for report in reports))
+            _picture(plot_profile, reports[-1].profile, out / "profile.png", reports[-1].noise)
+    if len(reports) == 1:
+        print(reports[0].to_json() if args.json else reports[0])
     else:
-        print(table(reports) if len(reports) > 1 else reports[0])
+        print("[" + ",\n".join(report.to_json() for report in reports) + "]" if args.json else table(reports))
 
 
 def _eval_samples(args):
     """The quality of samples that were drawn before."""
     from sedd.evaluation.quality import quality, read_samples
+    from sedd.model import load
 
-    texts, tokens = read_samples(args.samples)
+    texts, tokens = read_samples(args.samples, args.tokenizer and load(args.tokenizer).tokenizer)
     found = quality(texts, tokens, args.judge and _judge(args.judge))
     print(found.to_json() if args.json else found)
 
@@ -257,29 +262,29 @@ def _sweep(args, _):
     from sedd.evaluation.sweep import sweep, table, to_json
     from sedd.model import load
 
-    model, judge = load(args.model), _judge(args.judge or args.model)
     try:
         steps = [int(number) for number in args.steps.split(",")]
     except ValueError:
         raise UserError(f"--steps takes numbers, as in 8,16,32, not {args.steps!r}") from None
+    model = load(args.model)
+    judge = _judge(args.judge or args.model) if args.judge or model.tokenizer else None
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    samplers = [name.strip() for name in args.samplers.split(",")]
     drawing = {name: getattr(args, name) for name in ("length", "temperature", "top_p", "batch_size")}
-    points = sweep(model.generator, args.samplers.split(","), steps, args.num_samples, judge, args.seed, **drawing)
+    points = sweep(model.generator, samplers, steps, args.num_samples, judge, args.seed, **drawing)
     print(table(points))
     if args.out:
-        folder = Path(args.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "sweep.json").write_text(to_json(points) + "\n", encoding="utf-8")
-        plot_sweep(points, folder / "sweep.png")
+        (Path(args.out) / "sweep.json").write_text(to_json(points) + "\n", encoding="utf-8")
+        _picture(plot_sweep, points, Path(args.out) / "sweep.png")
 
 
-def _picture(report, folder):
-    """The information profile beside the report, where there is a library to draw it."""
-    from sedd.evaluation.pictures import plot_profile
-
+def _picture(plot, what, path, *more):
+    """Draws, where there is a library to draw with; the numbers are saved without it."""
     try:
-        plot_profile(report.profile, folder / "profile.png", report.noise)
+        plot(what, path, *more)
     except UserError as missing:
-        print(f"sedd: no profile.png: {missing}", file=sys.stderr)
+        print(f"sedd: no {path}: {missing}", file=sys.stderr)
 
 
 def _sample(args, _):
@@ -302,8 +307,8 @@ def _sampling(args) -> dict:
 
 def _print_texts(samples, args):
     texts = [None] * len(samples.tokens) if samples.texts is None else samples.texts
-    for number, (text, tokens) in enumerate(zip(texts, samples.tokens)):
-        ids = tokens[tokens >= 0].tolist()
+    for number, (text, tokens, length) in enumerate(zip(texts, samples.tokens, samples.lengths)):
+        ids = tokens[:length].tolist()
         if args.json:
             record = {"text": text, "tokens": ids, "seed": args.seed, "sampler": args.sampler, "steps": args.steps}
             print(json.dumps({**record, "network_calls": samples.network_calls}))
@@ -313,38 +318,9 @@ def _print_texts(samples, args):
 
 
 def _quickstart(args, settings):
-    from sedd import config as configs
-    from sedd.data.prepare import prepare
-    from sedd.evaluation.baselines import baselines
-    from sedd.evaluation.perplexity import with_error
-    from sedd.model import train
+    from sedd.quickstart import quickstart
 
-    name = args.source.removeprefix("builtin:")
-    print(f"1. preparing the corpus data/{name} ({args.source})", file=sys.stderr)
-    corpus = prepare(args.source, "sentencepiece:1280", Path("data") / name)
-    print(f"2. training a model in {args.workdir}", file=sys.stderr)
-    config = configs.override(configs.default(), [f"data.corpus=data/{name}", *settings])
-    model = train(config, args.workdir)
-    print("3. bounding the likelihood of the held-out text", file=sys.stderr)
-    report = model.perplexity(corpus)
-    print(f"held-out text: {report.num_bytes:,} bytes of {name}, in bits per byte")
-    print(f"  {'this model, a bound':22} {with_error(report.bits_per_byte, report.bits_per_byte_error, 3)}")
-    for code, bits in baselines(corpus, "test").items():
-        print(f"  {code:22} {bits:.3f}")
-    print("4. sampling", file=sys.stderr)
-    for number, text in enumerate(model.sample(num_samples=2, top_p=0.9).texts):
-        print(f"\nsample {number + 1} of a block of {model.block_length} tokens, top_p 0.9\n{text}")
-    template = _TEMPLATES[name]
-    print(f"\ninfilled from {template!r}\n{model.infill(template, top_p=0.9).texts[0]}")
-    print("\nnext:")
-    for line in (
-        f"sedd sample --model={args.workdir} --num_samples=4",
-        f"sedd infill --model={args.workdir} '{template.splitlines()[0]}'",
-        f"sedd eval   --model={args.workdir} --split=validation",
-        "sedd prepare --source='text:my/*.txt' --out=data/mine",
-        "sedd train  --config.data.corpus=data/mine --workdir=runs/mine",
-    ):
-        print(f"  {line}")
+    quickstart(args.source, args.workdir, settings)
 
 
 if __name__ == "__main__":

@@ -44,11 +44,12 @@ class Samples:
     """What `sample` and `infill` return: N rows, the samples of a row of input adjacent.
 
     texts: None where the model has no tokenizer. Of a model of padded documents a text ends at the first end-of-text
-    token after the last given one; `tokens` has them all.
+    token after the last given one; `tokens` has them all, the first `lengths` of a row are the text.
     """
 
     texts: list[str] | None
     tokens: np.ndarray  # Int32[N L]; -1 after the end of rows shorter than the longest
+    lengths: np.ndarray  # Int32[N]
     network_calls: int  # of each row; the most that any group of rows took
     trace: np.ndarray | None  # Int32[T N L], the state after each of the T calls; rows that end early repeat their last
 
@@ -149,18 +150,20 @@ class Generator:
         if trace:
             states = np.concatenate([group.trace[:calls] for group in drawn], axis=1)[:, : len(rows), :width]
             states = np.where(beyond, -1, states)
+        kept = np.array([self._length(row, ids[: len(row.tokens)]) for row, ids in zip(rows, tokens)], np.int32)
         texts = None
         if self.tokenizer is not None:
-            texts = [self._text(row, ids[: len(row.tokens)]) for row, ids in zip(rows, tokens)]
-        return Samples(texts, tokens, calls, states)
+            texts = [self.tokenizer.decode(ids[:length]) for ids, length in zip(tokens, kept)]
+        return Samples(texts, tokens, kept, calls, states)
 
-    def _text(self, row: Prompt, ids: np.ndarray) -> str:
-        if self.layout.padded:
-            ends = ids == self.tokenizer.end_of_text
-            given = np.flatnonzero(row.given & ~ends)
-            ends[: given[-1] + 1 if len(given) else 0] = False
-            ids = ids[: np.argmax(ends)] if ends.any() else ids
-        return self.tokenizer.decode(ids)
+    def _length(self, row: Prompt, ids: np.ndarray) -> int:
+        """How many tokens the text of a row has."""
+        if self.tokenizer is None or not self.layout.padded:
+            return len(ids)
+        ends = ids == self.tokenizer.end_of_text
+        given = np.flatnonzero(row.given & ~ends)
+        ends[: given[-1] + 1 if len(given) else 0] = False
+        return int(np.argmax(ends)) if ends.any() else len(ids)
 
 
 @functools.partial(jax.jit, static_argnums=range(5))

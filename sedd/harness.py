@@ -68,8 +68,10 @@ class Harness(LM):
 
     pretrained: what `sedd.load` takes, or a Model; method, draws, seed: as in `Model.log_likelihood`; draws is also the
     noise levels a block of `loglikelihood_rolling`; None is the default of each. max_gen_toks: the tokens of a
-    continuation where a task does not say; batch_size, max_batch_size: lm_eval passes them, but rows are grouped here,
-    and no number depends on how. UserError for a device, which is JAX's to choose, or a model without tokenizer.
+    continuation where a task does not say. UserError for a model without tokenizer.
+
+    batch_size, max_batch_size, device: lm_eval passes them, and nothing depends on them: rows are grouped here, and the
+    device is JAX's to choose.
     """
 
     def __init__(
@@ -84,8 +86,6 @@ class Harness(LM):
         device: str | None = None,
     ):
         super().__init__()
-        if device is not None:
-            raise UserError(f"the device is JAX's to choose: leave {device!r} out, and set JAX_PLATFORMS")
         self.model = pretrained if isinstance(pretrained, Model) else load(pretrained)
         if self.model.tokenizer is None:
             raise UserError("this model has no tokenizer, and lm_eval has only text for it")

@@ -32,6 +32,7 @@ from sedd.evaluation.judges import Judged
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.protocols import get_protocol, laid_out
 from sedd.evaluation.report import Comparison, Report, Terms, make_comparison
+from sedd.evaluation.text import fitting
 from sedd.generation import Generator, Samples
 from sedd.network.network import Network
 from sedd.parallel import fingerprint, named, placed
@@ -175,9 +176,13 @@ class Model:
             raise UserError("the models cannot be compared row by row: they have different tokenizers")
         out = settings.pop("out", None)
         folders = (None, None) if out is None else (Path(out) / "first", Path(out) / "second")
-        settings["draws"] = settings.get("draws") or self.config.evaluation.draws
+        protocol = get_protocol(settings.get("protocol", "clean"))
+        settings["draws"] = settings.get("draws") or protocol.draws or self.config.evaluation.draws
         found = [model._score(texts_or_corpus, out=at, **settings) for model, at in zip((self, other), folders)]
-        return make_comparison(*found)
+        comparison = make_comparison(*found)
+        if out is not None:
+            (Path(out) / "comparison.json").write_text(comparison.to_json() + "\n", encoding="utf-8")
+        return comparison
 
     def log_likelihood(
         self,
@@ -201,9 +206,14 @@ class Model:
         return found[0] if isinstance(answer, str) else found
 
     def judge(self, texts: Sequence[str]) -> Judged:
-        """What each text costs under this model, from above: a judge of the samples of others."""
-        _, terms = self._score(texts, progress=False)
-        return Judged(np.bincount(terms.clusters, terms.rows), np.bincount(terms.clusters, terms.counts))
+        """What each text costs under this model, from above: a judge of the samples of others. An empty one is free."""
+        nats, counts = np.zeros(len(texts)), np.zeros(len(texts), int)
+        told = np.array([bool(text) for text in texts])
+        if told.any():
+            _, terms = self._score([text for text in texts if text], progress=False)
+            nats[told] = np.bincount(terms.clusters, terms.rows)
+            counts[told] = np.bincount(terms.clusters, terms.counts)
+        return Judged(nats, counts)
 
     def save(self, directory: str | Path):
         """Exports all that `load` needs: weights, config and tokenizer. UserError if the folder is not empty."""
@@ -238,27 +248,14 @@ class Model:
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
         text = [texts_or_corpus] if isinstance(texts_or_corpus, str) else texts_or_corpus
-        tokenizer = self._check_corpus(text) if isinstance(text, Corpus) else self._require_tokenizer()
+        if isinstance(text, Corpus):
+            tokenizer = fitting(text, self.tokenizer, self.process.vocab_size, self.layout)
+        else:
+            tokenizer = self._require_tokenizer()
         scored = laid_out(protocol, text, split or protocol.split, tokenizer, self.block_length, self.layout)
         about = {"model": fingerprint(self.params), "tokenizer": tokenizer.fingerprint, "config": self.config.to_dict()}
         settings = dict(about=about, folder=out and Path(out), batch_size=batch_size, progress=progress)
         return perplexity(self.network, self.schedule, self.params, scored, protocol, draws, seed, **settings)
-
-    def _check_corpus(self, corpus: Corpus) -> Tokenizer:
-        """The corpus' tokenizer. UserError unless it is the model's; of a model without, its size has to fit."""
-        if self.tokenizer is None and corpus.vocab_size != self.process.vocab_size:
-            raise UserError(
-                f"{corpus.path} has {corpus.vocab_size} tokens, the model {self.process.vocab_size}; prepare it with "
-                "the tokenizer that the model was trained with"
-            )
-        if self.tokenizer is not None and corpus.tokenizer.fingerprint != self.tokenizer.fingerprint:
-            raise UserError(f"{corpus.path} was made with another tokenizer than the model's; prepare it with that")
-        if corpus.layout.name != self.layout.name:
-            raise UserError(
-                f"{corpus.path} is {corpus.layout.name}, but the model was trained on a corpus that is "
-                f"{self.layout.name}; prepare it so"
-            )
-        return corpus.tokenizer
 
     def _of_texts(self, templates: Sequence[str] | None, prefix: str, suffix: str, length: int | None) -> list[Prompt]:
         """The prompts of templates, or of a prefix and a suffix, as documents of the corpus."""

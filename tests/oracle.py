@@ -6,6 +6,7 @@ answers for the absorbing process at any length. Laws over sequences are vectors
 
 import dataclasses
 import functools
+import itertools
 import operator
 
 import jax
@@ -112,19 +113,23 @@ class Joint:
         return jnp.log(weights / weights.sum(-1, keepdims=True))
 
     def expectation(self, process, stats_fn, term):
-        """sigma -> the exact mean over x of a row's sum of term(stats, x, x0, sigma), for each x0. Float[V^L]."""
+        """sigma -> the exact mean over x of a row's sum of term(stats, x, x0, sigma), for each x0. Float[... V^L].
+
+        Statistics may have axes in front, which stay.
+        """
         length, clean = self.p.ndim, states(process.vocab_size, self.p.ndim)
         x = jnp.tile(states(process.num_states, length), (len(clean), 1))
         x0 = jnp.repeat(clean, len(x) // len(clean), axis=0)
 
         @jax.jit
         def terms(sigma):
-            return term(stats_fn(x, jnp.full(len(x), sigma), x0), x, x0, sigma).sum(-1).reshape(len(clean), -1)
+            found = term(stats_fn(x, jnp.full(len(x), sigma), x0), x, x0, sigma).sum(-1)
+            return found.reshape(*found.shape[:-1], len(clean), -1)
 
         return lambda sigma: np.sum(channel(process, sigma, length) * np.asarray(terms(sigma)), axis=-1)
 
     def integral(self, process, stats_fn, low, high, nodes=96):
-        """The mean score entropy of each x0, integrated over sigma by quadrature in its logarithm. Float[V^L]."""
+        """The mean score entropy of each x0, integrated over sigma by quadrature in its logarithm. Float[... V^L]."""
         entropy = self.expectation(process, stats_fn, process.score_entropy)
         at, weights = np.polynomial.legendre.leggauss(nodes)
         half = np.log(high / low) / 2
@@ -170,6 +175,46 @@ class MarkovChain:
         weights = passed(step, start, seen) * passed(step.T, jnp.ones_like(start), seen[::-1])[::-1]
         log_clean = jnp.log(weights / weights.sum(-1, keepdims=True)).swapaxes(0, 1)
         return log_clean if positions is None else jnp.take_along_axis(log_clean, positions[..., None], axis=1)
+
+
+def random_tables(networks, length, vocab_size=3, seed=0):
+    """Random logits for each position of each partly masked sequence. Float[networks S^L L V]."""
+    shape = (networks, (vocab_size + 1) ** length, length, vocab_size)
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def untrained(table):
+    """The Denoiser of such a table, sharper at more noise: the answers of no law, in which every order counts."""
+
+    def denoiser(x, sigma, positions=None):
+        place = (table.shape[-1] + 1) ** jnp.arange(x.shape[-1])[::-1]
+        log_clean = jax.nn.log_softmax(jnp.asarray(table, float)[x @ place] * (1 + sigma[:, None, None]), axis=-1)
+        return log_clean if positions is None else jnp.take_along_axis(log_clean, positions[..., None], axis=1)
+
+    return denoiser
+
+
+def answers(table, x):
+    """What it believes of one row, told the noise of its own masked share. Int[L] -> Float[L V]."""
+    mask = table.shape[-1]
+    share = (max(np.sum(x == mask), 1) - 0.5) / len(x)
+    logits = table[index(x, mask + 1)] * (1 - np.log(1 - share))
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+def along(table, x0, order):
+    """The log-likelihood by it of a row's positions, revealed in the order told."""
+    x, total = np.array(x0), 0.0
+    x[list(order)] = table.shape[-1]
+    for i in order:
+        total += answers(table, x)[i, x0[i]]
+        x[i] = x0[i]
+    return total
+
+
+def along_all(table, x0, positions):
+    """The log-likelihoods along each order. Float[n!]."""
+    return np.array([along(table, x0, order) for order in itertools.permutations(positions)])
 
 
 def scaled(process, stats_fn, factor):

@@ -7,13 +7,21 @@ import math
 import jax
 import numpy as np
 import pytest
+from oracle import MarkovChain
 from small import small_config, small_corpus
 
 import sedd
 from sedd import config as configs
-from sedd.data.layout import Layout
+from sedd.diffusion import draws
+from sedd.diffusion.likelihood import count_draws
+from sedd.diffusion.process import Absorbing
+from sedd.diffusion.score import stats_from
+from sedd.evaluation import scoring
 from sedd.evaluation.baselines import bigram_nats, unigram_nats
-from sedd.evaluation.perplexity import Scored, from_corpus, from_texts, perplexity
+from sedd.evaluation.perplexity import perplexity
+from sedd.evaluation.statistics import Estimate, ratio, sampling_error, t_quantile
+from sedd.evaluation.text import from_corpus, from_texts
+from sedd.parallel import data_mesh
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +37,12 @@ def fresh(corpus, *settings):
     return sedd.Model(config, params, corpus.tokenizer, process, schedule, network)
 
 
+def shaken(model):
+    """The model with other parameters, so that it believes something."""
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * np.cos(np.arange(leaf.size)).reshape(leaf.shape), model.params)
+    return dataclasses.replace(model, params=params)
+
+
 PROCESSES = {
     "absorbing": (),
     "uniform": ("process.name=uniform", "training.levels=times"),
@@ -39,10 +53,13 @@ PROCESSES = {
 @pytest.mark.parametrize("name", PROCESSES)
 def test_bound_of_the_uniform_law(corpus, name):
     """The exact model of a uniform law has a bound of log V nats a token: a wrong range or term would show."""
-    report = fresh(corpus, *PROCESSES[name]).perplexity(corpus, "train", draws=16, progress=False)
+    report = fresh(corpus, *PROCESSES[name]).perplexity(corpus, split="train", draws=16, progress=False)
     exact = math.log(corpus.vocab_size)
-    assert abs(report.nats_per_token - exact) < 4 * report.standard_error
-    assert report.standard_error < 0.03 * exact
+    if name == "absorbing":  # by counts, every draw is right
+        assert report.nats_per_token == pytest.approx(exact, rel=1e-5) and report.sampling_error < 1e-5
+    else:
+        assert abs(report.nats_per_token - exact) < 4 * report.standard_error
+        assert report.sampling_error < report.standard_error < 0.03 * exact
     assert report.nats_per_token == pytest.approx(report.prior + report.diffusion + report.reconstruction)
     if name == "absorbing":
         assert report.prior == report.reconstruction == 0
@@ -52,40 +69,183 @@ def test_bound_of_the_uniform_law(corpus, name):
 
 
 def test_the_number_depends_on_nothing_else(corpus):
-    """The same seed gives the same number in any batch size; another seed another number."""
-    model = fresh(corpus)
-    parts = (model.network, model.schedule, model.params, from_corpus(corpus, "validation", 16))
-    reports = [perplexity(*parts, seed, 4, batch, False) for seed, batch in ((0, 64), (0, 5), (1, 64))]
-    np.testing.assert_allclose(reports[0].nats_per_token, reports[1].nats_per_token, rtol=1e-6)
-    assert reports[0].nats_per_token != reports[2].nats_per_token
+    """The same seed gives the same number in any batch size and on any devices; another seed another number."""
+    model = shaken(fresh(corpus, "network.prediction=score", "training.levels=times"))
+    scored = from_corpus(corpus, "validation", 16)
+
+    def number(seed, batch_size, devices):
+        mesh = data_mesh(jax.devices()[:devices])
+        settings = dict(seed=seed, num_draws=4, batch_size=batch_size, mesh=mesh, progress=False)
+        return perplexity(model.network, model.schedule, model.params, scored, **settings)[0].nats_per_token
+
+    first = number(0, 64, 1)
+    assert first == number(0, 64, 1) and first != number(1, 64, 1)
+    np.testing.assert_allclose([number(0, 5, 1), number(0, 16, 8), number(0, None, 2)], first, rtol=1e-6)
 
 
 def test_units(corpus):
     """Every token of the split is scored once, the tail too."""
-    report = fresh(corpus).perplexity(corpus, "train", draws=2, progress=False)
+    report = fresh(corpus).perplexity(corpus, split="train", draws=2, progress=False)
     assert report.num_tokens == corpus.num_tokens("train") and report.num_tokens % 16
-    assert report.num_bytes == corpus.num_bytes("train")
+    assert (report.num_bytes, report.num_characters) == (corpus.num_bytes("train"), corpus.num_characters("train"))
     assert report.perplexity == pytest.approx(math.exp(report.nats_per_token))
-    nats = report.nats_per_token * report.num_tokens
-    assert report.bits_per_byte == pytest.approx(nats / math.log(2) / report.num_bytes)
+    bits = report.nats_per_token * report.num_tokens / math.log(2)
+    assert report.bits_per_byte == pytest.approx(bits / report.num_bytes)
+    assert report.bits_per_character == pytest.approx(bits / report.num_characters)
     assert json.loads(report.to_json())["standard_error"] == report.standard_error
     assert f"{report.nats_per_token:.4f}" in str(report)
 
 
-def test_standard_error_is_that_of_the_ratio():
-    """Clusters of different sizes: against the delta method written out, and null for a single one."""
-    from sedd.evaluation.perplexity import _report
+def test_what_a_report_carries(corpus):
+    """All that its number depends on."""
+    report = fresh(corpus).perplexity(corpus, split="validation", draws=2, seed=3, progress=False)
+    about = json.loads(report.to_json())
+    assert about["about"]["data"] == {"corpus": str(corpus.path), "split": "validation", "hash": corpus.hash}
+    assert about["about"]["tokenizer"] == corpus.tokenizer.fingerprint
+    assert about["about"]["versions"].keys() >= {"sedd", "jax", "flax", "python"}
+    assert (about["protocol"], about["draws"], about["seed"]) == ("clean", 2, 3)
+    assert len(about["about"]["model"]) == 32 and about["about"]["config"]["data"]["block_length"] == 16
 
+
+def test_free_scores_have_two_bounds(corpus):
+    """As they are, and tightened, which is never worse; the first is the number where the protocol says so."""
+    model = shaken(fresh(corpus, "network.prediction=score", "training.levels=times"))
+    report = model.perplexity(corpus, split="validation", draws=4, progress=False)
+    assert report.tightened_nats_per_token == report.nats_per_token
+    assert report.tightened_nats_per_token < report.free_nats_per_token - 1e-4
+    paper = model.perplexity(corpus, split="validation", draws=4, protocol="sedd-paper", progress=False)
+    assert paper.free_nats_per_token == paper.nats_per_token > paper.tightened_nats_per_token
+    assert "tightened" in str(report)
+
+
+def test_standard_error_is_that_of_the_ratio():
+    """Clusters of different sizes: against the delta method written out, and unknown for a single one."""
     random = np.random.default_rng(0)
-    terms, lengths = random.random((40, 3)) * 20, random.integers(1, 16, 40)
-    network = configs.build(configs.default(), 30)[2]
-    scored = Scored(np.zeros((40, 16), int), lengths, lengths, np.arange(40) // 4, 100, Layout())
-    report = _report(terms, scored, 1, 0, network)
-    totals, sizes = terms.sum(1).reshape(10, 4).sum(1), lengths.reshape(10, 4).sum(1)
+    nats, counts = random.random(40) * 20, random.integers(1, 16, 40)
+    found = ratio(nats, counts, np.arange(40) // 4)
+    totals, sizes = nats.reshape(10, 4).sum(1), counts.reshape(10, 4).sum(1)
     wanted = np.std(totals - totals.sum() / sizes.sum() * sizes, ddof=1) * math.sqrt(10) / sizes.sum()
-    assert report.standard_error == pytest.approx(wanted)
-    alone = _report(terms, dataclasses.replace(scored, clusters=np.zeros(40, int)), 1, 0, network)
-    assert json.loads(alone.to_json())["standard_error"] is None and "± unknown" in str(alone)
+    assert found.standard_error == pytest.approx(wanted)
+    assert found.interval == pytest.approx([found.value - 2.2622 * wanted, found.value + 2.2622 * wanted], rel=1e-4)
+    assert ratio(nats, counts, np.zeros(40, int)) == Estimate(found.value, None, None, 1)
+    assert str(ratio(nats, counts, np.zeros(40, int))).endswith("± unknown")
+
+
+def test_few_clusters_say_how_little_they_know(corpus):
+    notes = [
+        fresh(corpus).perplexity(["the 1", "table"][:n], draws=2, batch_size=8, progress=False).notes for n in (1, 2)
+    ]
+    assert "one cluster only" in notes[0][0]
+    assert "2 clusters only" in notes[1][0] and "± 71 %" in notes[1][0] and "± 12.7 of it" in notes[1][0]
+    assert not fresh(corpus).perplexity(["the 1"] * 20, draws=2, batch_size=8, progress=False).notes
+
+
+REPEATS, DOCUMENTS, LONGEST = 400, 100, 16
+
+
+def test_the_intervals_cover():
+    """In 400 corpora of 100 documents each: the population's value by the interval, the corpus' own by sampling_error.
+
+    With the exact model of a Markov chain both are known. Control: half the errors cover too rarely.
+    """
+    chain = MarkovChain.random(5, seed=1)
+    random, number = np.random.default_rng(0), REPEATS * DOCUMENTS
+    lengths = random.integers(4, LONGEST + 1, number)
+    tokens = np.zeros((number, LONGEST), np.int32)
+    laws = np.cumsum(np.concatenate([chain.start[None], chain.step]), axis=1)
+    for at in range(LONGEST):
+        law = laws[0] if at == 0 else laws[1 + tokens[:, at - 1]]
+        tokens[:, at] = np.sum(random.random(number)[:, None] > law, axis=-1)
+    surprise = -np.log(np.concatenate([chain.start[tokens[:, :1]], chain.step[tokens[:, :-1], tokens[:, 1:]]], 1))
+    within = np.arange(LONGEST) < lengths[:, None]
+    exact = np.sum(surprise * within, axis=1)
+
+    @jax.jit
+    def drawn(tokens, within):
+        process = Absorbing(5)
+        keys = draws.row_keys(jax.random.key(0), jax.numpy.arange(number))
+        hidden = process.hide(tokens, ~within)
+        return count_draws(process, stats_from(process, chain.denoiser), keys, hidden, 4, within).diffusion
+
+    halves = np.asarray(drawn(tokens, within), np.float64).reshape(2, 2, number).mean(1).T
+    entropies = [-np.sum(chain.start * np.log(chain.start))]
+    law, per_state = chain.start, -np.sum(chain.step * np.log(chain.step), axis=1)
+    for _ in range(LONGEST - 1):
+        entropies.append(law @ per_state)
+        law = law @ chain.step
+    sizes = np.arange(4, LONGEST + 1)
+    population = np.mean(np.cumsum(entropies)[sizes - 1]) / np.mean(sizes)
+
+    def coverage(factor):
+        of_population, of_corpus = 0, 0
+        for rows in np.arange(number).reshape(REPEATS, DOCUMENTS):
+            counts, total = lengths[rows], lengths[rows].sum()
+            found = ratio(halves[rows].mean(1), counts, np.arange(DOCUMENTS))
+            low, high = found.value + factor * (np.array(found.interval) - found.value)
+            of_population += low < population < high
+            error, freedom = sampling_error(halves[rows], total)
+            of_corpus += abs(found.value - exact[rows].sum() / total) < factor * t_quantile(freedom) * error
+        return of_population / REPEATS, of_corpus / REPEATS
+
+    for share in coverage(1.0):
+        assert 0.915 <= share <= 0.975, coverage(1.0)
+    assert max(coverage(0.5)) < 0.8
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+def test_the_profile_is_the_bound_by_the_share_of_noise(corpus, name):
+    """Its mean over the shares is the diffusion term; of the model that knows nothing it is flat for masks."""
+    report = fresh(corpus, *PROCESSES[name]).perplexity(corpus, split="train", draws=16, progress=False)
+    known = [part for part in report.profile if part["nats_per_token"] is not None]
+    mean = sum((part["high"] - part["low"]) * part["nats_per_token"] for part in known)
+    error = math.sqrt(sum((part["error"] / len(known)) ** 2 for part in known))
+    assert abs(mean - report.diffusion) < 4 * error + 0.02 * report.diffusion
+    if name == "absorbing":
+        flat = [part["nats_per_token"] for part in known]
+        np.testing.assert_allclose(flat, math.log(corpus.vocab_size), rtol=1e-4)
+    assert report.profile[0]["low"] == 0 and report.profile[-1]["high"] == 1
+
+
+def test_an_evaluation_goes_on_where_it_was_cut_off(corpus, tmp_path, monkeypatch):
+    """Whole records stay, the one in the middle is made again; the report is the same to the last bit."""
+    model, settings = fresh(corpus), dict(split="validation", draws=4, batch_size=8, progress=False)
+    whole = model.perplexity(corpus, out=tmp_path / "whole", **settings)
+    assert json.loads((tmp_path / "whole/report.json").read_text()) == json.loads(whole.to_json())
+    done = (tmp_path / "whole/draws.f32").read_bytes()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/job.json").write_bytes((tmp_path / "whole/job.json").read_bytes())
+    (tmp_path / "cut/draws.f32").write_bytes(done[: len(done) // 2 + 3])
+    scored = []
+    monkeypatch.setattr(scoring, "_records", lambda *args, inner=scoring._records: scored.append(args) or inner(*args))
+    again = model.perplexity(corpus, out=tmp_path / "cut", **settings)
+    assert again == whole and (tmp_path / "cut/draws.f32").read_bytes() == done
+    assert 0 < len(scored) < whole.rows / 8
+    assert model.perplexity(corpus, out=tmp_path / "cut", **settings) == whole
+    assert len(scored) < whole.rows / 8  # nothing was scored again
+
+
+def test_a_folder_holds_one_evaluation(corpus, tmp_path):
+    """Another seed, a damaged record of the job, or other files: one clear line each."""
+    model, settings = fresh(corpus), dict(split="validation", draws=2, progress=False)
+    model.perplexity(corpus, out=tmp_path / "out", **settings)
+    with pytest.raises(sedd.UserError, match="holds another evaluation: its seed differs"):
+        model.perplexity(corpus, out=tmp_path / "out", seed=1, **settings)
+    (tmp_path / "out/job.json").write_text('{"seed":')
+    with pytest.raises(sedd.UserError, match="job.json is damaged: it is no JSON"):
+        model.perplexity(corpus, out=tmp_path / "out", **settings)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine.txt").write_text("mine")
+    with pytest.raises(sedd.UserError, match="is not empty and holds no evaluation"):
+        model.perplexity(corpus, out=tmp_path / "other", **settings)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("a \udcff b", r"text 1 of 1 holds '\\udcff', which is no character"), ("a \u1234 b", "\u1234")],
+)
+def test_text_that_cannot_be_encoded(corpus, text, message):
+    with pytest.raises(sedd.UserError, match=message):
+        fresh(corpus).perplexity([text], progress=False)
 
 
 @pytest.mark.parametrize("name", ["absorbing", "uniform"])
@@ -110,7 +270,7 @@ def test_another_tokenizer_is_refused(corpus, tmp_path):
 
 def test_unknown_split_is_refused(corpus):
     with pytest.raises(sedd.UserError, match="there are train, validation, test"):
-        fresh(corpus).perplexity(corpus, "tset")
+        fresh(corpus).perplexity(corpus, split="tset")
 
 
 def test_baselines():

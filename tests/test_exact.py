@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import Joint, MarkovChain, index, standard_errors, states
+from oracle import Joint, MarkovChain, along, along_all, random_tables, standard_errors, states, untrained
 
 from sedd.diffusion import draws
 from sedd.diffusion.exact import importance_bound, order_log_likelihoods, subset_log_likelihood
@@ -14,45 +14,6 @@ from sedd.diffusion.process import Absorbing
 
 V, L = 3, 4
 PROCESS, MASK = Absorbing(V), V
-
-
-def random_tables(networks, length, seed=0):
-    """Random logits for each position of each partly masked sequence. Float[networks S^L L V]."""
-    shape = (networks, (V + 1) ** length, length, V)
-    return np.random.default_rng(seed).normal(size=shape)
-
-
-def untrained(table):
-    """The Denoiser of such a table, sharper at more noise: the answers of no law, in which every order counts."""
-
-    def denoiser(x, sigma, positions=None):
-        place = (V + 1) ** jnp.arange(x.shape[-1])[::-1]
-        log_clean = jax.nn.log_softmax(jnp.asarray(table, float)[x @ place] * (1 + sigma[:, None, None]), axis=-1)
-        return log_clean if positions is None else jnp.take_along_axis(log_clean, positions[..., None], axis=1)
-
-    return denoiser
-
-
-def answers(table, x):
-    """What it believes of one row, told the noise of its own masked share. Int[L] -> Float[L V]."""
-    share = (max(np.sum(x == MASK), 1) - 0.5) / len(x)
-    logits = table[index(x, V + 1)] * (1 - np.log(1 - share))
-    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-
-
-def along(table, x0, order):
-    """The log-likelihood of a row's positions, revealed in the order told."""
-    x, total = np.array(x0), 0.0
-    x[list(order)] = MASK
-    for i in order:
-        total += answers(table, x)[i, x0[i]]
-        x[i] = x0[i]
-    return total
-
-
-def along_all(table, x0, positions):
-    """The log-likelihoods along each order. Float[n!]."""
-    return np.array([along(table, x0, order) for order in itertools.permutations(positions)])
 
 
 def log_mean(values):

@@ -1,5 +1,6 @@
 """The lm-evaluation-harness adapter: lm_eval's own tasks and numbers against what the model says directly."""
 
+import dataclasses
 import functools
 import importlib
 import logging
@@ -15,10 +16,12 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
-from small import small_config, small_corpus
+from small import small_config, write_files
 
 import sedd
 from sedd import config as configs
+from sedd.data.layout import Layout
+from sedd.data.prepare import prepare
 from sedd.harness import Harness
 
 TASKS = Path(__file__).parent / "harness_tasks"
@@ -26,7 +29,7 @@ BLOCK = 24
 SEED = 3  # of parameters with which greedy text holds no end of text
 
 
-def scattered(corpus, *settings):
+def scattered(corpus, *settings, layout=Layout()):
     """A model whose parameters are noise, so that its law is far from even and its tokens depend on each other."""
     config = small_config(corpus, f"data.block_length={BLOCK}", *settings)
     process, schedule, network = configs.build(config, corpus.vocab_size)
@@ -39,12 +42,15 @@ def scattered(corpus, *settings):
         ]
         return jax.tree.unflatten(tree, draws)
 
-    return sedd.Model(config, noisy(jax.random.key(SEED)), corpus.tokenizer, process, schedule, network)
+    return sedd.Model(config, noisy(jax.random.key(SEED)), corpus.tokenizer, process, schedule, network, layout)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return small_corpus(tmp_path_factory.mktemp("small"))
+    """Its characters are those of the tasks and of a template."""
+    folder = tmp_path_factory.mktemp("times")
+    texts = [f"the {number} times table: {number}, {2 * number}.\n<blank:8>" for number in range(60)]
+    return prepare(write_files(folder / "texts", texts), "characters", folder / "corpus")
 
 
 @pytest.fixture(scope="module")
@@ -160,24 +166,31 @@ def test_greedy_is_whether_it_would_be_decoded(model, harness, results):
 
 def test_options_share_their_noise_and_their_method(model):
     """Equal options are equal to the last digit. One that would be scored exactly is bounded beside one that is not."""
-    harness = Harness(model, draws=8)
-    ask = functools.partial(model.log_likelihood, given="the", method="bound", draws=8)
-    same = harness.loglikelihood(asked(("the", " times table"), ("the", " times table"), documents=[0, 0]))
-    assert same[0] == same[1] and same[0][0] == ask(" times table").nats != ask(" times table", seed=1).nats
-    mixed = harness.loglikelihood(asked(("the", " 3"), ("the", " times table"), documents=[0, 0]))
-    assert [nats for nats, _ in mixed] == pytest.approx([ask(" 3").nats, ask(" times table").nats])
-    alone = harness.loglikelihood(asked(("the", " 3"), ("the", " times table")))
-    assert alone[0][0] == model.log_likelihood(" 3", given="the").nats != mixed[0][0]
+    harness, texts = Harness(model, draws=8), [" times table", " times table"]
+
+    def bounds(texts, **settings):
+        return [one.nats for one in model.log_likelihood(texts, given="the", method="bound", draws=8, **settings)]
+
+    def asked_of(texts, documents):
+        return [
+            nats for nats, _ in harness.loglikelihood(asked(*(("the", text) for text in texts), documents=documents))
+        ]
+
+    same = asked_of(texts, [0, 0])
+    assert same[0] == same[1] and same == bounds(texts) != bounds(texts, seed=1)
+    mixed = [" 12", " times table"]
+    assert asked_of(mixed, [0, 0]) == bounds(mixed)
+    assert asked_of(mixed, [0, 1])[0] == pytest.approx(model.log_likelihood(" 12", given="the", method="exact").nats)
 
 
 def test_a_cut_context_is_one_line(model, harness, caplog):
     long = "the 12 times table: 12, 24, 36"
     with caplog.at_level(logging.WARNING):
-        found = harness.loglikelihood(asked((long, ", 48"), (long + ", 48", ", 60"), ("the", " 1")))
+        found = harness.loglikelihood(asked((long, ", 48"), ("the", " 1")))
     assert [record.message for record in caplog.records] == [
-        f"2 of 3 contexts did not fit into the model's block of {BLOCK} tokens; cut on the left"
+        f"1 of 2 contexts did not fit into the model's block of {BLOCK} tokens; cut on the left"
     ]
-    assert found[0] == harness.loglikelihood(asked((long[-(BLOCK - 4) :], ", 48")))[0]
+    assert found == harness.loglikelihood(asked((long[-(BLOCK - 4) :], ", 48"), ("the", " 1")))
 
 
 def until(harness, context, **settings):
@@ -202,14 +215,11 @@ def test_text_is_cut_at_the_first_stop(harness):
     assert until(harness, "the", max_gen_toks=8, until=whole[0])[0] == ""
 
 
-def test_a_template_in_a_context_is_text(corpus, tmp_path):
-    """Requests of different settings come back in their order, and `<blank:8>` means nothing."""
-    bytes_model = scattered(small_corpus(tmp_path, "bytes"))
-    harness = Harness(bytes_model)
-    requests = asked(("the <blank:8>", {"max_gen_toks": 3}), ("the <blank:8>", {}), kind="generate_until")
-    harness.max_gen_toks = 4
-    short, longer = harness.generate_until(requests)
-    assert short == decoded(bytes_model, "the <blank:8>", 3) and longer == decoded(bytes_model, "the <blank:8>", 4)
+def test_a_template_in_a_context_is_text(model, harness):
+    """And requests of different settings come back in their order."""
+    settings = [{"max_gen_toks": 3}, {"max_gen_toks": 4}] * 2
+    texts = harness.generate_until(asked(*(("the <blank:8>", one) for one in settings), kind="generate_until"))
+    assert texts == [decoded(model, "the <blank:8>", one["max_gen_toks"]) for one in settings]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +229,7 @@ def test_a_template_in_a_context_is_text(corpus, tmp_path):
         (lambda harness: until(harness, "the", max_gen_toks=24), "leave no room for a context in the model's block"),
         (lambda harness: until(harness, "the", max_gen_toks=4, do_sample=True, top_p=2), "top_p must lie in"),
         (lambda harness: harness.loglikelihood(asked(("the", " times" * 5))), "has 30 tokens, more than the model's"),
-        (lambda harness: Harness(harness.model, device="cuda:0"), "leave 'cuda:0' out, and set JAX_PLATFORMS"),
+        (lambda harness: Harness(dataclasses.replace(harness.model, tokenizer=None)), "this model has no tokenizer"),
         (lambda harness: Harness("no/such/folder"), "there is no folder no/such/folder"),
     ],
 )
@@ -229,20 +239,45 @@ def test_mistakes(harness, ask, message):
     assert "\n" not in str(caught.value)
 
 
-def test_uniform_process(corpus):
-    """Text without a context and documents can be scored; a context cannot. Greedy text needs no luck."""
-    uniform = Harness(scattered(corpus, "process.name=uniform", "training.levels=times"), draws=8)
-    with pytest.raises(sedd.UserError):
+@pytest.fixture(scope="module")
+def uniform(corpus):
+    return Harness(scattered(corpus, "process.name=uniform", "training.levels=times"), draws=8)
+
+
+def test_uniform_process_scores_nothing_given_a_context(uniform):
+    with pytest.raises(sedd.UserError, match="it has no likelihood given a context"):
         uniform.loglikelihood(asked(("the", " times")))
+
+
+@pytest.mark.slow
+def test_uniform_process(model, uniform):
+    """Text without a context and documents are scored; continuations without sampling are the same each time."""
+    (nats, greedy), *_ = uniform.loglikelihood(asked(("", "the times")))
+    wanted = uniform.model.log_likelihood(["the times"], draws=8)
+    assert nats == pytest.approx(wanted[0].nats) and greedy is False
     assert uniform.loglikelihood_rolling(asked(("the times",)))[0] < 0
-    assert until(uniform, "the", max_gen_toks=4, steps=4) == until(uniform, "the", max_gen_toks=4, steps=4)
+    first, second = until(uniform, "the", max_gen_toks=4, steps=4, seed=1)
+    assert [first, second] == until(uniform, "the", max_gen_toks=4, steps=4, seed=2)
+
+
+@pytest.mark.parametrize("padding", ["ignored", pytest.param("scored", marks=pytest.mark.slow)])
+def test_models_of_padded_documents(corpus, padding):
+    """What is generated is what greedy decoding gives, and no other text; the longest that fits is a block."""
+    padded = Harness(scattered(corpus, layout=Layout("padded", padding, (0,) * BLOCK + (1,))), "margin", 8)
+    room = BLOCK - (padding == "ignored")  # there the text ends with an end of text
+    for context in ("the", "the 12 times table: 12, 24"):
+        text = until(padded, context, max_gen_toks=4)[0]
+        (nats, same), (_, other) = padded.loglikelihood(asked((context, text), (context, text[::-1] + ",")))
+        assert len(text) == 4 and same and not other
+        fits = context[-(room - 4) :]
+        assert nats == pytest.approx(padded.model.log_likelihood(text, given=fits, method="margin").nats)
 
 
 def test_lm_eval_knows_the_model_by_name(model, tmp_path):
     """Beside its own, which it would not look for had ours come first."""
     model.save(tmp_path / "exported")
     settings = f"pretrained={tmp_path / 'exported'},method=bound,draws=2"
-    made = get_model("sedd").create_from_arg_string(settings, {"batch_size": 1, "max_batch_size": None, "device": None})
+    made = get_model("sedd").create_from_arg_string(settings, {"batch_size": 1, "device": "cuda:0"})
     assert isinstance(made, Harness) and made.draws == 2 and made.get_model_info()["method"] == "bound"
     assert made.tokenizer_name == model.tokenizer.fingerprint
     assert get_model("dummy").__name__ == "DummyLM"

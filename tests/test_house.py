@@ -10,6 +10,7 @@ import sedd
 PACKAGE = Path(sedd.__file__).parent
 ROOMS = [
     "cli",
+    "quickstart",
     "harness",
     "model",
     "pretrained",
@@ -71,7 +72,7 @@ def test_importing_does_nothing():
     code = (
         "import sys, sedd; from jax._src import xla_bridge; from absl import flags\n"
         "heavy = {'tensorflow_datasets', 'tensorflow', 'orbax', 'grain', 'torch', 'scipy',\n"
-        "'sentencepiece', 'tokenizers', 'pyarrow', 'array_record', 'tensorboardX'}\n"
+        "'sentencepiece', 'tokenizers', 'pyarrow', 'array_record', 'tensorboardX', 'matplotlib', 'lm_eval', 'transformers'}\n"
         "print(sorted(heavy & set(sys.modules)), list(xla_bridge._backends), flags.FLAGS.is_parsed())"
     )
     out = subprocess.run([sys.executable, "-c", code, "--no_such_flag"], capture_output=True, text=True, check=True)

@@ -9,7 +9,8 @@ from small import small_config, small_corpus
 
 import sedd
 from sedd.data.layout import Layout
-from sedd.evaluation.perplexity import from_corpus, from_texts, perplexity
+from sedd.evaluation.perplexity import perplexity
+from sedd.evaluation.text import from_corpus, from_texts
 
 KINDS = [
     ("ignored", "absorbing"),
@@ -88,7 +89,7 @@ def test_what_is_scored(run, model):
     beyond = np.arange(32) >= scored.counts[:, None]
     changed = dataclasses.replace(scored, tokens=np.where(beyond, 3, scored.tokens))
     reports = [
-        perplexity(model.network, model.schedule, model.params, one, num_draws=2, progress=False)
+        perplexity(model.network, model.schedule, model.params, one, num_draws=2, progress=False)[0]
         for one in (scored, changed)
     ]
     same = np.isclose(reports[0].nats_per_token, reports[1].nats_per_token, rtol=1e-5)

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import index, p_value, states
-from test_exact import answers, random_tables, untrained
+from oracle import answers, index, p_value, random_tables, states, untrained
 
 from sedd.diffusion.process import Absorbing, Uniform
 from sedd.diffusion.reveal import Adaptive, Entropy, Margin

@@ -215,18 +215,17 @@ def _uniform(network, schedule, params, answers: Answers, method, num_draws, see
     if method not in ("auto", "bound"):
         raise UserError(f"method={method!r} is for the absorbing process; a uniform model has 'bound'")
     rows = (jax.random.key(seed), answers.tokens, answers.lengths)
-    replicates = _levels(network, schedule, num_draws, params, *rows)
+    replicates = _levels(network, *ends(network, schedule), num_draws, params, *rows)
     return [_mean(row, "levels") for row in np.asarray(replicates, np.float64)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _levels(network, schedule, num_draws, params, key, tokens, lengths):
+@functools.partial(jax.jit, static_argnums=range(4))
+def _levels(network, low, high, num_draws, params, key, tokens, lengths):
     """Replicates of the bound by levels, nats a row. Float[A R]."""
     repeats = num_draws // _REPLICATE
     tokens, lengths = (jnp.repeat(leaf, repeats, axis=0) for leaf in (tokens, lengths))
     keys = draws.row_keys(key, jnp.tile(jnp.arange(repeats), len(tokens) // repeats))
     free = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    low, high = ends(network, schedule)
     free_scores = network.prediction == "score"
     stats = network.stats(params, lengths=lengths, tightened=free_scores)
     found = level_draws(network.process, stats, keys, tokens, _REPLICATE, low, high, free)

@@ -17,14 +17,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vP*X"
 
 
-def check_installed() -> None:
-    """UserError if matplotlib is missing; to be known before what is to be drawn is measured."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise UserError("pictures need matplotlib: pip install 'sedd[plots]'") from None
-
-
 def plot_sweep(points: Sequence[Point], path: str | Path) -> None:
     """Writes the picture of a sweep, its kind by the ending of `path`. UserError without matplotlib or points."""
     _save(sweep_figure(points), path)
@@ -69,7 +61,8 @@ def profile_figure(profile: Sequence[Mapping], noise: str = "masked"):
     low, high, nats = (np.array([part[key] for part in known], float) for key in ("low", "high", "nats_per_token"))
     area = float(np.sum((high - low) * nats))
     whole = np.isclose(np.sum(high - low), 1.0)
-    label = f"area: {area:.3f} nats per token, " + ("the bound's diffusion term" if whole else "of the levels measured")
+    said = "the bound's diffusion term" if whole else "of the levels measured"
+    label = f"area: {area:.3f} nats per token,\n{said}"
     axes.bar(low, nats, high - low, align="edge", color=COLOURS[0], alpha=0.25, linewidth=0, label=label)
     axes.hlines(nats, low, high, color=COLOURS[0])
     errors = _errors(part["error"] for part in known)
@@ -111,9 +104,10 @@ def _errors(values) -> np.ndarray:
 
 
 def _figure(width: float):
-    check_installed()
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install 'sedd[plots]'") from None
     return Figure(figsize=(width, 3.8), layout="constrained")
 
 

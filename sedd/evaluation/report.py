@@ -197,7 +197,7 @@ def make_report(terms: Terms, other: Terms | None, scored: Scored, tightened: bo
         rows=len(scored.tokens),
         clusters=estimate.clusters,
         notes=_notes(estimate),
-        profile=profile(terms.level, terms.width, terms.diffusion, scored.counts),
+        profile=profile(terms.level, terms.width, terms.diffusion, scored.counts, scored.tokens.shape[1]),
         **about,
     )
 

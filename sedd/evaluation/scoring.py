@@ -62,7 +62,8 @@ def score(
     fits = max(1, min(MOST_ROWS, LARGEST // (length * network.process.num_states)))
     size = -(-min(batch_size or fits * devices, number) // devices) * devices
     bind = scored.layout.binds_lengths or not isinstance(network.process, Absorbing)
-    run = functools.partial(_records, network, schedule, protocol, num_draws, bind, mesh, params, jax.random.key(seed))
+    static = (network, schedule, protocol, num_draws, bind, mesh, ends(network, schedule))
+    run = functools.partial(_records, *static, params, jax.random.key(seed))
     rows = parallel.batch_sharding(mesh)
     for first in range(start, number, size):
         at = np.arange(first, first + size) % number  # one shape for all; what is over is dropped
@@ -70,8 +71,8 @@ def score(
         yield np.asarray(run(*batch))[: number - first]
 
 
-@functools.partial(jax.jit, static_argnums=range(6))
-def _records(network, schedule, protocol, num_draws, bind, mesh, params, key, tokens, lengths, rows):
+@functools.partial(jax.jit, static_argnums=range(7))
+def _records(network, schedule, protocol, num_draws, bind, mesh, limits, params, key, tokens, lengths, rows):
     """bind: tell the network the lengths; else what follows a short text stays masked: the model's exact marginal."""
     keys, process = draws.row_keys(key, rows), network.process
     free = jnp.arange(tokens.shape[1]) < lengths[:, None]
@@ -85,7 +86,7 @@ def _records(network, schedule, protocol, num_draws, bind, mesh, params, key, to
     if counts:
         found = count_draws(process, stats, keys, tokens, num_draws, free, lengths)
     elif protocol.whole:
-        found = level_draws(process, stats, keys, tokens, num_draws, *ends(network, schedule), free)
+        found = level_draws(process, stats, keys, tokens, num_draws, *limits, free)
     else:
         times = (protocol.eps, protocol.stratum(rows), protocol.strata)
         found = time_draws(process, protocol.schedule(schedule), stats, keys, tokens, num_draws, *times)

@@ -7,7 +7,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 FEW = 20  # clusters below which an error says little of itself
-BINS = 20  # of an information profile
+BINS = 20  # of an information profile, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,25 +56,32 @@ def sampling_error(halves: np.ndarray, total: int) -> tuple[float, float]:
     return float(math.sqrt(squares.sum()) / 2 / total), float(min(freedom, len(squares)))
 
 
-def profile(level: np.ndarray, width: np.ndarray, nats: np.ndarray, counts: np.ndarray) -> list[dict]:
+def profile(
+    level: np.ndarray, width: np.ndarray, nats: np.ndarray, counts: np.ndarray, block_length: int
+) -> list[dict[str, float | None]]:
     """The information profile: nats per token against the share of tokens that are touched, masked or random.
 
     The mean over the shares is the diffusion term. Each of the draws stands for `width` of the share, as Draws has it.
-    level, width, nats: Float[N M], nats a row; counts: Int[N]. Returns for each bin low, high, nats_per_token and error
-    (None where nothing was drawn).
+    level, width, nats: Float[N M], nats a row; counts: Int[N]; block_length: there are no more bins than that. Returns
+    for each bin low, high, nats_per_token and error (None where nothing was drawn).
     """
+    count = min(BINS, block_length)
     due = width * counts[:, None]
-    bins = np.minimum((level * BINS).astype(int), BINS - 1)
-    weight, total = (np.bincount(bins.ravel(), values.ravel(), BINS) for values in (due, nats))
-    mean = np.divide(total, weight, out=np.full(BINS, np.nan), where=weight > 0)
-    residual = np.bincount(bins.ravel(), ((nats - mean[bins] * due) ** 2).ravel(), BINS)
+    bins = np.minimum((level * count).astype(int), count - 1)
+    weight, total = (np.bincount(bins.ravel(), values.ravel(), count) for values in (due, nats))
+    mean = np.divide(total, weight, out=np.zeros(count), where=weight > 0)
+    residual = np.bincount(bins.ravel(), ((nats - mean[bins] * due) ** 2).ravel(), count)
     found = []
-    for number in range(BINS):
+    for number in range(count):
         known = weight[number] > 0
-        value, error = (mean[number], math.sqrt(residual[number]) / weight[number]) if known else (math.nan, math.nan)
-        ends = {"low": number / BINS, "high": (number + 1) / BINS}
-        values = {"nats_per_token": value, "error": error}
-        found.append({**ends, **{name: float(number) if known else None for name, number in values.items()}})
+        found.append(
+            {
+                "low": number / count,
+                "high": (number + 1) / count,
+                "nats_per_token": float(mean[number]) if known else None,
+                "error": float(math.sqrt(residual[number]) / weight[number]) if known else None,
+            }
+        )
     return found
 
 

@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Sequence
 
-import numpy as np
 from tqdm import tqdm
 
 from sedd.errors import UserError
@@ -46,11 +45,13 @@ def sweep(
         raise UserError("a sweep needs at least one sampler and one number of steps")
     if judge is not None and generator.tokenizer is None:
         raise UserError("a judge reads texts, and this model has no tokenizer; leave the judge out")
-    made = {(name, count): generator.sampler(name, count) for name in samplers for count in steps}
+    wanted = list(dict.fromkeys((name, count) for name in samplers for count in steps))
+    for name, count in wanted:
+        generator.sampler(name, count)  # raises for one that is not to be had
     points = []
-    for (name, count), sampler in tqdm(made.items(), desc="sweep", unit="point", delay=2, disable=not progress):
-        drawn, seconds = _timed(generator, num_samples, sampler=sampler, seed=seed, **settings)
-        tokens = [_kept(row, generator) for row in drawn.tokens]
+    for name, count in tqdm(wanted, desc="sweep", unit="point", delay=2, disable=not progress):
+        drawn, seconds = _timed(generator, num_samples, sampler=name, steps=count, seed=seed, **settings)
+        tokens = [row[:length] for row, length in zip(drawn.tokens, drawn.lengths)]
         measured = quality(drawn.texts, tokens, judge)
         points.append(Point(name, count, drawn.network_calls, seconds / num_samples, measured))
     return points
@@ -93,15 +94,6 @@ def _timed(generator: Generator, num_samples: int, **settings):
     start = time.perf_counter()
     drawn = generator.sample(num_samples, **settings)
     return drawn, time.perf_counter() - start
-
-
-def _kept(row: np.ndarray, generator: Generator) -> np.ndarray:
-    """The tokens of a text, Int[L] -> Int[l]: of a model of padded documents, those before its end."""
-    row = row[row >= 0]
-    if not generator.layout.padded:
-        return row
-    ends = np.flatnonzero(row == generator.tokenizer.end_of_text)
-    return row[: ends[0]] if len(ends) else row
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -31,6 +31,24 @@ class Scored:
     data: dict[str, Any]  # where the text comes from, for the record
 
 
+def fitting(corpus: Corpus, tokenizer: Tokenizer | None, vocab_size: int, layout: Layout) -> Tokenizer:
+    """The corpus' tokenizer. UserError unless the corpus has the model's tokenizer and layout; of a model that has no
+    tokenizer of its own, such as a published one, the size has to fit."""
+    if tokenizer is None and corpus.vocab_size != vocab_size:
+        raise UserError(
+            f"{corpus.path} has {corpus.vocab_size} tokens, the model {vocab_size}; prepare it with the tokenizer that "
+            "the model was trained with"
+        )
+    if tokenizer is not None and corpus.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{corpus.path} was made with another tokenizer than the model's; prepare it with that")
+    if corpus.layout.name != layout.name:
+        raise UserError(
+            f"{corpus.path} is {corpus.layout.name}, but the model was trained on a corpus that is {layout.name}; "
+            "prepare it so"
+        )
+    return corpus.tokenizer
+
+
 def from_corpus(corpus: Corpus, split: str, block_length: int) -> Scored:
     """A split: packed in consecutive blocks, the tail with its own length, in clusters of 16 blocks; padded document
     by document, each a cluster."""

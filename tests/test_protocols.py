@@ -1,0 +1,371 @@
+"""Protocols: how each cuts text, the times it takes, and its number, held against the formulas of the papers."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import standard_errors
+from small import SETTINGS, small_corpus
+
+import sedd
+from sedd import config as configs
+from sedd.data.layout import Layout
+from sedd.data.sources import open_source
+from sedd.data.tokenizers import make_tokenizer
+from sedd.diffusion import draws
+from sedd.diffusion.likelihood import time_draws
+from sedd.diffusion.process import Absorbing
+from sedd.diffusion.schedule import LogLinear
+from sedd.diffusion.score import ScoreStats
+from sedd.evaluation.protocols import CLEAN, GROUP, PROTOCOLS, get_protocol, grouped, laid_out
+
+LENGTH = 12
+LETTERS = "abcdefgh "
+FAMILY = ("sedd-paper", "mdlm", "duo")
+PACKED = Layout()
+
+
+def random_model(*settings, letters=LETTERS, layout=PACKED, tokenizer=None, seed=0):
+    """A model that believes something, though of no use: every parameter is random, those of the head too."""
+    tokenizer = tokenizer or make_tokenizer("characters", [letters], True)
+    config = configs.override(configs.default(), [*SETTINGS, f"data.block_length={LENGTH}", *settings])
+    process, schedule, network = configs.build(config, tokenizer.vocab_size)
+    random, shapes = np.random.default_rng(seed), jax.eval_shape(network.init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: 0.3 * random.normal(size=leaf.shape).astype(np.float32), shapes)
+    return sedd.Model(config, params, tokenizer, process, schedule, network, layout)
+
+
+def random_documents(number, longest, seed=0):
+    """Texts of random letters, some of them empty."""
+    random = np.random.default_rng(seed)
+    return ["".join(random.choice(list(LETTERS), random.integers(0, longest))) for _ in range(number)]
+
+
+# How text is cut.
+
+SEVENS = [[1, 2, 3], [4], [5, 6, 7], [], [7] * 7]
+
+
+@pytest.mark.parametrize(
+    "name, found, wanted",
+    [  # The first of eight shards takes two of nine documents; the three last are empty. 9 ends a text.
+        ("sedd-paper", [*SEVENS, [], [], [], []], [[1, 2, 3, 9], [5, 6, 7, 9], [7, 7, 7, 7], [7, 7, 7, 9]]),
+        ("sedd-paper", SEVENS[:2], [[1, 2, 3, 9]]),  # fewer documents than shards
+        ("mdlm", SEVENS[:4], [[9, 1, 2, 9], [9, 3, 9, 9], [9, 4, 9, 9], [9, 5, 6, 9], [9, 7, 9, 9]]),
+        ("duo", SEVENS[:4], [[9, 1, 2, 9], [9, 3, 4, 9], [9, 5, 6, 9]]),
+        ("duo", [[1]], np.zeros((0, 4))),
+    ],
+)
+def test_blocks_by_hand(name, found, wanted):
+    blocks = grouped([np.array(ids, np.int32) for ids in found], 4, PROTOCOLS[name], 9)
+    assert blocks.dtype == np.int32
+    np.testing.assert_array_equal(blocks, wanted)
+
+
+def cut_by_hand(found, length, end, shards, ends, wraps, group=GROUP):
+    """The blocks, a token at a time."""
+    sizes = [len(found) // shards + (shard < len(found) % shards) for shard in range(shards)]
+    around = [end] if wraps and end is not None else []
+    left, blocks = iter(found), []
+    for size in sizes:
+        of_shard = list(itertools.islice(left, size))
+        while of_shard:
+            block = []
+            for ids in of_shard[:group]:
+                for token in [*ids, end] if ends and end is not None else ids:
+                    block.append(int(token))
+                    if len(block) == length - 2 * len(around):
+                        blocks.append([*around, *block, *around])
+                        block = []
+            of_shard = of_shard[group:]
+    return blocks
+
+
+RULES = {"sedd-paper": (8, True, False), "mdlm": (1, True, True), "duo": (1, False, True)}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("end", [9, None])
+def test_blocks_of_random_documents(name, end):
+    """From fewer documents than there are shards to several groups in each of them. Control: one group of all."""
+    random = np.random.default_rng(0)
+    for number in (1, 5, 8, 9, 1000, 1001, 2100, 8 * GROUP + 3):
+        found = [random.integers(0, 9, random.integers(0, 6)).astype(np.int32) for _ in range(number)]
+        blocks = grouped(found, 7, PROTOCOLS[name], end)
+        by_hand = cut_by_hand(found, 7, end, *RULES[name])
+        np.testing.assert_array_equal(blocks, np.reshape(by_hand, (-1, 7)))
+    in_one = cut_by_hand(found, 7, end, *RULES[name], group=number)
+    assert len(in_one) >= len(blocks) > 0 and in_one != by_hand
+
+
+# The numbers, from the formulas of the papers, in float64.
+
+PROCESSES = {  # their own schedules, of which the ends are cut off: the network is told nothing beyond
+    "absorbing": ("schedule.eps=0.05", "training.min_time=0.1"),
+    "uniform": (
+        *("process.name=uniform", "schedule.name=geometric", "schedule.sigma_min=0.01", "schedule.sigma_max=4.0"),
+        *("training.levels=times", "training.min_time=0.2"),
+    ),
+}
+
+
+def log_linear(t, eps=1e-3):
+    """sigma and its rate: what the papers of MDLM and Duo integrate over, and SEDD with an absorbing model."""
+    return -np.log1p(-(1 - eps) * t), (1 - eps) / (1 - (1 - eps) * t)
+
+
+def geometric(t, low=0.01, high=4.0):
+    return low ** (1 - t) * high**t, np.log(high / low) * low ** (1 - t) * high**t
+
+
+OWN = {"absorbing": lambda t: log_linear(t, 0.05), "uniform": geometric}
+
+
+def softmax(logits):
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+def at(values, tokens):
+    return np.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
+
+
+# From what the network says at each position, Float64[... S], of noisy tokens x of x0: nats per unit time. `says` is
+# the log score of masks but for the factor 1 / (e^sigma - 1), or the log score or log r of uniform noise.
+
+
+def sedd_absorbing(says, x, x0, sigma, rate):
+    """Score entropy of masks: sum_y e^s - r s_x0 + r (log r - 1), with r = 1 / (e^sigma - 1)."""
+    ratio = 1 / np.expm1(sigma)
+    log_score = (says - np.log(np.expm1(sigma))[..., None])[..., :-1]
+    entropy = np.exp(log_score).sum(-1) - ratio * at(log_score, x0) + ratio * (np.log(ratio) - 1)
+    return np.where(x == says.shape[-1] - 1, rate * entropy, 0.0)
+
+
+def cross_entropy(says, x, x0, sigma, rate):
+    """MDLM, and Duo's code of it: -log softmax(logits)_x0 sigma' / (e^sigma - 1), the mask's logit left out."""
+    surprise = -at(softmax(says[..., :-1]), x0)
+    return np.where(x == says.shape[-1] - 1, rate / np.expm1(sigma) * surprise, 0.0)
+
+
+def sedd_uniform(log_score, x, x0, sigma, rate):
+    """Score entropy of uniform noise: (1/V) sum_{y != x} e^s - a s + a (log a - 1), a = q(y | x0) / q(x | x0)."""
+    size, alpha, y = log_score.shape[-1], np.exp(-sigma)[..., None], np.arange(log_score.shape[-1])
+    law = alpha * (y == x0[..., None]) + (1 - alpha) / size
+    ratio = law / at(law, x)[..., None]
+    entropy = np.exp(log_score) - ratio * log_score + ratio * (np.log(ratio) - 1)
+    return rate / size * np.where(y == x[..., None], 0.0, entropy).sum(-1)
+
+
+def clipped_uniform(log_score, x, x0, sigma, rate):
+    """The same of scores that are cut to what a ratio can be."""
+    most = np.log1p(log_score.shape[-1] / np.expm1(sigma))[..., None]
+    return sedd_uniform(np.clip(log_score, -most, most), x, x0, sigma, rate)
+
+
+def sedd_uniform_of_tokens(log_clean, x, x0, sigma, rate):
+    """The score entropy of the score that a belief of the clean token makes."""
+    alpha = np.exp(-sigma)[..., None]
+    law = alpha * np.exp(log_clean) + (1 - alpha) / log_clean.shape[-1]
+    return sedd_uniform(np.log(law / at(law, x)[..., None]), x, x0, sigma, rate)
+
+
+def duo_uniform(log_clean, x, x0, sigma, rate):
+    """Schiff et al., arXiv 2412.10193, equation 18, which Duo has too: of xbar = V alpha x + 1 - alpha."""
+    size, alpha = log_clean.shape[-1], np.exp(-sigma)[..., None]
+    bar = size * alpha * (np.arange(size) == x0[..., None]) + 1 - alpha
+    believed = size * alpha * np.exp(log_clean) + 1 - alpha
+    here, believed_here = at(bar, x)[..., None], at(believed, x)[..., None]
+    change = (size / here - size / believed_here)[..., 0]
+    change -= np.sum(bar / here * np.log(believed_here * bar / (believed * here)), axis=-1)
+    return -rate / size * change  # d alpha / dt = -rate alpha
+
+
+def said(model, x, sigma):
+    """What the network says, told sigma. Int[N L], Float[N] -> Float64[N L S], as the formulas take it."""
+    if model.network.prediction == "denoiser" and model.process.num_states == model.process.vocab_size:
+        return np.asarray(jax.jit(lambda x, sigma: model.denoiser()(x, sigma, None))(x, sigma), np.float64)
+    log_score = np.asarray(model.log_score(x, sigma), np.float64)
+    if isinstance(model.process, Absorbing):  # the published convention: less log(e^sigma - 1)
+        log_score += np.log(np.expm1(sigma))[:, None, None]
+    return log_score
+
+
+CASES = [  # the formulas that give the number, and those that do not
+    ("absorbing", "score", "sedd-paper", (sedd_absorbing,), (cross_entropy,)),
+    ("absorbing", "score", "mdlm", (cross_entropy,), (sedd_absorbing,)),
+    ("absorbing", "denoiser", "duo", (cross_entropy, sedd_absorbing), ()),  # of what is normalised both are one
+    ("uniform", "score", "sedd-paper", (sedd_uniform,), (clipped_uniform,)),
+    pytest.param("uniform", "score", "mdlm", (clipped_uniform,), (sedd_uniform,), marks=pytest.mark.slow),
+    pytest.param("uniform", "denoiser", "sedd-paper", (sedd_uniform_of_tokens,), (), marks=pytest.mark.slow),
+    ("uniform", "denoiser", "duo", (duo_uniform, sedd_uniform_of_tokens), ()),
+]
+
+
+@pytest.mark.parametrize("kind, prediction, name, right, wrong", CASES)
+def test_the_number_is_the_papers(kind, prediction, name, right, wrong):
+    """Times and noise are drawn again from the same keys; all else is in NumPy. Controls: the other formulas, the
+    other schedule, and the network told the noise beyond what it was trained on."""
+    model = random_model(*PROCESSES[kind], f"network.prediction={prediction}")
+    texts, protocol = random_documents(40, 30), PROTOCOLS[name]
+    number = 2 if name == "sedd-paper" else 1
+    draws_told = {"draws": number} if name == "sedd-paper" else {}  # that of the others is the default
+    report = model.perplexity(texts, protocol=name, seed=3, progress=False, **draws_told)
+
+    found = [model.tokenizer.encode(text) for text in texts]
+    x0 = np.array(cut_by_hand(found, LENGTH, model.tokenizer.end_of_text, *RULES[name]))
+    rows = np.arange(len(x0))
+    keys = draws.row_keys(jax.random.key(3), rows)
+
+    def value(formula, schedule, told):
+        total = 0.0
+        for draw in range(number):  # keyed by half, then by stratum; with two draws each is a half
+            of_draw = draws.fold(draws.fold(keys, draw), 0)
+            share = (np.asarray(protocol.stratum(rows)) + draws.uniform(draws.fold(of_draw, 0))) / protocol.strata
+            sigma, rate = (part[:, None] for part in schedule(np.asarray(1e-3 + (1 - 1e-3) * share, np.float64)))
+            x = np.asarray(model.process.perturb(draws.fold(of_draw, 1), x0, sigma.astype(np.float32)))
+            total += formula(said(model, x, told(sigma[:, 0])), x, x0, sigma, rate).sum()
+        return total / number / x0.size
+
+    def trained(sigma):
+        return np.clip(sigma, *model.network.sigma_range)
+
+    schedules = (OWN[kind], log_linear) if name == "sedd-paper" else (log_linear, OWN[kind])
+    assert (report.num_tokens, report.rows, report.draws) == (x0.size, len(x0), number)
+    for formula in right:
+        np.testing.assert_allclose(report.nats_per_token, value(formula, schedules[0], trained), rtol=1e-5)
+    others = [value(formula, schedules[0], trained) for formula in wrong]
+    others += [value(right[0], schedules[1], trained), value(right[0], schedules[0], np.asarray)]
+    assert min(abs(other / report.nats_per_token - 1) for other in others) > 1e-3
+    if wrong:  # both readings of free scores are in the report
+        readings = sorted([report.free_nats_per_token, report.tightened_nats_per_token])
+        np.testing.assert_allclose(readings, sorted([report.nats_per_token, others[0]]), rtol=1e-5)
+
+
+# The times.
+
+
+@pytest.mark.parametrize("strata", [1, 16, 64])
+def test_rows_share_out_the_strata(strata):
+    """Of so many rows in a row each has its own, and neighbours have distant ones."""
+    (protocol,) = {p for p in map(get_protocol, FAMILY) if p.strata == strata}
+    stratum = np.asarray(protocol.stratum(jnp.arange(300)))
+    for first in range(300 - strata):
+        assert sorted(stratum[first : first + strata]) == list(range(strata))
+    apart = np.abs(np.diff(stratum))
+    assert strata == 1 or np.minimum(apart, strata - apart).min() > strata / 4
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_times_cover_what_the_papers_integrate_over(name):
+    """[eps, 1], evenly. Control: not [0, 1]."""
+    protocol, rows, process = get_protocol(name), jnp.arange(6400), Absorbing(3)
+
+    @jax.jit
+    def times(rows):
+        keys, nothing = draws.row_keys(jax.random.key(0), rows), jnp.zeros((len(rows), 1))
+        settings = (protocol.eps, protocol.stratum(rows), protocol.strata)
+        found = time_draws(
+            process,
+            LogLinear(1e-3),
+            lambda x, sigma, x0: ScoreStats(nothing, nothing, nothing),
+            *(keys, jnp.zeros((len(rows), 1), jnp.int32), 2, *settings),
+        )
+        return found.level / (1 - 1e-3)
+
+    first, second = np.asarray(times(rows), np.float64)
+    assert np.all(first != second)
+    place = np.floor((first - 1e-3) / (1 - 1e-3) * protocol.strata).reshape(-1, protocol.strata)
+    assert np.all(np.sort(place) == np.arange(protocol.strata))
+    seen = np.concatenate([first, second])
+    assert 1e-3 <= seen.min() < 1e-3 + 1e-3 and 1 - 1e-3 < seen.max() <= 1
+    assert np.bincount(np.floor((seen - 1e-3) / (1 - 1e-3) * 10).astype(int)).min() > 1150  # of 1,280 in each tenth
+    error = 12**-0.5 / len(seen) ** 0.5
+    assert abs(seen.mean() - (1 + 1e-3) / 2) < 4 * error
+    if protocol.strata > 1:  # then the mean is known far better than that
+        residual = (seen - (1e-3 + 1) / 2).reshape(-1, protocol.strata).mean(-1)
+        assert abs(standard_errors(residual)) < 4 < abs(standard_errors(residual + (1e-3 + 1) / 2 - 0.5))
+
+
+# What may be chosen, and mistakes.
+
+
+def test_what_is_chosen_where_nothing_is_told(tmp_path):
+    """The draws and the split of each; an argument is heeded instead."""
+    assert [get_protocol(name).draws for name in PROTOCOLS] == [None, 1000, 1, 1]
+    (tmp_path / "text").write_text("a few letters\nand more\n")
+    corpus = sedd.prepare({"train": f"lines:{tmp_path}/text"}, "characters", tmp_path / "corpus")
+    model = random_model(tokenizer=corpus.tokenizer)
+    for name, split in zip(PROTOCOLS, ("test", "test", "validation", "validation")):
+        with pytest.raises(sedd.UserError, match=f"has no split '{split}'"):
+            model.perplexity(corpus, protocol=name)
+        with pytest.raises(sedd.UserError, match="has no split 'mine'"):
+            model.perplexity(corpus, split="mine", protocol=name)
+    with pytest.raises(sedd.UserError, match="draws must be at least 1, not 0"):
+        model.perplexity(corpus, split="train", protocol="sedd-paper", draws=0)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_mistakes(name):
+    """Each in one line, before anything is compiled."""
+    padded = random_model(layout=Layout("padded", "ignored"))
+    for model, texts, message in [
+        (padded, ["abc" * 9], f"the protocol {name} packs text, but the model was trained on padded .*; use clean"),
+        (random_model(), ["abc", "def"], rf"{name} leaves nothing of 6 tokens in 2 documents: .* block of 12 .* clean"),
+        (random_model(), [], f"{name} leaves nothing of 0 tokens in 0 documents"),
+        (random_model(), ["abc", "b\ud800"], r"text 2 of 2 holds '\\ud800', which is no character"),
+    ]:
+        with pytest.raises(sedd.UserError, match=message) as error:
+            model.perplexity(texts, protocol=name)
+        assert "\n" not in str(error.value)
+
+
+def test_an_unknown_protocol():
+    with pytest.raises(sedd.UserError, match="no protocol 'mdml'; there are clean, sedd-paper, mdlm, duo"):
+        random_model().perplexity(["abc"], protocol="mdml")
+
+
+# What `clean` scores.
+
+
+def rows_of(scored):
+    return [row[:count].tolist() for row, count in zip(scored.tokens, scored.counts, strict=True)]
+
+
+def test_clean_scores_each_token_once(tmp_path):
+    """Of a corpus in blocks, the tail with its own weight; of a list text by text. Control: the others drop some."""
+    corpus = small_corpus(tmp_path)
+    scored = laid_out(CLEAN, corpus, "train", corpus.tokenizer, LENGTH, PACKED)
+    tokens = np.asarray(corpus.tokens("train")).tolist()
+    assert sum(rows_of(scored), []) == tokens
+    assert scored.counts[:-1].tolist() == [LENGTH] * (len(scored.tokens) - 1) and 0 < scored.counts[-1] < LENGTH
+    np.testing.assert_array_equal(scored.lengths, scored.counts)
+    for name in FAMILY:
+        blocks = laid_out(PROTOCOLS[name], corpus, "train", corpus.tokenizer, LENGTH, PACKED)
+        assert blocks.counts.tolist() == [LENGTH] * len(blocks.tokens) and blocks.num_bytes is None
+        assert np.concatenate(rows_of(blocks)).tolist() != tokens[: blocks.tokens.size]
+
+    texts = ["the 1", "the 27 times table", "1, 2"]
+    scored = laid_out(CLEAN, texts, "test", corpus.tokenizer, LENGTH, PACKED)
+    rows = rows_of(scored)
+    assert [corpus.tokenizer.decode(np.array(ids)) for ids in rows] == ["the 1", "the 27 times", " table", "1, 2"]
+    assert scored.clusters.tolist() == [0, 1, 1, 2] and scored.num_characters == sum(map(len, texts))
+
+
+@pytest.mark.parametrize("padding", [None, "ignored", "scored"])
+@pytest.mark.parametrize("kind", ["lines", "ptb"])
+def test_a_source_is_scored_as_the_corpus_of_it(kind, padding, tmp_path):
+    """Documents that end with an id, or with a newline; the empty line is none of them."""
+    texts = random_documents(30, 40, seed=1) + ["zebra é"]
+    (tmp_path / "text").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    spec, mode = f"{kind}:{tmp_path}/text", "packed" if padding is None else "padded"
+    corpus = sedd.prepare(spec, "characters", tmp_path / "corpus", split="position:1", mode=mode, padding=padding)
+    about = (corpus.tokenizer, LENGTH, corpus.layout)
+    found, wanted = (laid_out(CLEAN, text, "train", *about) for text in (open_source(spec), corpus))
+    assert found.num_bytes == wanted.num_bytes > found.num_characters == wanted.num_characters
+    for field in ("tokens", "lengths", "counts", "clusters"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(wanted, field), field)
+    assert found.layout == wanted.layout and found.data["source"] == spec
+    assert dataclasses.replace(found, data=None).counts.sum() == corpus.num_tokens("train")

@@ -20,11 +20,13 @@ import numpy as np
 from tqdm import tqdm
 
 from sedd import prompts
+from sedd.data.tokenizers import make_tokenizer
 from sedd.diffusion.process import Absorbing
 from sedd.diffusion.reveal import Adaptive, Margin, Picker
 from sedd.errors import UserError
-from sedd.evaluation.conditional import Answers, LogLikelihood, answers_to, log_likelihoods
+from sedd.evaluation.conditional import Answers, answers_to, log_likelihoods
 from sedd.evaluation.perplexity import perplexity
+from sedd.evaluation.scoring import LARGEST
 from sedd.evaluation.text import from_texts
 from sedd.generation import GROUP, Generator
 from sedd.model import Model, load
@@ -66,9 +68,10 @@ class Greedy(Adaptive):
 class Harness(LM):
     """A model for lm_eval: its likelihoods of answers and of documents, and its continuations.
 
-    pretrained: what `sedd.load` takes, or a Model; method, draws, seed: as in `Model.log_likelihood`; draws is also the
-    noise levels a block of `loglikelihood_rolling`; None is the default of each. max_gen_toks: the tokens of a
-    continuation where a task does not say. UserError for a model without tokenizer.
+    pretrained: what `sedd.load` takes, or a Model; tokenizer: for a model that has none, as `sedd prepare` takes it,
+    "gpt2:FOLDER" for a published one; method, draws, seed: as in `Model.log_likelihood`; draws is also the noise levels
+    a block of `loglikelihood_rolling`; None is the default of each. max_gen_toks: the tokens of a continuation where a
+    task does not say. UserError for a model without tokenizer.
 
     batch_size, max_batch_size, device: lm_eval passes them, and nothing depends on them: rows are grouped here, and the
     device is JAX's to choose.
@@ -77,6 +80,7 @@ class Harness(LM):
     def __init__(
         self,
         pretrained: str | Path | Model,
+        tokenizer: str | None = None,
         method: str = "auto",
         draws: int | None = None,
         seed: int = 0,
@@ -86,10 +90,10 @@ class Harness(LM):
         device: str | None = None,
     ):
         super().__init__()
-        self.model = pretrained if isinstance(pretrained, Model) else load(pretrained)
-        if self.model.tokenizer is None:
-            raise UserError("this model has no tokenizer, and lm_eval has only text for it")
-        self.method, self.draws, self.seed, self.max_gen_toks = method, draws, seed, max_gen_toks
+        model = pretrained if isinstance(pretrained, Model) else load(pretrained)
+        self.model = model if model.tokenizer and tokenizer is None else _with_tokenizer(model, tokenizer)
+        self.method, self.seed, self.max_gen_toks = method, seed, max_gen_toks
+        self.noise = {"seed": seed} | ({} if draws is None else {"num_draws": draws})
 
     @property
     def tokenizer_name(self) -> str:
@@ -98,26 +102,26 @@ class Harness(LM):
 
     def get_model_info(self) -> dict:
         """What lm_eval writes into its results: how the numbers were estimated."""
-        estimator = dict(method=self.method, draws=self.draws, seed=self.seed)
-        return estimator | dict(block_length=self.model.block_length, tokenizer=self.tokenizer_name)
+        about = {"method": self.method, "block_length": self.model.block_length, "tokenizer": self.tokenizer_name}
+        return about | self.noise
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """log p(continuation | context) of each request, in nats, and whether it is what greedy decoding gives.
 
-        The number is `Model.log_likelihood`'s by its method: exact, or from below. Options of a question share their
-        noise, and where "auto" would take different methods for them, all are bounded. White space at the end of a
-        context passes to the continuation. A context that does not fit into the block loses its oldest tokens.
-        UserError, before anything is scored, for a continuation that is longer than the block, and for a context where
-        the process is Uniform.
+        The number is `Model.log_likelihood`'s by its method: exact, or from below. Options of a question are scored by
+        one method and with the same noise. White space at the end of a context passes to the continuation. A context
+        that does not fit into the block loses its oldest tokens. UserError, before anything is scored, for a
+        continuation that is longer than the block, and for a context where the process is Uniform.
 
         Greedy decoding is that of `generate_until`, told how many tokens the continuation has.
         """
         groups = itertools.groupby(requests, key=lambda request: (request.doc_id, request.args[0]))
         questions = self._questions([[request.args for request in group] for _, group in groups])
-        found = []
+        model, found = self.model, []
+        score = functools.partial(log_likelihoods, model.network, model.schedule, model.params)
         for start in tqdm(range(0, len(questions), GROUP), desc="scoring", unit=f"{GROUP} questions", delay=2):
             group = questions[start : start + GROUP]
-            likelihoods = [one for answers in group for one in self._likelihoods(answers)]
+            likelihoods = [one for answers in group for one in score(answers, self.method, **self.noise)]
             for likelihood, greedy in zip(likelihoods, self._are_greedy(group), strict=True):
                 found.append((likelihood.nats, greedy))
                 self.cache_hook.add_partial("loglikelihood", requests[len(found) - 1].args, found[-1])
@@ -151,7 +155,7 @@ class Harness(LM):
             at = [number for number, other in enumerate(wishes) if other == wish]
             filled = self._continued([contexts[number] for number in at], wish)
             for number, ids in zip(at, filled, strict=True):
-                texts[number] = self._until(ids, requests[number].args[1].get("until", []))
+                texts[number] = self._until(ids, requests[number].args[1].get("until") or [])
                 self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
         return texts
 
@@ -168,36 +172,23 @@ class Harness(LM):
         self._warn_of(contexts, whole)
         return questions
 
-    def _likelihoods(self, answers: Answers) -> list[LogLikelihood]:
-        """Of the options of a question, by one method: a bound and what it bounds cannot be compared."""
-        model = self.model
-        ask = functools.partial(log_likelihoods, model.network, model.schedule, model.params, answers, seed=self.seed)
-        found = ask(self.method, **self._draws("num_draws"))
-        if len({one.method for one in found}) > 1:
-            found = ask("bound", **self._draws("num_draws"))
-        return found
-
     def _of_documents(self, texts: list[str]) -> list[float]:
         """The bound on log p of each document of a task."""
         model, full = self.model, [number for number, text in enumerate(texts) if text]
         nats = np.zeros(len(texts))
         if full:
             scored = from_texts([texts[number] for number in full], model.tokenizer, model.block_length, model.layout)
-            draws = {"num_draws": model.config.evaluation.draws} | self._draws("num_draws")
-            _, terms = perplexity(model.network, model.schedule, model.params, scored, seed=self.seed, **draws)
+            noise = {"num_draws": model.config.evaluation.draws} | self.noise
+            _, terms = perplexity(model.network, model.schedule, model.params, scored, **noise)
             nats[full] = -np.bincount(terms.clusters, terms.rows, minlength=len(full))
         return nats.tolist()
-
-    def _draws(self, name: str) -> dict[str, int]:
-        return {} if self.draws is None else {name: self.draws}
 
     def _are_greedy(self, questions: list[Answers]) -> list[bool]:
         """Whether greedy decoding of the free tokens of each row gives them back."""
         rows = [row for answers in questions for row in _rows(answers)]
-        order = np.argsort(
-            [np.sum(~row.given) for row in rows], kind="stable"
-        )  # as many calls for all that run together
-        decoded = self._generator.draw([rows[number] for number in order], **dict(self._greedy)).tokens
+        # By the number of free tokens: rows that run together then take as many calls.
+        order = np.argsort([np.sum(~row.given) for row in rows], kind="stable")
+        decoded = self._drawn([rows[number] for number in order], self._greedy)
         found = {number: ids[: len(rows[number].tokens)] for number, ids in zip(order, decoded, strict=True)}
         return [bool(np.array_equal(found[number], row.tokens)) for number, row in enumerate(rows)]
 
@@ -205,7 +196,7 @@ class Harness(LM):
         """The tokens after each context."""
         known = [prompts.of_text(context, self.model.tokenizer) for context in contexts]
         rows = [self._in_block(prompts.joined(context, prompts.blank(wish.count))) for context in known]
-        filled = self._generator.draw(rows, **dict(wish.sampling)).tokens
+        filled = self._drawn(rows, wish.sampling)
         starts = [len(context.tokens) for context in known]
         return [ids[start : start + wish.count] for ids, start in zip(filled, starts, strict=True)]
 
@@ -219,10 +210,13 @@ class Harness(LM):
         rest = model.block_length - len(row.tokens)
         return prompts.joined(row, Prompt(np.full(rest, model.process.mask, np.int32), np.ones(rest, bool)))
 
-    @property
-    def _generator(self) -> Generator:
-        model = self.model  # without tokenizer: its rows hold masks, which have no text
-        return Generator(model.network, model.params, model.schedule, None, model.layout, model.block_length)
+    def _drawn(self, rows: list[Prompt], sampling: tuple[tuple[str, Any], ...]) -> np.ndarray:
+        """The tokens of the rows once they are filled in: Int32[N L]."""
+        model = self.model
+        fits = max(1, min(GROUP, LARGEST // (model.block_length * model.process.num_states)))
+        # Without a tokenizer: the rows hold masks, which have no text.
+        generator = Generator(model.network, model.params, model.schedule, None, model.layout, model.block_length)
+        return generator.draw(rows, **dict(sampling), batch_size=fits).tokens
 
     @property
     def _greedy(self) -> tuple[tuple[str, Any], ...]:
@@ -287,6 +281,21 @@ class Harness(LM):
             logging.getLogger(__name__).warning(
                 f"{cut} of {len(whole)} contexts did not fit into {block}; cut on the left"
             )
+
+
+def _with_tokenizer(model: Model, spec: str | None) -> Model:
+    """A model that has no tokenizer, with one."""
+    if model.tokenizer is not None:
+        raise UserError(f"this model has a tokenizer of its own; leave out tokenizer={spec}")
+    if spec is None:
+        raise UserError("this model has no tokenizer; name the one it was trained with, as in tokenizer=gpt2:FOLDER")
+    tokenizer = make_tokenizer(spec, (), end_of_text=True)
+    if tokenizer.vocab_size != model.process.vocab_size:
+        raise UserError(
+            f"the tokenizer {spec} has {tokenizer.vocab_size} tokens, the model {model.process.vocab_size}; "
+            "give the one it was trained with"
+        )
+    return dataclasses.replace(model, tokenizer=tokenizer)
 
 
 def _rows(answers: Answers) -> list[Prompt]:

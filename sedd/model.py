@@ -32,7 +32,7 @@ from sedd.evaluation.judges import Judged
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.protocols import get_protocol, laid_out
 from sedd.evaluation.report import Comparison, Report, Terms, make_comparison
-from sedd.evaluation.text import fitting
+from sedd.evaluation.text import fitting, from_texts
 from sedd.generation import Generator, Samples
 from sedd.network.network import Network
 from sedd.parallel import fingerprint, named, placed
@@ -210,7 +210,10 @@ class Model:
         nats, counts = np.zeros(len(texts)), np.zeros(len(texts), int)
         told = np.array([bool(text) for text in texts])
         if told.any():
-            _, terms = self._score([text for text in texts if text], progress=False)
+            full = [text for text in texts if text]
+            scored = from_texts(full, self._require_tokenizer(), self.block_length, self.layout, marked=True)
+            draws = self.config.evaluation.draws
+            _, terms = perplexity(self.network, self.schedule, self.params, scored, num_draws=draws, progress=False)
             nats[told] = np.bincount(terms.clusters, terms.rows)
             counts[told] = np.bincount(terms.clusters, terms.counts)
         return Judged(nats, counts)

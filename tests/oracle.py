@@ -29,6 +29,12 @@ def index(x, num_states):
     return np.asarray(x) @ num_states ** np.arange(np.shape(x)[-1])[::-1]
 
 
+def changed(num_states, length):
+    """Every sequence with each of its positions set to each state. Int[S^L L S L]."""
+    at, y = np.eye(length, dtype=bool)[:, None], np.arange(num_states)[:, None]
+    return np.where(at, y, states(num_states, length)[:, None, None])
+
+
 def channel(process, sigma, length=1):
     """q_sigma(x | x0) of whole sequences, x0 over clean ones: expm(sigma Q) at each position. Float[V^L S^L]."""
     pi = np.zeros(process.num_states)
@@ -62,11 +68,8 @@ class Joint:
 
     def score(self, process, sigma):
         """The concrete scores p_sigma(x with x_i := y) / p_sigma(x), at every x. Float[S^L L S]."""
-        length, num_states = self.p.ndim, process.num_states
-        at, y = np.eye(length, dtype=bool)[:, None], np.arange(num_states)[:, None]
-        changed = np.where(at, y, states(num_states, length)[:, None, None])
-        law = self.law(process, sigma)
-        return law[index(changed, num_states)] / law[:, None, None]
+        law, num_states = self.law(process, sigma), process.num_states
+        return law[index(changed(num_states, self.p.ndim), num_states)] / law[:, None, None]
 
     def conditional(self, tokens, free):
         """The law given the tokens that are not free. Int[... L], Bool[... L] -> Float[... V^L]."""
@@ -150,6 +153,25 @@ class MarkovChain:
         weights = np.exp(2 * np.random.default_rng(seed).normal(size=(1 + vocab_size, vocab_size)))
         weights /= weights.sum(-1, keepdims=True)
         return cls(weights[0], weights[1:])
+
+    @classmethod
+    def peaked(cls, vocab_size=27, seed=0):
+        """A chain in which few tokens follow each, from its stationary law on."""
+        step = np.random.default_rng(seed).dirichlet(np.full(vocab_size, 0.05), vocab_size)
+        start = np.linalg.matrix_power(step, 2**12)[0]
+        return cls(start / start.sum(), step)
+
+    def draw(self, length, seed=0):
+        """One sequence. Int[length]."""
+        rng = np.random.default_rng(seed)
+        x = [rng.choice(len(self.start), p=self.start)]
+        while len(x) < length:
+            x.append(rng.choice(len(self.start), p=self.step[x[-1]]))
+        return np.array(x)
+
+    def surprise(self, x0):
+        """-log p of one sequence, Int[L]. Float[]."""
+        return -np.log(self.start[x0[0]]) - np.log(self.step[x0[:-1], x0[1:]]).sum()
 
     def joint(self, length):
         """The law of its first tokens, held whole."""
@@ -257,6 +279,29 @@ def _pushed(law, sampler, denoiser, x, entry, tokens, free):
     log_clean = clamped(denoiser, tokens, free)(x, jnp.full(len(x), entry.sigma), None)
     jump = sampler.jump(log_clean, x, entry)
     return law @ kernel(jump._replace(p_move=jnp.where(free, jump.p_move, 0.0)), x, sampler.process.num_states)
+
+
+def reversed_law(process, rates, length, low, high, steps=150):
+    """The laws at noise `low` of reverse processes that start in pi at `high`: Runge and Kutta's ODE in log sigma.
+
+    rates(sigma): Float[N S^L L V], those of N models from each sequence to each with one token changed. Float[N S^L].
+    """
+    x, width = states(process.num_states, length), np.log(high / low) / steps
+    arrives = np.eye(len(x))[index(changed(process.num_states, length)[:, :, : process.vocab_size], process.num_states)]
+
+    def flow(law, place):
+        sigma = high * jnp.exp(-width * place)
+        moved = width * sigma * rates(sigma) * law[..., None, None]
+        return jnp.einsum("nxiv,xivy->ny", moved, arrives) - moved.sum((-2, -1))
+
+    def step(k, law):
+        first = flow(law, k)
+        second = flow(law + first / 2, k + 0.5)
+        third = flow(law + second / 2, k + 0.5)
+        return law + (first + 2 * second + 2 * third + flow(law + third, k + 1)) / 6
+
+    start = jnp.broadcast_to(process.stationary()[x].prod(-1), rates(high).shape[:2])
+    return jax.lax.fori_loop(0, steps, step, start)
 
 
 def total_variation(p, q):

@@ -86,6 +86,49 @@ def test_eval(place, capsys):
     assert json.loads(capsys.readouterr().out)["draws"] == 2
 
 
+def test_eval_leaves_a_report_and_goes_on(place, capsys):
+    """Report, picture and records in a folder; asked again, the same answer without scoring."""
+    command = ["eval", f"--model={place}/run", "--draws=2", f"--out={place}/result"]
+    assert main(command) == 0
+    first, compiled = capsys.readouterr().out, len(COMPILED)
+    found = {file.name for file in (place / "result").iterdir()}
+    assert found == {"report.json", "profile.png", "draws.f32", "job.json"}
+    assert main(command) == 0
+    assert capsys.readouterr().out == first and len(COMPILED) == compiled
+
+
+def test_eval_against_another_and_under_several_protocols(place, capsys):
+    both = f"--against={place}/run"
+    assert (
+        main(["eval", f"--model={place}/run", both, "--draws=2", "--json", "--split=train", f"--out={place}/pair"]) == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["difference"] == 0
+    assert json.loads((place / "pair/comparison.json").read_text()) == found
+    assert main(["eval", f"--model={place}/run", "--protocol=clean,mdlm", "--draws=2", "--split=train"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["protocol", "clean", "mdlm"]
+
+
+def test_eval_of_a_source(place, capsys):
+    """Text that was never prepared."""
+    (place / "line.txt").write_text("the 7 times table: 7, 14, 21, 28\n")
+    assert main(["eval", f"--model={place}/run", f"--source=text:{place}/line.txt", "--draws=2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_bytes"] == 33
+
+
+def test_quality_of_samples_and_a_sweep(place, capsys):
+    assert main(["sample", f"--model={place}/run", "--num_samples=3", "--steps=3", "--json"]) == 0
+    (place / "samples.jsonl").write_text(capsys.readouterr().out)
+    assert main(["eval", f"--samples={place}/samples.jsonl", f"--judge={place}/run"]) == 0
+    out = capsys.readouterr().out
+    assert "generative perplexity" in out and "unigram entropy" in out and "a bound" in out
+    flags = ["--samplers=tweedie, margin", "--steps=2", "--num_samples=2", f"--out={place}/sweep"]
+    assert main(["sweep", f"--model={place}/run", *flags]) == 0
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[1:3]] == ["tweedie", "margin"]
+    assert {file.name for file in (place / "sweep").iterdir()} == {"sweep.json", "sweep.png"}
+
+
 def test_sample(place, capsys):
     assert main(["sample", f"--model={place}/run", "--num_samples=2", "--steps=3", "--json"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -136,6 +179,18 @@ def test_infill(place, capsys):
         ("eval --model={0}/run --split=tset", "there are train, validation, test"),
         ("eval --model={0}/run --draws=0", "draws must be at least 1"),
         ("eval --model={0}/run --config.training.steps=1", "takes no --config"),
+        ("eval", "either a --model, or --samples"),
+        ("eval --model={0}/run --protocol=paper", "there are clean, sedd-paper, mdlm, duo"),
+        ("eval --model={0}/run --data={0}/corpus --source=text:{0}/tiny.txt", "either --data or --source"),
+        ("eval --model={0}/run --source=text:{0}/absent", "no file matches"),
+        ("eval --model={0}/run --source=text:{0}/empty.txt", "holds no text"),
+        ("eval --model={0}/run --against={0}/run --protocol=clean,duo", "--against takes one protocol"),
+        ("eval --model={0}/run --judge={0}/run", "go with --samples"),
+        ("eval --model={0}/run --out={0}/texts", "holds no evaluation"),
+        ("eval --samples={0}/absent", "cannot be read as samples"),
+        ("eval --samples={0}/tiny.txt", "is cut off"),
+        ("sweep --model={0}/run --steps=8,many", "--steps takes numbers"),
+        ("sweep --model={0}/run --samplers=best", "there are euler, tweedie"),
         ("sample --model={0}/run --steps=0", "steps must be at least 1"),
         ("sample --model={0}/run --num_samples=0", "number of samples must be at least 1"),
         ("sample --model={0}/run --sampler=best", "there are euler, tweedie"),

@@ -71,8 +71,8 @@ def test_importing_does_nothing():
     """No data set or checkpoint library, no torch, no device, no flag."""
     code = (
         "import sys, sedd; from jax._src import xla_bridge; from absl import flags\n"
-        "heavy = {'tensorflow_datasets', 'tensorflow', 'orbax', 'grain', 'torch', 'scipy',\n"
-        "'sentencepiece', 'tokenizers', 'pyarrow', 'array_record', 'tensorboardX', 'matplotlib', 'lm_eval', 'transformers'}\n"
+        "heavy = {'tensorflow_datasets', 'tensorflow', 'orbax', 'grain', 'torch', 'scipy', 'matplotlib', 'lm_eval',\n"
+        "'sentencepiece', 'tokenizers', 'pyarrow', 'array_record', 'tensorboardX', 'transformers'}\n"
         "print(sorted(heavy & set(sys.modules)), list(xla_bridge._backends), flags.FLAGS.is_parsed())"
     )
     out = subprocess.run([sys.executable, "-c", code, "--no_such_flag"], capture_output=True, text=True, check=True)

@@ -1,16 +1,31 @@
-"""The bound with the exact scores is no bound but the likelihood, of each sequence."""
+"""The bound with the exact scores is no bound but the likelihood, of each sequence; its draws average to it."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.special
-from oracle import channel, index, scaled, standard_errors
+from oracle import (
+    Joint,
+    MarkovChain,
+    along_all,
+    channel,
+    index,
+    random_tables,
+    reversed_law,
+    scaled,
+    standard_errors,
+    states,
+    untrained,
+)
 
 from sedd.diffusion import draws
-from sedd.diffusion.likelihood import sigma_bound
-from sedd.diffusion.process import Absorbing
+from sedd.diffusion.likelihood import count_draws, level_draws, sigma_bound, time_draws
+from sedd.diffusion.process import Absorbing, Uniform
+from sedd.diffusion.schedule import Geometric, LogLinear
 from sedd.diffusion.score import score_stats, stats_from
 
 
@@ -42,19 +57,56 @@ def test_the_bound_of_the_last_step_averages_to_the_entropy(process, joint, floa
     assert joint.p.ravel() @ reconstruction(1e-4) > 1e-4  # the control: what would be missing
 
 
-ROWS = 30_000
+def test_the_bound_never_exceeds_what_it_bounds(process, float64):
+    """A hundred networks that heed the noise and contradict themselves, a little or much, on all of two tokens.
 
+    What is bounded is the law of the reverse process with its last step: its ODE, solved. From a noise of 40 on the
+    absorbing one is sure to be all masks. Control: with a fiftieth of the integral left out, there are sequences that
+    are less likely than that.
+    """
+    low, high, top = (1e-3, math.inf, 40.0) if isinstance(process, Absorbing) else (1e-3, 12.0, 12.0)
+    tables = np.linspace(0.01, 1, 100)[:, None, None, None] * random_tables(100, 2)
+    x, joint = states(process.num_states, 2), Joint.random(length=2)
 
-def drawn_bound(process, stats_fn, x0, **settings):
-    """One draw a row, of scores that are wrong by a factor."""
+    def asked(sigma, answer):  # of all networks, at all sequences
+        return jax.vmap(lambda table: answer(untrained(table)(x, jnp.full(len(x), sigma))))(tables)
+
+    def last_step(log_clean):  # v with the weight m_v q(x | v)
+        weights = process.log_noised(log_clean, low)[..., :3] + jnp.log(channel(process, low).T[x])
+        return jax.nn.softmax(weights, axis=-1)
 
     @jax.jit
-    def bound(factor):
-        keys = draws.row_keys(jax.random.key(0), jnp.arange(ROWS))
-        level = draws.uniform(draws.fold(keys, 2))
-        return sum(sigma_bound(process, scaled(process, stats_fn, factor), keys, x0, level, **settings))
+    def law():
+        reached = reversed_law(process, lambda sigma: asked(sigma, lambda r: process.rate(r, x, sigma)), 2, low, top)
+        return jnp.einsum("nx,nxu,nxv->nuv", reached, *jnp.moveaxis(asked(low, last_step), 2, 0)).reshape(100, -1)
 
-    return bound
+    def stats_fn(*state):
+        return jax.vmap(lambda table: stats_from(process, untrained(table))(*state))(tables)
+
+    ends = 2 * process.prior_divergence(high) + joint.expectation(process, stats_fn, process.reconstruction)(low)
+    integral = joint.integral(process, stats_fn, low, top)
+    np.testing.assert_allclose(law().sum(-1), 1, rtol=1e-8)
+    gaps = ends + integral + np.log(law())
+    assert gaps.min() > -1e-7
+    assert gaps.mean() > 0.1 and (gaps - integral / 50).min() < -1e-2
+
+
+ROWS = 20_000
+
+
+def row_keys(rows):
+    return draws.row_keys(jax.random.key(0), jnp.arange(rows))
+
+
+def total(found):
+    """What each draw says of its row's bound, without the prior. Float64[M B]."""
+    return np.asarray(found.diffusion + found.reconstruction, np.float64)
+
+
+def unbiased(values, exact):
+    """Whether each half of the draws is unbiased on its own, and the halves do not vary together. Float[M B]."""
+    halves = values.reshape(2, -1, values.shape[-1]).mean(1) - exact
+    return max(abs(standard_errors(value)) for value in (*halves, halves[0] * halves[1])) < 4
 
 
 def test_draws_average_to_the_bound_between_two_noises(process, joint):
@@ -62,26 +114,39 @@ def test_draws_average_to_the_bound_between_two_noises(process, joint):
     low, high, top = (0.3, math.inf, 40.0) if isinstance(process, Absorbing) else (0.3, 3.0, 3.0)
     x0, stats_fn = joint.draw(ROWS), stats_from(process, joint.denoiser(process))
     with jax.enable_x64(True):
-        exact = joint.integral(process, stats_fn, low, top) + 3 * process.prior_divergence(high)
+        exact = joint.integral(process, stats_fn, low, top)
         exact += joint.expectation(process, stats_fn, process.reconstruction)(low)
-    bound = drawn_bound(process, stats_fn, x0, low=low, high=high)
-    assert abs(standard_errors(bound(1.0) - exact[index(x0, 3)])) < 4
-    assert standard_errors(bound(1.5) - exact[index(x0, 3)]) > 4
+
+    @jax.jit
+    def found(factor):
+        return level_draws(process, scaled(process, stats_fn, factor), row_keys(ROWS), x0, 3, low, high)
+
+    assert abs(standard_errors(total(found(1.0)).mean(0) - exact[index(x0, 3)])) < 4
+    assert standard_errors(total(found(1.5)).mean(0) - exact[index(x0, 3)]) > 4
 
 
-def test_draws_given_tokens_average_to_the_conditional_entropy(process, joint):
-    """Other tokens are free in each row; the rest is seen clean and not scored. Control: scores half too large."""
+def test_draws_given_tokens_average_to_the_conditional_entropy(process, joint, float64):
+    """Other tokens are free in each row; the rest is seen clean and not scored. Two halves of two strata.
+
+    Controls: scores half too large; halves that have a stratum each.
+    """
     x0, free = joint.draw(ROWS), np.random.default_rng(0).random((ROWS, 3)) < 0.6
-    informed = stats_from(process, joint.informed(process, ~free))
+    informed, exact = stats_from(process, joint.informed(process, ~free)), joint.surprise(x0, free)
 
     def stats_fn(x, sigma, x0):  # no number if a given token was touched
         stats = informed(x, sigma, x0)
         return stats._replace(log_sum=jnp.where(jnp.all(free | (x == x0), -1)[:, None], stats.log_sum, jnp.nan))
 
     ends = {} if isinstance(process, Absorbing) else {"low": 1e-4, "high": 12.0}
-    bound = drawn_bound(process, stats_fn, x0, free=jnp.asarray(free), **ends)
-    assert abs(standard_errors(bound(1.0) - joint.surprise(x0, free))) < 4
-    assert standard_errors(bound(1.5) - joint.surprise(x0, free)) > 4
+
+    @jax.jit
+    def found(factor):
+        wrong = scaled(process, stats_fn, factor)
+        return level_draws(process, wrong, row_keys(ROWS), x0, 4, free=jnp.asarray(free), **ends)
+
+    values = total(found(1.0))
+    assert abs(standard_errors(values.mean(0) - exact)) < 4 < standard_errors(total(found(1.5)).mean(0) - exact)
+    assert unbiased(values, exact) and not unbiased(values[[0, 2, 1, 3]], exact)
 
 
 def test_the_bound_is_finite_at_every_level(process, joint):
@@ -90,7 +155,7 @@ def test_the_bound_is_finite_at_every_level(process, joint):
     One such row would make the mean over a corpus NaN.
     """
     level = jnp.array([0.0, 2.0**-24, 1 - 2.0**-24, 1.0])
-    stats_fn, keys = stats_from(process, joint.denoiser(process)), draws.row_keys(jax.random.key(0), jnp.arange(4))
+    stats_fn, keys = stats_from(process, joint.denoiser(process)), row_keys(4)
     bound = jax.jit(lambda level: sum(sigma_bound(process, stats_fn, keys, joint.draw(4), level)))(level)
     assert np.all(np.isfinite(bound)), bound
 
@@ -109,3 +174,175 @@ def test_prior_and_reconstruction_are_what_they_say(process, joint, float64):
     term = process.reconstruction(score_stats(jnp.log(score), x, x0), x, x0, sigma)
     possible = exact > 0
     np.testing.assert_allclose(np.exp(-term)[possible], exact[possible], rtol=1e-12)
+
+
+def test_levels_are_dense_where_draws_of_the_uniform_process_scatter(joint, float64):
+    """Near no noise. Against even levels of the same integral, which on small laws have six times the variance."""
+    process, (low, high) = Uniform(3), (1e-4, 12.0)
+    x0, keys, stats_fn = joint.draw(ROWS), row_keys(ROWS), stats_from(process, joint.denoiser(process))
+
+    @jax.jit
+    def at_even_levels():
+        share = -jnp.expm1(-low) + (jnp.exp(-low) - jnp.exp(-high)) * draws.uniform(draws.fold(keys, 0), float)
+        sigma = -jnp.log1p(-share)
+        x = process.perturb(draws.fold(keys, 1), x0, sigma[:, None])
+        entropy = process.score_entropy(stats_fn(x, sigma, x0), x, x0, sigma[:, None]).sum(-1)
+        return (jnp.exp(-low) - jnp.exp(-high)) / (1 - share) * entropy
+
+    even = np.asarray(at_even_levels())
+    dense = jax.jit(lambda: level_draws(process, stats_fn, keys, x0, 1, low, high).diffusion[0])()
+    assert abs(standard_errors(dense - even)) < 4
+    assert even.var() > 3 * np.var(dense)
+
+
+# Rows of which all is free or some, the rest tokens or masks that stay.
+MASK = 3
+CASES = np.array([[2, 0, 1, 1], [0, 1, 2, 0], [1, MASK, 0, 2], [MASK, 2, MASK, 1], [0, 0, 1, 2], [2, 1, MASK, 0]])
+CASES_FREE = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 1], [0, 1, 0, 1], [0, 0, 1, 0], [1, 1, 0, 0]], bool)
+TABLE = random_tables(1, 4)[0]
+
+
+@pytest.mark.parametrize("num_draws", [1, 3, 4, 6])
+def test_stratified_counts_average_to_the_bound_over_orders(num_draws, float64):
+    """Of a network that contradicts itself and heeds the noise. Controls: wrong scores; half of the strata.
+
+    Of four draws two are mates of the others: with k where they have n + 1 - k, they would all be like the first.
+    """
+    process, repeats = Absorbing(3), ROWS // len(CASES)
+    x0, free = np.tile(CASES, (repeats, 1)), np.tile(CASES_FREE, (repeats, 1))
+    exact = [-along_all(TABLE, *row).mean() for row in zip(CASES, map(np.flatnonzero, CASES_FREE), strict=True)]
+    exact = np.tile(exact, repeats)
+
+    @jax.jit
+    def found(factor):
+        stats_fn = scaled(process, stats_from(process, untrained(TABLE)), factor)
+        return count_draws(process, stats_fn, row_keys(len(x0)), x0, num_draws, free)
+
+    values = total(found(1.0))
+    assert len(values) == num_draws and abs(standard_errors(values.mean(0) - exact)) < 4
+    assert standard_errors(total(found(1.5)).mean(0) - exact) > 4
+    if num_draws % 2 == 0:
+        assert unbiased(values, exact)
+    if num_draws == 4:
+        assert not unbiased(values[[0, 2, 1, 3]], exact)
+        np.testing.assert_allclose(np.asarray(found(1.0).level).reshape(2, 2, -1).mean(1), 0.5, atol=1e-12)
+
+
+def test_a_text_that_is_told_its_length_needs_no_block(float64):
+    """Padded, its length told, it has the draws that it has by itself. Control: counted among the padding."""
+    process, x0, keys = Absorbing(3), np.random.default_rng(0).integers(0, 3, (50, 4)), row_keys(50)
+    padded, free = np.pad(x0, ((0, 0), (0, 3))), np.tile(np.arange(7) < 4, (50, 1))
+
+    def cut(x, sigma, positions):
+        return jnp.pad(untrained(TABLE)(x[:, :4], sigma), ((0, 0), (0, 3), (0, 0)))
+
+    found = jax.jit(lambda *row: count_draws(process, stats_from(process, cut), keys, padded, 4, *row).diffusion)
+    alone = jax.jit(lambda: count_draws(process, stats_from(process, untrained(TABLE)), keys, x0, 4).diffusion)()
+    np.testing.assert_allclose(found(free, np.full(50, 4)), alone, rtol=1e-12)
+    assert np.abs(found(free, np.full(50, 7)) - alone).max() > 0.1
+
+
+@pytest.mark.parametrize("counts", [True, False], ids=["counts", "levels"])
+def test_a_short_text_in_a_block_gets_its_exact_marginal(counts, float64):
+    """Its other positions stay masked. Other lengths in each row. Control: scores half too large.
+
+    Two rows that are asked at together hold n + 1 masks of free tokens, and every token is under one of them.
+    """
+    process, chain, lengths = Absorbing(3), MarkovChain.random(), np.arange(ROWS) % 4 + 1
+    tokens, free = chain.joint(4).draw(ROWS), np.arange(7) < lengths[:, None]
+    x0 = process.hide(np.pad(tokens, ((0, 0), (0, 3))), ~free)
+    exact = np.choose(lengths - 1, [chain.joint(n).surprise(tokens[:, :n]) for n in range(1, 5)])
+
+    def stats_fn(x, sigma, x0):
+        stats = stats_from(process, chain.denoiser)(x, sigma, x0)
+        if not counts:
+            return stats
+        hidden = jnp.sum(((x == MASK) & (x0 != MASK)).reshape(-1, 2, 7), axis=1)  # of each pair of rows
+        needed = (x0 != MASK)[::2]
+        sound = jnp.all((hidden > 0) == needed, -1) & (hidden.sum(-1) == needed.sum(-1) + 1)
+        return stats._replace(log_sum=jnp.where(jnp.repeat(sound, 2)[:, None], stats.log_sum, jnp.nan))
+
+    @jax.jit
+    def found(factor):
+        wrong = scaled(process, stats_fn, factor)
+        return (count_draws if counts else level_draws)(process, wrong, row_keys(ROWS), x0, 4, free=free)
+
+    values = total(found(1.0))
+    assert abs(standard_errors(values.mean(0) - exact)) < 4 and unbiased(values, exact)
+    assert standard_errors(total(found(1.5)).mean(0) - exact) > 4
+
+
+EPS = 0.05
+
+
+@pytest.mark.parametrize("schedule", [LogLinear(0.01), Geometric(1e-2, 5.0)], ids=["log-linear", "geometric"])
+def test_draws_in_time_average_to_what_papers_report(process, joint, schedule, float64):
+    """The mean loss over the times from eps on, at any of them or one in each stratum; so do their widths.
+
+    Controls: scores half too large, and the rows of one stratum only.
+    """
+    x0, stats_fn = np.repeat(joint.draw(ROWS // 4), 4, axis=0), stats_from(process, joint.denoiser(process))
+    low, high = float(schedule.sigma(EPS)), float(schedule.sigma(1.0))
+    exact = joint.integral(process, stats_fn, low, high)[index(x0, 3)] / (1 - EPS)
+
+    @jax.jit
+    def found(factor, strata):
+        wrong = scaled(process, stats_fn, factor)
+        stratum = jnp.arange(ROWS) % strata
+        return time_draws(process, schedule, wrong, row_keys(ROWS), x0, 3, EPS, stratum, strata)
+
+    for strata in (1, 4):
+        drawn = found(1.0, strata)
+        off, wrong = ((total(one).mean(0) - exact).reshape(-1, 4) for one in (drawn, found(1.5, strata)))
+        assert abs(standard_errors(off.mean(-1))) < 4 < standard_errors(wrong.mean(-1))
+        close(drawn.width.mean(0), np.exp(-low) - np.exp(-high))
+    assert abs(standard_errors(off[:, 0])) > 4
+
+
+def close(values, exact):
+    """Holds draws that may all be the same against their mean."""
+    spread = 4 * np.std(values) / len(values) ** 0.5
+    np.testing.assert_allclose(np.mean(values), exact, rtol=0, atol=spread + 1e-9)
+
+
+def test_widths_turn_means_over_draws_into_integrals_over_the_share(process, float64):
+    """Of any function of the level, the square here: what a profile over levels is made of. Control: other ends."""
+
+    @jax.jit
+    def found():
+        def stats_fn(x, sigma, x0):
+            return score_stats(jnp.zeros((*x.shape, 3)), x, x0)
+
+        return level_draws(process, stats_fn, row_keys(ROWS), jnp.zeros((ROWS, 1), int), 4, low=0.3, high=3.0)
+
+    level, width = (np.asarray(leaf) for leaf in found()[:2])
+    low, high = -np.expm1(-0.3), -np.expm1(-3.0)
+    assert low <= level.min() < low + 0.01 and high - 0.01 < level.max() <= high
+    close(width.mean(0), high - low)
+    weighted = (width * level**2).mean(0)
+    assert abs(standard_errors(weighted - (high**3 - low**3) / 3)) < 4
+    assert abs(standard_errors(weighted - 1 / 3)) > 4
+
+
+def test_stratified_draws_of_a_long_text_scatter_less():
+    """One text of 1024 peaked tokens, eight draws. In theory the gain over draws at random is eightfold at least.
+
+    Levels in two sets of four strata, one set a half; counts moreover in antithetic pairs. Control: counts at random.
+    """
+    process, chain, rows = Absorbing(27), MarkovChain.peaked(), 256
+    x0 = np.tile(chain.draw(1024), (rows, 1))
+    stats_fn, keys = stats_from(process, chain.denoiser), row_keys(rows)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    def drawn(bound, num_draws, rows):
+        return bound(process, stats_fn, keys[:rows], x0[:rows], num_draws)
+
+    def variance(bound, num_draws, rows=rows):  # of a row's mean
+        values = total(drawn(bound, num_draws, rows)).mean(0)
+        assert abs(standard_errors(values - chain.surprise(x0[0]))) < 4
+        return values.var()
+
+    at_random, counts_at_random = variance(level_draws, 1) / 8, variance(count_draws, 1) / 8
+    levels, counts = variance(level_draws, 8, rows // 2), variance(count_draws, 8)
+    assert at_random > 10 * counts and at_random > 5 * levels and levels > 1.2 * counts
+    assert not at_random > 2 * counts_at_random

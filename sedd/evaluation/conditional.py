@@ -67,6 +67,8 @@ def answers_to(
     The answer's tokens are those of given + text beyond what they share with those of `given` alone. UserError for an
     empty text, or where both take more tokens than a block.
     """
+    if not texts:
+        raise UserError("there are no answers to score")
     masks = isinstance(process, Absorbing)
     context = encoded(given, tokenizer, "what is given") if given else np.zeros(0, np.int32)
     shape = (len(texts), block_length)
@@ -102,8 +104,9 @@ def log_likelihoods(
 ) -> list[LogLikelihood]:
     """Of each answer given its other tokens. Answers share their noise, so that their differences have less.
 
-    method: one of METHODS; "auto" is "exact" where that takes at most 4 `num_draws` network rows (8 tokens at 64), and
-    else "bound". num_draws: network rows of "bound", orders of "orders". UserError, before any compilation.
+    method: one of METHODS; "auto" is "exact" where that takes at most 4 `num_draws` network rows for any answer (8
+    tokens at 64), and else "bound" for all: a bound and what it bounds cannot be compared. num_draws: network rows of
+    "bound", orders of "orders". UserError, before any compilation.
     """
     counts = answers.free.sum(axis=1)
     if method not in METHODS:
@@ -117,18 +120,14 @@ def log_likelihoods(
             f"an answer of {counts.max()} tokens takes 2^{counts.max()} network rows to score exactly; at most "
             f"{MOST_EXACT} tokens can be; use method='bound', or 'margin'"
         )
-    exact = (counts <= MOST_EXACT) & (2.0**counts - 1 <= 4 * num_draws) if method == "auto" else method == "exact"
-    exact = np.broadcast_to(exact, counts.shape)
-    found: list[LogLikelihood | None] = [None] * len(counts)
-    for number in np.flatnonzero(exact):
-        found[number] = LogLikelihood(_exact(network, params, answers, number), None, "exact", False)
-    rest = np.flatnonzero(~exact)
-    if rest.size:
-        lengths = None if answers.lengths is None else answers.lengths[rest]
-        rows = (jax.random.key(seed), answers.tokens[rest], answers.free[rest], lengths)
-        for number, value in zip(rest, _others(network, params, rows, method, num_draws)):
-            found[number] = value
-    return found
+    if method == "auto":
+        affordable = counts.max() <= MOST_EXACT and 2 ** counts.max() - 1 <= 4 * num_draws
+        method = "exact" if affordable else "bound"
+    if method == "exact":
+        found = (_exact(network, params, answers, number) for number in range(len(counts)))
+        return [LogLikelihood(nats, None, "exact", False) for nats in found]
+    rows = (jax.random.key(seed), answers.tokens, answers.free, answers.lengths)
+    return _together(network, params, rows, method, num_draws)
 
 
 def _exact(network, params, answers: Answers, number: int) -> float:
@@ -143,8 +142,8 @@ def _subsets(network, params, tokens, positions, length):
     return subset_log_likelihood(network.process, denoiser, tokens, positions, lengths=length)
 
 
-def _others(network, params, rows, method, num_draws) -> list[LogLikelihood]:
-    """The answers that are not summed over all orders."""
+def _together(network, params, rows, method, num_draws) -> list[LogLikelihood]:
+    """Of all answers in one batch."""
     if method in _PICKERS:
         sampler = Adaptive(network.process, _PICKERS[method])
         return [

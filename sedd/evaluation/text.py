@@ -11,7 +11,7 @@ from sedd.data.batches import blocks
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout, cut
 from sedd.data.source import Source
-from sedd.data.tokenizers import Tokenizer
+from sedd.data.tokenizers import END_OF_TEXT, Tokenizer
 from sedd.errors import UserError
 
 RUN = 16  # blocks of packed text in a cluster of the standard error: neighbours come from the same documents
@@ -81,17 +81,23 @@ def from_source(source: Source, tokenizer: Tokenizer, block_length: int, layout:
     return _scored(rows, counts, np.arange(len(rows)) // RUN, tuple(map(int, size)), layout, data)
 
 
-def from_texts(texts: Sequence[str], tokenizer: Tokenizer, block_length: int, layout: Layout) -> Scored:
+def from_texts(
+    texts: Sequence[str], tokenizer: Tokenizer, block_length: int, layout: Layout, marked: bool = False
+) -> Scored:
     """Texts one by one, cut into blocks where they are longer; each is a cluster. UserError for an empty one.
 
-    For a model of padded documents each ends as those do, with the end-of-text id.
+    For a model of padded documents each ends as those do, with the end-of-text id. marked: an end of text within them
+    is written as `Tokenizer.decode` shows it, as it is in samples.
     """
     rows, counts, clusters = [], [], []
     end = [tokenizer.end_of_text] if layout.padded else []
     for number, text in enumerate(texts):
         if not text:
             raise UserError(f"text {number + 1} of {len(texts)} is empty; there is nothing to score")
-        ids = np.append(encoded(text, tokenizer, f"text {number + 1} of {len(texts)}"), np.array(end, np.int32))
+        parts = text.split(END_OF_TEXT) if marked and tokenizer.end_of_text is not None else [text]
+        found = [encoded(part, tokenizer, f"text {number + 1} of {len(texts)}") for part in parts]
+        found = found[:1] + [np.append(tokenizer.end_of_text, ids) for ids in found[1:]]
+        ids = np.concatenate([*found, np.array(end, np.int32)])
         of_text = cut(ids, block_length, *end)
         rows.append(of_text[0])
         counts.append(of_text[1])

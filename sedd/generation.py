@@ -21,8 +21,6 @@ from sedd.errors import UserError
 from sedd.network.network import Network
 from sedd.prompts import Prompt
 
-GROUP = 64  # rows sampled at a time, unless told otherwise
-
 
 def _adaptive(picker):
     """Reveals as many tokens a call as it takes to be done after so many steps."""
@@ -101,7 +99,7 @@ class Generator:
         for row in rows:
             self._check_length(len(row.tokens))
         tokens, free, lengths = prompts.laid_out(rows, self.network.process, self.block_length, self.layout)
-        group = min(len(rows), batch_size or GROUP)
+        group = min(len(rows), batch_size or self.network.rows_at_once(self.block_length))
         reshaped = (temperature, top_p) != (1.0, 1.0)
         run = functools.partial(_sample, self.network, sampler, self.block_length, reshaped, trace, self.params)
         run = functools.partial(run, jax.random.key(seed), temperature, top_p)

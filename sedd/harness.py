@@ -26,9 +26,8 @@ from sedd.diffusion.reveal import Adaptive, Margin, Picker
 from sedd.errors import UserError
 from sedd.evaluation.conditional import Answers, answers_to, log_likelihoods
 from sedd.evaluation.perplexity import perplexity
-from sedd.evaluation.scoring import LARGEST
 from sedd.evaluation.text import from_texts
-from sedd.generation import GROUP, Generator
+from sedd.generation import Generator
 from sedd.model import Model, load
 from sedd.prompts import Prompt
 
@@ -42,6 +41,7 @@ except ImportError:
 
 SAMPLING = ("temperature", "top_p", "seed", "sampler", "steps")  # of generate_until, as in Model.infill
 SETTINGS = ("until", "max_gen_toks", "do_sample", *SAMPLING)
+AT_ONCE = 64  # questions between two marks of the progress
 SHARP = 1e-6  # the top_p that leaves of each law the likeliest token only
 
 
@@ -119,8 +119,8 @@ class Harness(LM):
         questions = self._questions([[request.args for request in group] for _, group in groups])
         model, found = self.model, []
         score = functools.partial(log_likelihoods, model.network, model.schedule, model.params)
-        for start in tqdm(range(0, len(questions), GROUP), desc="scoring", unit=f"{GROUP} questions", delay=2):
-            group = questions[start : start + GROUP]
+        for start in tqdm(range(0, len(questions), AT_ONCE), desc="scoring", unit=f"{AT_ONCE} questions", delay=2):
+            group = questions[start : start + AT_ONCE]
             likelihoods = [one for answers in group for one in score(answers, self.method, **self.noise)]
             for likelihood, greedy in zip(likelihoods, self._are_greedy(group), strict=True):
                 found.append((likelihood.nats, greedy))
@@ -213,10 +213,9 @@ class Harness(LM):
     def _drawn(self, rows: list[Prompt], sampling: tuple[tuple[str, Any], ...]) -> np.ndarray:
         """The tokens of the rows once they are filled in: Int32[N L]."""
         model = self.model
-        fits = max(1, min(GROUP, LARGEST // (model.block_length * model.process.num_states)))
         # Without a tokenizer: the rows hold masks, which have no text.
         generator = Generator(model.network, model.params, model.schedule, None, model.layout, model.block_length)
-        return generator.draw(rows, **dict(sampling), batch_size=fits).tokens
+        return generator.draw(rows, **dict(sampling)).tokens
 
     @property
     def _greedy(self) -> tuple[tuple[str, Any], ...]:

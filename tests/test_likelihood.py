@@ -177,8 +177,8 @@ def test_prior_and_reconstruction_are_what_they_say(process, joint, float64):
 
 
 def test_levels_are_dense_where_draws_of_the_uniform_process_scatter(joint, float64):
-    """Near no noise. Against even levels of the same integral, which on small laws have six times the variance."""
-    process, (low, high) = Uniform(3), (1e-4, 12.0)
+    """Near no noise. Against even levels of the same integral, which here have more than thrice the variance."""
+    process, (low, high) = Uniform(3), (1e-2, 12.0)
     x0, keys, stats_fn = joint.draw(ROWS), row_keys(ROWS), stats_from(process, joint.denoiser(process))
 
     @jax.jit
@@ -192,7 +192,7 @@ def test_levels_are_dense_where_draws_of_the_uniform_process_scatter(joint, floa
     even = np.asarray(at_even_levels())
     dense = jax.jit(lambda: level_draws(process, stats_fn, keys, x0, 1, low, high).diffusion[0])()
     assert abs(standard_errors(dense - even)) < 4
-    assert even.var() > 3 * np.var(dense)
+    assert even.var() > 2 * np.var(dense)
 
 
 # Rows of which all is free or some, the rest tokens or masks that stay.
@@ -325,24 +325,24 @@ def test_widths_turn_means_over_draws_into_integrals_over_the_share(process, flo
 
 
 def test_stratified_draws_of_a_long_text_scatter_less():
-    """One text of 1024 peaked tokens, eight draws. In theory the gain over draws at random is eightfold at least.
+    """One text of 1024 peaked tokens, eight draws a row: levels in two halves of four strata, counts in pairs too.
 
-    Levels in two sets of four strata, one set a half; counts moreover in antithetic pairs. Control: counts at random.
+    All draws of all rows are draws at random levels, whose means of eight have an eighth of their variance. Control:
+    those of counts scatter as much.
     """
-    process, chain, rows = Absorbing(27), MarkovChain.peaked(), 256
-    x0 = np.tile(chain.draw(1024), (rows, 1))
-    stats_fn, keys = stats_from(process, chain.denoiser), row_keys(rows)
+    process, chain = Absorbing(27), MarkovChain.peaked(seed=1)
+    text, stats_fn = chain.draw(1024, seed=1), stats_from(process, chain.denoiser)
 
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-    def drawn(bound, num_draws, rows):
-        return bound(process, stats_fn, keys[:rows], x0[:rows], num_draws)
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def drawn(bound, rows):
+        return bound(process, stats_fn, row_keys(rows), jnp.tile(text, (rows, 1)), 8)
 
-    def variance(bound, num_draws, rows=rows):  # of a row's mean
-        values = total(drawn(bound, num_draws, rows)).mean(0)
-        assert abs(standard_errors(values - chain.surprise(x0[0]))) < 4
-        return values.var()
+    def variances(bound, rows):
+        values = total(drawn(bound, rows))
+        assert abs(standard_errors(values.mean(0) - chain.surprise(text))) < 4
+        return values.var() / 8, values.mean(0).var()
 
-    at_random, counts_at_random = variance(level_draws, 1) / 8, variance(count_draws, 1) / 8
-    levels, counts = variance(level_draws, 8, rows // 2), variance(count_draws, 8)
+    (at_random, levels), (random_counts, counts) = variances(level_draws, 128), variances(count_draws, 128)
+    print(at_random/levels, at_random / counts, at_random/random_counts)
     assert at_random > 10 * counts and at_random > 5 * levels and levels > 1.2 * counts
-    assert not at_random > 2 * counts_at_random
+    assert not at_random > 1.5 * random_counts

@@ -143,16 +143,36 @@ def _subsets(network, params, tokens, positions, length):
 
 
 def _together(network, params, rows, method, num_draws) -> list[LogLikelihood]:
-    """Of all answers in one batch."""
+    """Of all answers, in groups of rows."""
+    key, tokens, free, lengths = rows
     if method in _PICKERS:
-        sampler = Adaptive(network.process, _PICKERS[method])
-        return [
-            LogLikelihood(float(nats), None, method, False) for nats in _adaptive(network, sampler, params, *rows[1:])
-        ]
+        run = functools.partial(_adaptive, network, Adaptive(network.process, _PICKERS[method]), params)
+        found = _in_groups(run, network.rows_at_once(tokens.shape[1]), tokens, free, lengths)
+        return [LogLikelihood(float(nats), None, method, False) for nats in found]
     if method == "orders":
         logs = np.asarray(_orders(network, num_draws, params, *rows), np.float64)
         return [LogLikelihood(*_importance(row), "orders", True) for row in logs]
-    return [_mean(row, "bound") for row in np.asarray(_counted(network, num_draws, params, *rows), np.float64)]
+    run = functools.partial(_counted, network, params, key)
+    return [_mean(row, "bound") for row in _replicated(run, network, num_draws, tokens, free, lengths)]
+
+
+def _replicated(run, network, num_draws, *arrays) -> np.ndarray:
+    """Replicates of the bound of each answer, their noise the same for all answers: Float64[A R], nats."""
+    answers, repeats = len(arrays[0]), num_draws // _REPLICATE
+    rows = [None if array is None else np.repeat(array, repeats, axis=0) for array in arrays]
+    rows.append(np.tile(np.arange(repeats), answers))
+    found = _in_groups(run, network.rows_at_once(arrays[0].shape[1]), *rows)
+    return found.astype(np.float64).reshape(answers, repeats)
+
+
+def _in_groups(run, size: int, *arrays) -> np.ndarray:
+    """run(*arrays) for so many rows at a time, all groups of one shape."""
+    number = len(arrays[0])
+    size, found = min(size, number), []
+    for start in range(0, number, size):
+        at = np.arange(start, start + size) % number
+        found.append(np.asarray(run(*(None if array is None else array[at] for array in arrays))))
+    return np.concatenate(found)[:number]
 
 
 def _mean(replicates: np.ndarray, method: str) -> LogLikelihood:
@@ -169,19 +189,15 @@ def _importance(logs: np.ndarray) -> tuple[float, float]:
     return bound, float(weights.std(ddof=1) / weights.mean() / math.sqrt(len(logs)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _counted(network, num_draws, params, key, tokens, free, lengths):
-    """Replicates of the bound by counts, nats a row. Float[A R]."""
-    repeats = num_draws // _REPLICATE
-    lengths = None if lengths is None else jnp.repeat(lengths, repeats)
+@functools.partial(jax.jit, static_argnums=0)
+def _counted(network, params, key, tokens, free, lengths, replicates):
+    """A replicate of each row's bound by counts, in nats. replicates: Int[B], their numbers. Float[B]."""
     told = None if lengths is None else jnp.repeat(lengths, 2)
     free_scores = network.prediction == "score"
     stats = network.stats(params, lengths=told, masked_pairs=True, tightened=free_scores)
-    keys = draws.row_keys(key, jnp.tile(jnp.arange(repeats), len(tokens)))  # the same for every answer
-    tokens, free = (jnp.repeat(leaf, repeats, axis=0) for leaf in (tokens, free))
-    found = count_draws(network.process, stats, keys, tokens, _REPLICATE, free, lengths)
+    found = count_draws(network.process, stats, draws.row_keys(key, replicates), tokens, _REPLICATE, free, lengths)
     tightened = found.diffusion[:, -1] if free_scores else found.diffusion  # as the other methods read free scores
-    return tightened.mean(axis=0).reshape(-1, repeats)
+    return tightened.mean(axis=0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -213,21 +229,17 @@ def _uniform(network, schedule, params, answers: Answers, method, num_draws, see
         )
     if method not in ("auto", "bound"):
         raise UserError(f"method={method!r} is for the absorbing process; a uniform model has 'bound'")
-    rows = (jax.random.key(seed), answers.tokens, answers.lengths)
-    replicates = _levels(network, *ends(network, schedule), num_draws, params, *rows)
-    return [_mean(row, "levels") for row in np.asarray(replicates, np.float64)]
+    run = functools.partial(_levels, network, *ends(network, schedule), params, jax.random.key(seed))
+    return [_mean(row, "levels") for row in _replicated(run, network, num_draws, answers.tokens, answers.lengths)]
 
 
-@functools.partial(jax.jit, static_argnums=range(4))
-def _levels(network, low, high, num_draws, params, key, tokens, lengths):
-    """Replicates of the bound by levels, nats a row. Float[A R]."""
-    repeats = num_draws // _REPLICATE
-    tokens, lengths = (jnp.repeat(leaf, repeats, axis=0) for leaf in (tokens, lengths))
-    keys = draws.row_keys(key, jnp.tile(jnp.arange(repeats), len(tokens) // repeats))
-    free = jnp.arange(tokens.shape[1]) < lengths[:, None]
+@functools.partial(jax.jit, static_argnums=range(3))
+def _levels(network, low, high, params, key, tokens, lengths, replicates):
+    """A replicate of each row's bound by levels, in nats. replicates: Int[B], their numbers. Float[B]."""
+    keys, free = draws.row_keys(key, replicates), jnp.arange(tokens.shape[1]) < lengths[:, None]
     free_scores = network.prediction == "score"
     stats = network.stats(params, lengths=lengths, tightened=free_scores)
     found = level_draws(network.process, stats, keys, tokens, _REPLICATE, low, high, free)
     terms = found.diffusion + found.reconstruction
     prior = network.process.prior_divergence(high) * lengths
-    return (prior + (terms[:, -1] if free_scores else terms).mean(axis=0)).reshape(-1, repeats)
+    return prior + (terms[:, -1] if free_scores else terms).mean(axis=0)

@@ -24,8 +24,6 @@ from sedd.evaluation.text import Scored
 from sedd.network.network import Network
 
 UNIFORM_SIGMA = 12.0  # where the uniform bound ends at the earliest: there its prior is below 1e-5 nats a token
-LARGEST = 2**28  # logits of a batch on a device, unless told otherwise; and at most
-MOST_ROWS = 64  # rows of one
 
 
 def ends(network: Network, schedule: Schedule) -> tuple[float, float]:
@@ -59,8 +57,8 @@ def score(
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     number, (_, length) = len(scored.tokens), scored.tokens.shape
-    fits = max(1, min(MOST_ROWS, LARGEST // (length * network.process.num_states)))
-    size = -(-min(batch_size or fits * devices, number) // devices) * devices
+    size = min(batch_size or network.rows_at_once(length) * devices, number)
+    size = -(-size // devices) * devices
     bind = scored.layout.binds_lengths or not isinstance(network.process, Absorbing)
     static = (network, schedule, protocol, num_draws, bind, mesh, ends(network, schedule))
     run = functools.partial(_records, *static, params, jax.random.key(seed))

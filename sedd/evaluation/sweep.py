@@ -10,7 +10,7 @@ from tqdm import tqdm
 from sedd.errors import UserError
 from sedd.evaluation.judges import Judge
 from sedd.evaluation.quality import Quality, quality
-from sedd.generation import GROUP, Generator
+from sedd.generation import Generator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,8 @@ def table(points: Sequence[Point]) -> str:
 
 def _timed(generator: Generator, num_samples: int, **settings):
     """The samples, and the seconds that they took. A group is drawn before, so that its program is compiled."""
-    group = min(num_samples, settings.get("batch_size") or GROUP)
+    fits = generator.network.rows_at_once(generator.block_length)
+    group = min(num_samples, settings.get("batch_size") or fits)
     # Where lengths are drawn, the longest of all samples is part of the program's shape.
     generator.sample(num_samples if generator.layout.binds_lengths else group, **settings)
     start = time.perf_counter()

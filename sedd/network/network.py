@@ -19,6 +19,7 @@ from sedd.diffusion.score import Denoiser, ScoreStats, StatsFn, clean_stats, sco
 from sedd.network.trunk import Head, Trunk, padded
 
 PREDICTIONS = ("denoiser", "score")
+MOST_ROWS, MOST_LOGITS = 64, 2**28  # that evaluation and sampling run at once, unless told otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,10 @@ class Network:
         stored = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
         spare = padded(self.process.num_states) - self.process.num_states
         return stored - spare * (self.width + self.width + 1)
+
+    def rows_at_once(self, length: int) -> int:
+        """How many rows of so many tokens to run together, on a device: their logits fit into a gigabyte."""
+        return max(1, min(MOST_ROWS, MOST_LOGITS // (length * self.process.num_states)))
 
     def denoiser(self, params: dict, lengths: jax.Array | None = None) -> Denoiser:
         """A Denoiser of these parameters; the head runs at the positions asked for. lengths: Int[B], the valid ones."""

@@ -16,7 +16,9 @@ from sedd.diffusion.score import Denoiser, ScoreStats, StatsFn, score_stats, sta
 from sedd.errors import UserError
 from sedd.evaluation.conditional import LogLikelihood
 from sedd.evaluation.report import Comparison, Report
-from sedd.model import Model, Samples, load, train
+from sedd.generation import Samples
+from sedd.loading import load, train
+from sedd.model import Model
 from sedd.version import __version__
 
 __all__ = [

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry_run", action="store_true", help="print sizes, memory and operations; train nothing")
 
     evaluate = command("eval", _eval, "Bound the negative log-likelihood of text, or measure the quality of samples.")
-    evaluate.add_argument("--model", help="a run, an exported model or a published SEDD checkpoint")
+    _add_model(evaluate, required=False)
     evaluate.add_argument("--against", metavar="MODEL", help="another, on the same noise: the difference and its error")
     evaluate.add_argument("--data", help="a corpus directory (the one the model was trained on)")
     evaluate.add_argument("--source", help="instead of --data: text as `sedd prepare` takes it, wikitext:wiki.test.raw")
@@ -98,7 +98,6 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", help="a folder for the report, and for what is scored, so that a job can go on")
     evaluate.add_argument("--samples", metavar="FILE", help="instead of text: what `sedd sample --json` printed")
     evaluate.add_argument("--judge", help="with --samples: a folder of a language model, for generative perplexity")
-    evaluate.add_argument("--tokenizer", metavar="MODEL", help="with --samples: whose tokenizer counts their tokens")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     sample = command("sample", _sample, "Draw texts.")
@@ -123,8 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(parser):
-    parser.add_argument("--model", required=True, help="a run, an exported model or a published SEDD checkpoint")
+def _add_model(parser, required=True):
+    parser.add_argument("--model", required=required, help="a run, an exported model or a published SEDD checkpoint")
+    parser.add_argument("--tokenizer", help="of a model that has none: gpt2:FOLDER, and what else `sedd prepare` takes")
 
 
 def _add_sampling(parser):
@@ -160,7 +160,7 @@ def _prepare(args, _):
 
 def _train(args, settings):
     from sedd import config as configs
-    from sedd.model import load
+    from sedd.loading import load
     from sedd.training.fit import fit
 
     config = configs.load_config(args.config) if args.config else configs.default()
@@ -194,25 +194,27 @@ def _estimate(config):
 
 def _eval(args, _):
     from sedd.data.corpus import open_corpus
-    from sedd.model import load
+    from sedd.loading import load
 
     if (args.model is None) == (args.samples is None):
         raise UserError("eval needs either a --model, or --samples to measure the quality of")
     if args.samples:
         _eval_samples(args)
         return
-    if args.judge or args.tokenizer:
-        raise UserError("--judge and --tokenizer go with --samples; a model's own number needs none")
+    if args.judge:
+        raise UserError("--judge goes with --samples; a model's own number needs none")
     if args.data and args.source:
         raise UserError("give either --data or --source")
     protocols = [get_protocol(name).name for name in args.protocol.split(",")]
     if args.against and len(protocols) > 1:
         raise UserError("--against takes one protocol")
-    model = load(args.model)
+    model = load(args.model, args.tokenizer)
     text = sources.open_source(args.source) if args.source else open_corpus(args.data or model.config.data.corpus)
     settings = {name: getattr(args, name) for name in ("split", "draws", "seed", "batch_size")}
     if args.against:
-        found = model.compare(load(args.against), text, protocol=args.protocol, out=args.out, **settings)
+        found = model.compare(
+            load(args.against, args.tokenizer), text, protocol=args.protocol, out=args.out, **settings
+        )
         print(found.to_json() if args.json else found)
     else:
         _eval_protocols(args, model, text, protocols, settings)
@@ -238,9 +240,9 @@ def _eval_protocols(args, model, text, protocols, settings):
 def _eval_samples(args):
     """The quality of samples that were drawn before."""
     from sedd.evaluation.quality import quality, read_samples
-    from sedd.model import load
 
-    texts, tokens = read_samples(args.samples, args.tokenizer and load(args.tokenizer).tokenizer)
+    tokenizer = args.tokenizer and tokenizers.make_tokenizer(args.tokenizer, (), end_of_text=True)
+    texts, tokens = read_samples(args.samples, tokenizer)
     found = quality(texts, tokens, args.judge and _judge(args.judge))
     print(found.to_json() if args.json else found)
 
@@ -248,7 +250,7 @@ def _eval_samples(args):
 def _judge(path):
     """A causal language model in a local folder, or one of this package's models, whose nats are a bound."""
     from sedd.evaluation.judges import holds_language_model, open_judge
-    from sedd.model import load
+    from sedd.loading import load
 
     if holds_language_model(Path(path).expanduser()):
         return open_judge(path)
@@ -260,13 +262,13 @@ def _judge(path):
 def _sweep(args, _):
     from sedd.evaluation.pictures import plot_sweep
     from sedd.evaluation.sweep import sweep, table, to_json
-    from sedd.model import load
+    from sedd.loading import load
 
     try:
         steps = [int(number) for number in args.steps.split(",")]
     except ValueError:
         raise UserError(f"--steps takes numbers, as in 8,16,32, not {args.steps!r}") from None
-    model = load(args.model)
+    model = load(args.model, args.tokenizer)
     judge = _judge(args.judge or args.model) if args.judge or model.tokenizer else None
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -288,16 +290,16 @@ def _picture(plot, what, path, *more):
 
 
 def _sample(args, _):
-    from sedd.model import load
+    from sedd.loading import load
 
-    _print_texts(load(args.model).sample(**_sampling(args)), args)
+    _print_texts(load(args.model, args.tokenizer).sample(**_sampling(args)), args)
 
 
 def _infill(args, _):
-    from sedd.model import load
+    from sedd.loading import load
 
     where = dict(prefix=args.prefix, suffix=args.suffix)
-    _print_texts(load(args.model).infill(args.template or None, **where, **_sampling(args)), args)
+    _print_texts(load(args.model, args.tokenizer).infill(args.template or None, **where, **_sampling(args)), args)
 
 
 def _sampling(args) -> dict:

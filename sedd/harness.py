@@ -20,7 +20,6 @@ import numpy as np
 from tqdm import tqdm
 
 from sedd import prompts
-from sedd.data.tokenizers import make_tokenizer
 from sedd.diffusion.process import Absorbing
 from sedd.diffusion.reveal import Adaptive, Margin, Picker
 from sedd.errors import UserError
@@ -28,7 +27,8 @@ from sedd.evaluation.conditional import Answers, answers_to, log_likelihoods
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import from_texts
 from sedd.generation import Generator
-from sedd.model import Model, load
+from sedd.loading import load, with_tokenizer
+from sedd.model import Model
 from sedd.prompts import Prompt
 
 try:
@@ -68,10 +68,10 @@ class Greedy(Adaptive):
 class Harness(LM):
     """A model for lm_eval: its likelihoods of answers and of documents, and its continuations.
 
-    pretrained: what `sedd.load` takes, or a Model; tokenizer: for a model that has none, as `sedd prepare` takes it,
-    "gpt2:FOLDER" for a published one; method, draws, seed: as in `Model.log_likelihood`; draws is also the noise levels
-    a block of `loglikelihood_rolling`; None is the default of each. max_gen_toks: the tokens of a continuation where a
-    task does not say. UserError for a model without tokenizer.
+    pretrained: what `sedd.load` takes, or a Model; tokenizer: for what has none, as `sedd.load` takes it; method,
+    draws, seed: as in `Model.log_likelihood`; draws is also the noise levels a block of `loglikelihood_rolling`; None
+    is the default of each. max_gen_toks: the tokens of a continuation where a task does not say. UserError for a model
+    without tokenizer.
 
     batch_size, max_batch_size, device: lm_eval passes them, and nothing depends on them: rows are grouped here, and the
     device is JAX's to choose.
@@ -91,7 +91,11 @@ class Harness(LM):
     ):
         super().__init__()
         model = pretrained if isinstance(pretrained, Model) else load(pretrained)
-        self.model = model if model.tokenizer and tokenizer is None else _with_tokenizer(model, tokenizer)
+        self.model = model if tokenizer is None else with_tokenizer(model, tokenizer)
+        if self.model.tokenizer is None:
+            raise UserError(
+                "this model has no tokenizer; name the one it was trained with, as in tokenizer=gpt2:FOLDER"
+            )
         self.method, self.seed, self.max_gen_toks = method, seed, max_gen_toks
         self.noise = {"seed": seed} | ({} if draws is None else {"num_draws": draws})
 
@@ -280,21 +284,6 @@ class Harness(LM):
             logging.getLogger(__name__).warning(
                 f"{cut} of {len(whole)} contexts did not fit into {block}; cut on the left"
             )
-
-
-def _with_tokenizer(model: Model, spec: str | None) -> Model:
-    """A model that has no tokenizer, with one."""
-    if model.tokenizer is not None:
-        raise UserError(f"this model has a tokenizer of its own; leave out tokenizer={spec}")
-    if spec is None:
-        raise UserError("this model has no tokenizer; name the one it was trained with, as in tokenizer=gpt2:FOLDER")
-    tokenizer = make_tokenizer(spec, (), end_of_text=True)
-    if tokenizer.vocab_size != model.process.vocab_size:
-        raise UserError(
-            f"the tokenizer {spec} has {tokenizer.vocab_size} tokens, the model {model.process.vocab_size}; "
-            "give the one it was trained with"
-        )
-    return dataclasses.replace(model, tokenizer=tokenizer)
 
 
 def _rows(answers: Answers) -> list[Prompt]:

@@ -1,7 +1,4 @@
-"""A model: parameters with their config and tokenizer, and what people do with them.
-
-`load` reads one from a run directory, an exported model or a published SEDD checkpoint; `train` makes a run.
-"""
+"""A model: parameters with their config and tokenizer, and what people do with them."""
 
 import dataclasses
 import functools
@@ -13,15 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from sedd import config as configs
-from sedd import pretrained, prompts
+from sedd import prompts
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.data.source import Source
-from sedd.data.tokenizers import Tokenizer, load_tokenizer
+from sedd.data.tokenizers import Tokenizer
 from sedd.diffusion.process import Process
 from sedd.diffusion.samplers import Sampler
 from sedd.diffusion.schedule import Schedule
@@ -35,10 +30,8 @@ from sedd.evaluation.report import Comparison, Report, Terms, make_comparison
 from sedd.evaluation.text import fitting, from_texts
 from sedd.generation import Generator, Samples
 from sedd.network.network import Network
-from sedd.parallel import fingerprint, named, placed
+from sedd.parallel import fingerprint, named
 from sedd.prompts import Prompt
-from sedd.training.checkpoint import Checkpoints
-from sedd.training.fit import fit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -278,73 +271,10 @@ class Model:
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise UserError("this model has no tokenizer, so it takes no text; use token arrays")
+            raise UserError("this model has no tokenizer, so it takes no text; load it with one, or use token arrays")
         return self.tokenizer
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_score(network, params, tokens, sigma, lengths):
     return network.log_score(params, tokens, sigma, lengths)
-
-
-def load(path: str | Path) -> Model:
-    """A model from a run directory, an exported model or a published SEDD checkpoint directory.
-
-    UserError if there is none, or if it is damaged.
-    """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise UserError(f"there is no folder {directory}; train a model there, or give another")
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory} holds no model: it has no config.json")
-    try:
-        about = json.loads((directory / "config.json").read_text())
-    except ValueError:
-        raise UserError(f"{directory / 'config.json'} is damaged: it is no JSON") from None
-    if pretrained.is_published(about):
-        config, params = pretrained.load(directory)
-        return Model(config, jax.device_put(params), None, *configs.build(config, config.data.vocab_size))
-    if "config" not in about:
-        raise UserError(f"{directory} holds no model: its config.json is of another kind")
-    config = configs.from_dict(about["config"])
-    tokenizer = load_tokenizer(directory / "tokenizer") if (directory / "tokenizer").is_dir() else None
-    process, schedule, network = configs.build(config, about["vocab_size"])
-    like = jax.eval_shape(network.init, jax.random.key(0))
-    weights = directory / "weights.safetensors"
-    params = _exported(weights, like) if weights.is_file() else _trained(directory, config, like)
-    layout = Layout.from_json(about["layout"]) if "layout" in about else Layout()  # of 0.1.0, all of them packed
-    return Model(config, jax.device_put(params), tokenizer, process, schedule, network, layout)
-
-
-def train(config: ConfigDict, workdir: str | Path, init_from: str | Path | None = None) -> Model:
-    """Trains, or continues the run that is in `workdir`, and returns its model. See `sedd.training.fit.fit`.
-
-    init_from: whatever `load` takes; a new run starts from its weights, and from nothing else of it.
-    """
-    weights = None if init_from is None else load(init_from).params
-    fit(config, workdir, weights, init_from and str(init_from))
-    return load(workdir)
-
-
-def _trained(directory: Path, config: ConfigDict, like: dict) -> dict:
-    if not (directory / "checkpoints").is_dir():
-        raise UserError(f"{directory} holds no checkpoint yet; train a little longer")
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = placed(like, jax.tree.map(lambda _: device, like))
-    with Checkpoints(directory / "checkpoints") as checkpoints:
-        return checkpoints.restore_params(like, ema=bool(config.training.ema_decay))
-
-
-def _exported(file: Path, like: dict) -> dict:
-    try:
-        arrays = load_file(file)
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged ({error}); export the model again") from None
-    expected = {name: (leaf.shape, leaf.dtype) for name, leaf in named(like).items()}
-    found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-    if found != expected:
-        wrong = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-        raise UserError(
-            f"{file} does not fit its config.json: {wrong} is {found.get(wrong)}, not {expected.get(wrong)}"
-        )
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in named(like)])

@@ -8,7 +8,7 @@ from sedd import config as configs
 from sedd.data.prepare import prepare
 from sedd.evaluation.baselines import baselines
 from sedd.evaluation.statistics import with_error
-from sedd.model import train
+from sedd.loading import train
 
 # What is filled in, for each corpus.
 _TEMPLATES = {

@@ -13,7 +13,7 @@ import sedd
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import Tokenizer, make_tokenizer
 from sedd.diffusion.process import Absorbing, Uniform
-from sedd.evaluation.conditional import answers_to
+from sedd.evaluation.conditional import answers_to, log_likelihoods
 
 IGNORED = Layout("padded", "ignored")
 KINDS = {  # the second is told the noise of a padded row; the noise of the others is clipped, where little is masked
@@ -172,7 +172,8 @@ def test_answers_share_their_noise(model):
 
     first, second = of(["abcabc", "abcabc"])
     assert first == second and first == of(["abcabc", "ddd"])[0]
-    np.testing.assert_allclose(of("abcabc").nats, first.nats, rtol=1e-6)
+    for company in (["abcabc"], ["ddd"] * 5 + ["abcabc"]):  # fewer rows at once, and more than there are at once
+        np.testing.assert_allclose(of(company)[-1].nats, first.nats, rtol=1e-6)
     assert of(["abcabc", "ddd"], seed=1)[0].nats != first.nats
     with_alike = np.array([[one.nats for one in of(["abcabc", "abcabd"], seed)] for seed in range(40)])
     shared, own = (np.subtract(*pair).std() for pair in (with_alike.T, (with_alike[:-1, 0], with_alike[1:, 1])))
@@ -250,6 +251,7 @@ def test_a_merged_piece_is_scored_as_what_it_is(model):
 @pytest.mark.parametrize(
     "ask, message",
     [
+        (([],), "there are no answers to score"),
         ((["a", ""], "b"), "an answer is empty; there is nothing to score"),
         (("abcd", "abcd" * 3), f"given and answer take 16 tokens, more than the model's block of {LENGTH}; shorten"),
         (("a\ud800",), r"an answer holds '\\ud800', which is no character"),
@@ -288,13 +290,16 @@ def test_mistakes_of_some_models(model):
 @pytest.mark.parametrize("prediction", [pytest.param("denoiser", marks=pytest.mark.slow), "score"])
 def test_a_uniform_model_has_a_bound_of_whole_texts(prediction):
     """That of the perplexity job, of a text at its own length. Control: of another text."""
-    model = made(*UNIFORM, f"network.prediction={prediction}", scale=0.3)
-    found = model.log_likelihood(["abcdabc", "ddddddd"], draws=4096)
+    model, texts = made(*UNIFORM, f"network.prediction={prediction}", scale=0.3), ["abcdabc", "ddddddd"]
+    found = model.log_likelihood(texts, draws=4096)
     assert {(one.method, one.is_bound) for one in found} == {("levels", True)}
     report = model.perplexity(["abcdabc"] * 64, draws=64, progress=False)
     error = np.hypot(found[0].standard_error, 7 * report.standard_error)
     differences = [one.nats + 7 * report.nats_per_token for one in found]
     assert abs(differences[0]) < 4 * error < abs(differences[1])
+    answers = answers_to("", texts, model.tokenizer, model.process, LENGTH, model.layout)
+    answers.tokens[:, 7:] = 3  # whatever lies behind the text is not seen
+    assert log_likelihoods(model.network, model.schedule, model.params, answers, num_draws=4096) == found
 
 
 # Two models.

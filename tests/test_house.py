@@ -12,6 +12,7 @@ ROOMS = [
     "cli",
     "quickstart",
     "harness",
+    "loading",
     "model",
     "pretrained",
     "training",

@@ -343,6 +343,5 @@ def test_stratified_draws_of_a_long_text_scatter_less():
         return values.var() / 8, values.mean(0).var()
 
     (at_random, levels), (random_counts, counts) = variances(level_draws, 128), variances(count_draws, 128)
-    print(at_random/levels, at_random / counts, at_random/random_counts)
     assert at_random > 10 * counts and at_random > 5 * levels and levels > 1.2 * counts
     assert not at_random > 1.5 * random_counts

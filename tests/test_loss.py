@@ -56,6 +56,26 @@ def test_count_loss_averages_to_the_entropy(joint):
     assert standard_errors(loss(1.5).sum(-1) - joint.surprise(x0, free)) > 4
 
 
+def test_mirrored_mates_mask_every_free_token_and_one_twice():
+    """Rows of one key, k masks and n + 1 - k. Control: without the mirror some token is seen by both."""
+    free = np.random.default_rng(0).random((400, 9)) < 0.7
+    free[:, 0] |= ~free.any(-1)
+    n = free.sum(-1)
+    k = np.random.default_rng(1).integers(1, n + 1)
+    keys, x0 = row_keys(400), np.zeros((400, 9), int)
+
+    @jax.jit
+    def masks(k, mirrored):
+        stats_fn = free_score(jnp.zeros((400, 9, 3)))
+        return count_loss(Absorbing(3), stats_fn, keys, x0, k, jnp.asarray(free), mirrored=mirrored) > 0
+
+    first, mate = masks(k, np.zeros(400, bool)), np.asarray(masks(n + 1 - k, np.ones(400, bool)))
+    both = np.add(first, mate, dtype=int)
+    assert np.array_equal(mate.sum(-1), n + 1 - k) and np.array_equal(both > 0, free)
+    assert np.array_equal((both == 2).sum(-1), np.ones(400))
+    assert np.any(free & ~(first | masks(n + 1 - k, np.zeros(400, bool))))
+
+
 def test_given_tokens_are_seen_clean_and_not_scored(process):
     """The network would otherwise learn to be given noise, or be paid for what it was told."""
     x0, free = np.tile([[0, 1, 2, 1]], (64, 1)), np.arange(64)[:, None] % 4 != np.arange(4)

@@ -10,6 +10,7 @@ import pytest
 from sedd.diffusion import draws
 from sedd.diffusion.loss import count_loss
 from sedd.diffusion.process import Absorbing, Uniform
+from sedd.diffusion.score import score_stats
 from sedd.network.network import Network
 from sedd.network.trunk import padded
 
@@ -111,6 +112,36 @@ def test_head_at_masked_positions_only(prediction):
     )
     assert everywhere in str(jax.make_jaxpr(lambda params: loss(params, False))(params))
     assert everywhere not in str(jax.make_jaxpr(lambda params: loss(params, True))(params))
+
+
+@pytest.mark.parametrize("process", [Absorbing(V), Uniform(V)], ids=["absorbing", "uniform"])
+def test_tightened_statistics_stand_behind_the_free_ones(noisy, process):
+    """In an axis in front. With the head at masked positions only, those masked in x0 too are not asked."""
+    (x, _, x0), sigma = noisy, jnp.array([0.2, 1.0, 2.0, 6.0])
+    network = dataclasses.replace(NETWORK, process=process, prediction="score", layers=1)
+    params, pairs = random_params(network), isinstance(process, Absorbing)
+    x = jnp.minimum(x, process.num_states - 1)
+    if pairs:  # a text of nine tokens in the block, in rows that mask k and 10 - k of them
+        x0, masks = x0.at[:, 9:].set(V), jnp.array([3, 7, 9, 1])
+        x = jnp.where((jnp.arange(L) < masks[:, None]) | (x0 == V), V, x0)
+
+    @jax.jit
+    def forms(params):
+        log_score = network.log_score(params, x, sigma)
+        by_hand = [score_stats(score, x, x0) for score in (log_score, process.tightened(log_score, sigma[:, None]))]
+        found = [network.stats(params, tightened=True, masked_pairs=way)(x, sigma, x0) for way in {False, pairs}]
+        return jax.tree.map(lambda *both: jnp.stack(both), *by_hand), found
+
+    by_hand, found = forms(params)
+    asked = (x == V) & (x0 != V) if pairs else jnp.ones(x.shape, bool)
+
+    def agree(one, other):
+        assert one.shape == (2, B, L)
+        np.testing.assert_allclose(one[:, asked], other[:, asked], rtol=1e-4, atol=1e-4)
+
+    for stats in found:
+        jax.tree.map(agree, stats, by_hand)
+    assert np.abs(by_hand.log_sum[0] - by_hand.log_sum[1])[asked].max() > 0.1
 
 
 def test_what_lies_beyond_the_length_is_not_seen(noisy):

@@ -189,3 +189,57 @@ def test_uniform_score_entropy_is_right_in_float32(vocab_size):
     ours, naives, gradients = np.max(errors, axis=0)
     assert ours < 1e-3 and gradients < 1e-3
     assert not naives < 1e-3
+
+
+def test_a_tightened_score_never_has_the_larger_entropy(process, float64):
+    """Of any free score, at every x and x0, from little noise to much. What the true normaliser saves is known.
+
+    Control for the uniform process: of the score rebuilt from `clean_from_score` the entropy can be larger.
+    """
+    seen = [process.mask] if isinstance(process, Absorbing) else np.arange(3)
+    x, x0 = (v.reshape(1, -1) for v in np.meshgrid(seen, np.arange(3)))
+    rng, rows = np.random.default_rng(0), (10_000, 1, 1)
+    free = rng.normal(size=rows) + rng.exponential(4, rows) * rng.normal(size=(*rows[:2], 3))
+    free, ratios = np.where(np.arange(3) == x[..., None], 0.0, free), []  # Float[N x V]
+
+    @jax.jit
+    def forms(sigma):
+        log_clean = process.clean_from_score(free, sigma)
+        here = jnp.take_along_axis(log_clean, jnp.minimum(x, 2)[..., None], axis=-1)[..., 0]
+        rebuilt = process.log_score(log_clean, here, sigma)
+        scores = (free, process.tightened(free, sigma), rebuilt)
+        entropies = [process.score_entropy(score_stats(score, x, x0), x, x0, sigma) for score in scores]
+        return *entropies, jnp.abs(process.tightened(rebuilt, sigma) - rebuilt).max()
+
+    for sigma in np.geomspace(1e-4, 12, 8):
+        before, after, cut, changed = map(np.asarray, forms(sigma))
+        assert np.all(after <= before * (1 + 1e-9)) and np.any(after < 0.9 * before)
+        assert changed < 1e-9  # a score that is made of a law is left as it is
+        if isinstance(process, Absorbing):
+            off = np.log(np.expm1(sigma)) + scipy.special.logsumexp(free, axis=-1)  # log Z
+            saved = (np.expm1(off) - off) / np.expm1(sigma)
+            assert np.all(np.abs(before - after - saved) <= 1e-10 * before)
+        ratios.append(np.max(cut / before))
+    assert (max(ratios) > 1.5) == isinstance(process, Uniform)
+
+
+def test_tightened_scores_are_right_in_float32(process):
+    """At 50257 tokens, from little noise to much. Control: e^sigma - 1 as it stands, of which all is made."""
+    process, x, x0 = type(process)(50257), np.array([3, 7]), np.array([7, 7])
+    x = np.full(2, process.mask) if isinstance(process, Absorbing) else x
+    free = 4 * jax.random.normal(jax.random.key(0), (2, 50257)).at[1, 7].set(0.0) - 5
+    tightened, off = jax.jit(process.tightened), []
+
+    @jax.jit
+    def entropy(log_score, sigma):
+        return process.score_entropy(score_stats(log_score, x, x0), x, x0, sigma)
+
+    for sigma in np.geomspace(1e-4, 20, 8, dtype=np.float32):
+        tight = tightened(free, sigma)
+        with jax.enable_x64(True):
+            exact = np.asarray(tightened(jnp.asarray(free, jnp.float64), np.float64(sigma)))
+        naive = np.log(np.exp(sigma) - np.float32(1))
+        off.append([np.abs(tight - exact).max(), abs(naive - np.log(np.expm1(np.float64(sigma))))])
+        assert tight.dtype == jnp.float32 and np.all(entropy(tight, sigma) <= entropy(free, sigma) * (1 + 1e-5))
+    ours, naives = np.max(off, axis=0)
+    assert ours < 1e-5 and naives > 1e-4

@@ -8,7 +8,7 @@ from oracle import MarkovChain, states
 
 from sedd.diffusion.process import Absorbing
 from sedd.diffusion.samplers import leap
-from sedd.diffusion.score import clamped, edited, in_block, nucleus, score_stats, stats_from, temperature
+from sedd.diffusion.score import clamped, edited, in_block, nucleus, score_stats, stats_from, temperature, told_share
 
 
 def test_statistics_of_a_denoiser_are_those_of_the_dense_scores(process, joint, float64):
@@ -60,6 +60,28 @@ def test_work_in_a_longer_block_sees_the_exact_marginal(float64):
     np.testing.assert_allclose(inside(x, sigma), chain.denoiser(x, sigma), atol=1e-12)
     positions = np.tile([2, 0], (len(x), 1))
     np.testing.assert_allclose(inside(x, sigma, positions), chain.denoiser(x, sigma)[:, [2, 0]], atol=1e-12)
+
+
+def test_the_share_told_is_that_of_what_is_seen(float64):
+    """Whatever the caller says: of the whole block below `in_block`, of the valid length where there is one."""
+    process, x = Absorbing(3), np.array([[3, 0, 3, 1], [2, 0, 1, 1], [3, 3, 3, 3]])
+
+    def denoiser(x, sigma, positions):  # says what it is told
+        return jnp.broadcast_to(sigma[:, None, None], (*(x if positions is None else positions).shape, 3))
+
+    def told(denoiser, positions=None):
+        return np.asarray(denoiser(x, jnp.full(3, 0.123), positions))[:, 0, 0]
+
+    def sigma(masks, length):  # no mask is told as one
+        return -np.log1p(-(np.maximum(masks, 1) - 0.5) / length)
+
+    masks, lengths = np.array([2, 0, 4]), np.array([2, 4, 4])
+    np.testing.assert_allclose(told(told_share(process, denoiser)), sigma(masks, 4), rtol=1e-12)
+    np.testing.assert_allclose(told(told_share(process, denoiser, lengths)), sigma([1, 0, 4], lengths), rtol=1e-12)
+    below, above = in_block(told_share(process, denoiser), 9, 3), told_share(process, in_block(denoiser, 9, 3))
+    np.testing.assert_allclose(told(below), sigma(masks + 5, 9), rtol=1e-12)
+    np.testing.assert_allclose(told(below, np.array([[2], [0], [3]])), sigma(masks + 5, 9), rtol=1e-12)
+    np.testing.assert_allclose(told(above), sigma(masks, 4), rtol=1e-12)
 
 
 def test_given_tokens_are_seen_whatever_the_state(process, joint):

@@ -1,0 +1,102 @@
+"""Models from folders: `load` reads a run, an exported model or a published SEDD checkpoint; `train` makes a run."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from sedd import config as configs
+from sedd import pretrained
+from sedd.data.layout import Layout
+from sedd.data.tokenizers import load_tokenizer, make_tokenizer
+from sedd.errors import UserError
+from sedd.model import Model
+from sedd.parallel import named, placed
+from sedd.training.checkpoint import Checkpoints
+from sedd.training.fit import fit
+
+
+def load(path: str | Path, tokenizer: str | None = None) -> Model:
+    """A model from a run directory, an exported model or a published SEDD checkpoint directory.
+
+    tokenizer: for a model that comes without, as a published one does; as `sedd prepare` takes it, "gpt2:FOLDER".
+    UserError if there is no model, if it is damaged, or if the tokenizer does not fit.
+    """
+    model = _load(path)
+    return model if tokenizer is None else with_tokenizer(model, tokenizer)
+
+
+def _load(path: str | Path) -> Model:
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UserError(f"there is no folder {directory}; train a model there, or give another")
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} holds no model: it has no config.json")
+    try:
+        about = json.loads((directory / "config.json").read_text())
+    except ValueError:
+        raise UserError(f"{directory / 'config.json'} is damaged: it is no JSON") from None
+    if pretrained.is_published(about):
+        config, params = pretrained.load(directory)
+        return Model(config, jax.device_put(params), None, *configs.build(config, config.data.vocab_size))
+    if "config" not in about:
+        raise UserError(f"{directory} holds no model: its config.json is of another kind")
+    config = configs.from_dict(about["config"])
+    tokenizer = load_tokenizer(directory / "tokenizer") if (directory / "tokenizer").is_dir() else None
+    process, schedule, network = configs.build(config, about["vocab_size"])
+    like = jax.eval_shape(network.init, jax.random.key(0))
+    weights = directory / "weights.safetensors"
+    params = _exported(weights, like) if weights.is_file() else _trained(directory, config, like)
+    layout = Layout.from_json(about["layout"]) if "layout" in about else Layout()  # of 0.1.0, all of them packed
+    return Model(config, jax.device_put(params), tokenizer, process, schedule, network, layout)
+
+
+def train(config: ConfigDict, workdir: str | Path, init_from: str | Path | None = None) -> Model:
+    """Trains, or continues the run that is in `workdir`, and returns its model. See `sedd.training.fit.fit`.
+
+    init_from: whatever `load` takes; a new run starts from its weights, and from nothing else of it.
+    """
+    weights = None if init_from is None else load(init_from).params
+    fit(config, workdir, weights, init_from and str(init_from))
+    return load(workdir)
+
+
+def with_tokenizer(model: Model, spec: str) -> Model:
+    """A model that has no tokenizer, with one. UserError if it has one, or if the vocabularies differ in size."""
+    if model.tokenizer is not None:
+        raise UserError(f"this model has a tokenizer of its own; leave out tokenizer={spec}")
+    tokenizer = make_tokenizer(spec, (), end_of_text=True)
+    if tokenizer.vocab_size != model.process.vocab_size:
+        raise UserError(
+            f"the tokenizer {spec} has {tokenizer.vocab_size} tokens, the model {model.process.vocab_size}; give the "
+            "one it was trained with"
+        )
+    return dataclasses.replace(model, tokenizer=tokenizer)
+
+
+def _trained(directory: Path, config: ConfigDict, like: dict) -> dict:
+    if not (directory / "checkpoints").is_dir():
+        raise UserError(f"{directory} holds no checkpoint yet; train a little longer")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = placed(like, jax.tree.map(lambda _: device, like))
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        return checkpoints.restore_params(like, ema=bool(config.training.ema_decay))
+
+
+def _exported(file: Path, like: dict) -> dict:
+    try:
+        arrays = load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged ({error}); export the model again") from None
+    expected = {name: (leaf.shape, leaf.dtype) for name, leaf in named(like).items()}
+    found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    if found != expected:
+        wrong = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        raise UserError(
+            f"{file} does not fit its config.json: {wrong} is {found.get(wrong)}, not {expected.get(wrong)}"
+        )
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in named(like)])

@@ -170,7 +170,8 @@ class Model:
         out = settings.pop("out", None)
         folders = (None, None) if out is None else (Path(out) / "first", Path(out) / "second")
         protocol = get_protocol(settings.get("protocol", "clean"))
-        settings["draws"] = settings.get("draws") or protocol.draws or self.config.evaluation.draws
+        if settings.get("draws") is None:
+            settings["draws"] = protocol.draws or self.config.evaluation.draws
         found = [model._score(texts_or_corpus, out=at, **settings) for model, at in zip((self, other), folders)]
         comparison = make_comparison(*found)
         if out is not None:

@@ -290,7 +290,7 @@ def test_mistakes_of_some_models(model):
 @pytest.mark.parametrize("prediction", [pytest.param("denoiser", marks=pytest.mark.slow), "score"])
 def test_a_uniform_model_has_a_bound_of_whole_texts(prediction):
     """That of the perplexity job, of a text at its own length. Control: of another text."""
-    model, texts = made(*UNIFORM, f"network.prediction={prediction}", scale=0.3), ["abcdabc", "ddddddd"]
+    model, texts = made(*UNIFORM, f"network.prediction={prediction}", scale=0.3), ["abcdabc", "ddd"]
     found = model.log_likelihood(texts, draws=4096)
     assert {(one.method, one.is_bound) for one in found} == {("levels", True)}
     report = model.perplexity(["abcdabc"] * 64, draws=64, progress=False)

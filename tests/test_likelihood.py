@@ -277,9 +277,9 @@ EPS = 0.05
 
 @pytest.mark.parametrize("schedule", [LogLinear(0.01), Geometric(1e-2, 5.0)], ids=["log-linear", "geometric"])
 def test_draws_in_time_average_to_what_papers_report(process, joint, schedule, float64):
-    """The mean loss over the times from eps on, at any of them or one in each stratum; so do their widths.
+    """The mean loss over the times from eps on, whether a row takes any of them or those of its stratum.
 
-    Controls: scores half too large, and the rows of one stratum only.
+    The widths average to the share between. Controls: scores half too large, and the rows of one stratum only.
     """
     x0, stats_fn = np.repeat(joint.draw(ROWS // 4), 4, axis=0), stats_from(process, joint.denoiser(process))
     low, high = float(schedule.sigma(EPS)), float(schedule.sigma(1.0))
@@ -330,18 +330,18 @@ def test_stratified_draws_of_a_long_text_scatter_less():
     All draws of all rows are draws at random levels, whose means of eight have an eighth of their variance. Control:
     those of counts scatter as much.
     """
-    process, chain = Absorbing(27), MarkovChain.peaked(seed=1)
+    process, chain, rows = Absorbing(27), MarkovChain.peaked(seed=1), 128
     text, stats_fn = chain.draw(1024, seed=1), stats_from(process, chain.denoiser)
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    def drawn(bound, rows):
+    @functools.partial(jax.jit, static_argnums=0)
+    def drawn(bound):
         return bound(process, stats_fn, row_keys(rows), jnp.tile(text, (rows, 1)), 8)
 
-    def variances(bound, rows):
-        values = total(drawn(bound, rows))
+    def variances(bound):
+        values = total(drawn(bound))
         assert abs(standard_errors(values.mean(0) - chain.surprise(text))) < 4
         return values.var() / 8, values.mean(0).var()
 
-    (at_random, levels), (random_counts, counts) = variances(level_draws, 128), variances(count_draws, 128)
+    (at_random, levels), (random_counts, counts) = variances(level_draws), variances(count_draws)
     assert at_random > 10 * counts and at_random > 5 * levels and levels > 1.2 * counts
     assert not at_random > 1.5 * random_counts

@@ -86,8 +86,10 @@ def answers_to(
             )
         shared = min(len(context), len(ids))
         known = int(np.argmin(np.append(context[:shared] == ids[:shared], False)))
+        if known == len(ids):
+            raise UserError(f"the answer {text!r} adds no token to what is given; there is nothing to score")
         tokens[number, : len(ids)] = ids
-        free[number, known : len(ids)] = True
+        free[number, known : len(ids) if masks else lengths[number]] = True  # a uniform model is given nothing
         if layout.binds_lengths:
             tokens[number, len(ids) :] = tokenizer.end_of_text
     return Answers(tokens, free, None if masks and not layout.binds_lengths else lengths)

@@ -113,6 +113,8 @@ def grouped(found: Sequence[np.ndarray], block_length: int, protocol: Protocol, 
     after = has_end if protocol.ends else []
     inner = block_length - 2 * len(wrap)
     blocks = [np.zeros((0, block_length), np.int32)]
+    if inner < 1:
+        return blocks[0]
     for shard in np.array_split(np.arange(len(found)), protocol.shards):
         for start in range(0, len(shard), GROUP):
             parts = [np.append(found[number], after) for number in shard[start : start + GROUP]]

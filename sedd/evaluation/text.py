@@ -98,6 +98,8 @@ def from_texts(
         found = [encoded(part, tokenizer, f"text {number + 1} of {len(texts)}") for part in parts]
         found = found[:1] + [np.append(tokenizer.end_of_text, ids) for ids in found[1:]]
         ids = np.concatenate([*found, np.array(end, np.int32)])
+        if not len(ids):
+            raise UserError(f"text {number + 1} of {len(texts)} has no tokens, {text!r}; there is nothing to score")
         of_text = cut(ids, block_length, *end)
         rows.append(of_text[0])
         counts.append(of_text[1])

@@ -61,8 +61,7 @@ def test_the_bound_never_exceeds_what_it_bounds(process, float64):
     """A hundred networks that heed the noise and contradict themselves, a little or much, on all of two tokens.
 
     What is bounded is the law of the reverse process with its last step: its ODE, solved. From a noise of 40 on the
-    absorbing one is sure to be all masks. Control: with a fiftieth of the integral left out, there are sequences that
-    are less likely than that.
+    absorbing one is sure to be all masks. Control: without a fiftieth of the integral, some sequence is less likely.
     """
     low, high, top = (1e-3, math.inf, 40.0) if isinstance(process, Absorbing) else (1e-3, 12.0, 12.0)
     tables = np.linspace(0.01, 1, 100)[:, None, None, None] * random_tables(100, 2)
@@ -85,8 +84,9 @@ def test_the_bound_never_exceeds_what_it_bounds(process, float64):
 
     ends = 2 * process.prior_divergence(high) + joint.expectation(process, stats_fn, process.reconstruction)(low)
     integral = joint.integral(process, stats_fn, low, top)
-    np.testing.assert_allclose(law().sum(-1), 1, rtol=1e-8)
-    gaps = ends + integral + np.log(law())
+    log_law = np.log(law())
+    np.testing.assert_allclose(np.exp(log_law).sum(-1), 1, rtol=1e-8)
+    gaps = ends + integral + log_law
     assert gaps.min() > -1e-7
     assert gaps.mean() > 0.1 and (gaps - integral / 50).min() < -1e-2
 
@@ -202,15 +202,15 @@ CASES_FREE = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 1], [0, 1, 0, 1], [
 TABLE = random_tables(1, 4)[0]
 
 
-@pytest.mark.parametrize("num_draws", [1, 3, 4, 6])
+@pytest.mark.parametrize("num_draws", [3, 4, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 6))])
 def test_stratified_counts_average_to_the_bound_over_orders(num_draws, float64):
     """Of a network that contradicts itself and heeds the noise. Controls: wrong scores; half of the strata.
 
-    Of four draws two are mates of the others: with k where they have n + 1 - k, they would all be like the first.
+    Of four draws two are mates of the others: with k for n + 1 - k they would all be like the first.
     """
     process, repeats = Absorbing(3), ROWS // len(CASES)
     x0, free = np.tile(CASES, (repeats, 1)), np.tile(CASES_FREE, (repeats, 1))
-    exact = [-along_all(TABLE, *row).mean() for row in zip(CASES, map(np.flatnonzero, CASES_FREE), strict=True)]
+    exact = [-along_all(TABLE, x0, np.flatnonzero(free)).mean() for x0, free in zip(CASES, CASES_FREE, strict=True)]
     exact = np.tile(exact, repeats)
 
     @jax.jit
@@ -218,14 +218,13 @@ def test_stratified_counts_average_to_the_bound_over_orders(num_draws, float64):
         stats_fn = scaled(process, stats_from(process, untrained(TABLE)), factor)
         return count_draws(process, stats_fn, row_keys(len(x0)), x0, num_draws, free)
 
-    values = total(found(1.0))
+    drawn = found(1.0)
+    values = total(drawn)
     assert len(values) == num_draws and abs(standard_errors(values.mean(0) - exact)) < 4
-    assert standard_errors(total(found(1.5)).mean(0) - exact) > 4
-    if num_draws % 2 == 0:
-        assert unbiased(values, exact)
+    assert standard_errors(total(found(1.5)).mean(0) - exact) > 4 and (num_draws % 2 or unbiased(values, exact))
     if num_draws == 4:
         assert not unbiased(values[[0, 2, 1, 3]], exact)
-        np.testing.assert_allclose(np.asarray(found(1.0).level).reshape(2, 2, -1).mean(1), 0.5, atol=1e-12)
+        np.testing.assert_allclose(np.asarray(drawn.level).reshape(2, 2, -1).mean(1), 0.5, atol=1e-12)
 
 
 def test_a_text_that_is_told_its_length_needs_no_block(float64):
@@ -242,7 +241,7 @@ def test_a_text_that_is_told_its_length_needs_no_block(float64):
     assert np.abs(found(free, np.full(50, 7)) - alone).max() > 0.1
 
 
-@pytest.mark.parametrize("counts", [True, False], ids=["counts", "levels"])
+@pytest.mark.parametrize("counts", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["counts", "levels"])
 def test_a_short_text_in_a_block_gets_its_exact_marginal(counts, float64):
     """Its other positions stay masked. Other lengths in each row. Control: scores half too large.
 
@@ -272,24 +271,30 @@ def test_a_short_text_in_a_block_gets_its_exact_marginal(counts, float64):
     assert standard_errors(total(found(1.5)).mean(0) - exact) > 4
 
 
-EPS = 0.05
-
-
-@pytest.mark.parametrize("schedule", [LogLinear(0.01), Geometric(1e-2, 5.0)], ids=["log-linear", "geometric"])
+@pytest.mark.parametrize(
+    "process, schedule",
+    [
+        (Absorbing(3), LogLinear(0.01)),
+        (Uniform(3), Geometric(1e-2, 5.0)),
+        pytest.param(Absorbing(3), Geometric(1e-2, 5.0), marks=pytest.mark.slow),
+        pytest.param(Uniform(3), LogLinear(0.01), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_draws_in_time_average_to_what_papers_report(process, joint, schedule, float64):
     """The mean loss over the times from eps on, whether a row takes any of them or those of its stratum.
 
     The widths average to the share between. Controls: scores half too large, and the rows of one stratum only.
     """
-    x0, stats_fn = np.repeat(joint.draw(ROWS // 4), 4, axis=0), stats_from(process, joint.denoiser(process))
-    low, high = float(schedule.sigma(EPS)), float(schedule.sigma(1.0))
-    exact = joint.integral(process, stats_fn, low, high)[index(x0, 3)] / (1 - EPS)
+    eps, stats_fn = 0.05, stats_from(process, joint.denoiser(process))
+    low, high = float(schedule.sigma(eps)), float(schedule.sigma(1.0))
+    x0 = np.repeat(joint.draw(ROWS // 4), 4, axis=0)
+    exact = joint.integral(process, stats_fn, low, high)[index(x0, 3)] / (1 - eps)
 
     @jax.jit
     def found(factor, strata):
         wrong = scaled(process, stats_fn, factor)
-        stratum = jnp.arange(ROWS) % strata
-        return time_draws(process, schedule, wrong, row_keys(ROWS), x0, 3, EPS, stratum, strata)
+        return time_draws(process, schedule, wrong, row_keys(ROWS), x0, 3, eps, jnp.arange(ROWS) % strata, strata)
 
     for strata in (1, 4):
         drawn = found(1.0, strata)
@@ -308,14 +313,11 @@ def close(values, exact):
 def test_widths_turn_means_over_draws_into_integrals_over_the_share(process, float64):
     """Of any function of the level, the square here: what a profile over levels is made of. Control: other ends."""
 
-    @jax.jit
-    def found():
-        def stats_fn(x, sigma, x0):
-            return score_stats(jnp.zeros((*x.shape, 3)), x, x0)
+    def stats_fn(x, sigma, x0):
+        return score_stats(jnp.zeros((*x.shape, 3)), x, x0)
 
-        return level_draws(process, stats_fn, row_keys(ROWS), jnp.zeros((ROWS, 1), int), 4, low=0.3, high=3.0)
-
-    level, width = (np.asarray(leaf) for leaf in found()[:2])
+    drawn = jax.jit(lambda keys: level_draws(process, stats_fn, keys, jnp.zeros((ROWS, 1), int), 4, 0.3, 3.0))
+    level, width = map(np.asarray, drawn(row_keys(ROWS))[:2])
     low, high = -np.expm1(-0.3), -np.expm1(-3.0)
     assert low <= level.min() < low + 0.01 and high - 0.01 < level.max() <= high
     close(width.mean(0), high - low)
@@ -344,4 +346,4 @@ def test_stratified_draws_of_a_long_text_scatter_less():
 
     (at_random, levels), (random_counts, counts) = variances(level_draws), variances(count_draws)
     assert at_random > 10 * counts and at_random > 5 * levels and levels > 1.2 * counts
-    assert not at_random > 1.5 * random_counts
+    assert at_random < 1.5 * random_counts

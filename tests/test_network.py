@@ -121,9 +121,9 @@ def test_tightened_statistics_stand_behind_the_free_ones(noisy, process):
     network = dataclasses.replace(NETWORK, process=process, prediction="score", layers=1)
     params, pairs = random_params(network), isinstance(process, Absorbing)
     x = jnp.minimum(x, process.num_states - 1)
-    if pairs:  # a text of nine tokens in the block, in rows that mask k and 10 - k of them
-        x0, masks = x0.at[:, 9:].set(V), jnp.array([3, 7, 9, 1])
-        x = jnp.where((jnp.arange(L) < masks[:, None]) | (x0 == V), V, x0)
+    if pairs:  # a text of nine tokens behind three that stay masked, in rows that mask k and 10 - k of it
+        x0, masks = x0.at[:, :3].set(V), jnp.array([3, 7, 9, 1])
+        x = jnp.where(jnp.arange(L) >= L - masks[:, None], V, x0)
 
     @jax.jit
     def forms(params):

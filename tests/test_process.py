@@ -209,16 +209,19 @@ def test_a_tightened_score_never_has_the_larger_entropy(process, float64):
         rebuilt = process.log_score(log_clean, here, sigma)
         scores = (free, process.tightened(free, sigma), rebuilt)
         entropies = [process.score_entropy(score_stats(score, x, x0), x, x0, sigma) for score in scores]
-        return *entropies, jnp.abs(process.tightened(rebuilt, sigma) - rebuilt).max()
+        return *entropies, scores[1], jnp.abs(process.tightened(rebuilt, sigma) - rebuilt).max()
 
     for sigma in np.geomspace(1e-4, 12, 8):
-        before, after, cut, changed = map(np.asarray, forms(sigma))
+        before, after, cut, tight, changed = map(np.asarray, forms(sigma))
         assert np.all(after <= before * (1 + 1e-9)) and np.any(after < 0.9 * before)
         assert changed < 1e-9  # a score that is made of a law is left as it is
         if isinstance(process, Absorbing):
             off = np.log(np.expm1(sigma)) + scipy.special.logsumexp(free, axis=-1)  # log Z
             saved = (np.expm1(off) - off) / np.expm1(sigma)
             assert np.all(np.abs(before - after - saved) <= 1e-10 * before)
+        else:
+            most = np.log1p(3 / np.expm1(sigma))  # q(x | x) / q(y | x)
+            np.testing.assert_allclose(tight, np.clip(free, -most, most), rtol=1e-10)
         ratios.append(np.max(cut / before))
     assert (max(ratios) > 1.5) == isinstance(process, Uniform)
 

@@ -185,7 +185,7 @@ def test_infill(place, capsys):
         ("eval --model={0}/run --source=text:{0}/absent", "no file matches"),
         ("eval --model={0}/run --source=text:{0}/empty.txt", "holds no text"),
         ("eval --model={0}/run --against={0}/run --protocol=clean,duo", "--against takes one protocol"),
-        ("eval --model={0}/run --judge={0}/run", "go with --samples"),
+        ("eval --model={0}/run --judge={0}/run", "goes with --samples"),
         ("eval --model={0}/run --out={0}/texts", "holds no evaluation"),
         ("eval --samples={0}/absent", "cannot be read as samples"),
         ("eval --samples={0}/tiny.txt", "is cut off"),

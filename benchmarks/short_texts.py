@@ -44,7 +44,7 @@ def nats_per_token(model: sedd.Model, texts: np.ndarray, layout: Layout, draws: 
     count, length = texts.shape
     rows = np.pad(texts, ((0, 0), (0, model.block_length - length))).astype(np.int32)
     lengths = np.full(count, length, np.int32)
-    scored = Scored(rows, lengths, lengths, np.arange(count), None, None, layout, {})
+    scored = Scored(rows, lengths, lengths, np.arange(count), None, None, layout, {}, count)
     _, terms = perplexity(model.network, model.schedule, model.params, scored, num_draws=draws, progress=False)
     return terms.rows / length
 

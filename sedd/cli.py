@@ -194,7 +194,7 @@ def _estimate(config):
 
 def _eval(args, _):
     from sedd.data.corpus import open_corpus
-    from sedd.loading import load
+    from sedd.loading import load, with_tokenizer
 
     if (args.model is None) == (args.samples is None):
         raise UserError("eval needs either a --model, or --samples to measure the quality of")
@@ -205,19 +205,21 @@ def _eval(args, _):
         raise UserError("--judge goes with --samples; a model's own number needs none")
     if args.data and args.source:
         raise UserError("give either --data or --source")
-    protocols = [get_protocol(name).name for name in args.protocol.split(",")]
+    protocols = [get_protocol(name.strip()).name for name in args.protocol.split(",")]
     if args.against and len(protocols) > 1:
         raise UserError("--against takes one protocol")
-    model = load(args.model, args.tokenizer)
-    text = sources.open_source(args.source) if args.source else open_corpus(args.data or model.config.data.corpus)
+    models = [load(path) for path in (args.model, args.against) if path]
+    if args.tokenizer:
+        lacking = [model for model in models if model.tokenizer is None] or models
+        models = [with_tokenizer(model, args.tokenizer) if model in lacking else model for model in models]
+    corpus = args.data or models[0].config.data.corpus
+    text = sources.open_source(args.source) if args.source else open_corpus(corpus)
     settings = {name: getattr(args, name) for name in ("split", "draws", "seed", "batch_size")}
     if args.against:
-        found = model.compare(
-            load(args.against, args.tokenizer), text, protocol=args.protocol, out=args.out, **settings
-        )
+        found = models[0].compare(models[1], text, protocol=args.protocol, out=args.out, **settings)
         print(found.to_json() if args.json else found)
     else:
-        _eval_protocols(args, model, text, protocols, settings)
+        _eval_protocols(args, models[0], text, protocols, settings)
 
 
 def _eval_protocols(args, model, text, protocols, settings):
@@ -228,7 +230,12 @@ def _eval_protocols(args, model, text, protocols, settings):
     reports = []
     for name in protocols:
         out = args.out and Path(args.out) / (name if len(protocols) > 1 else "")
-        reports.append(model.perplexity(text, protocol=name, out=out, **settings))
+        try:
+            reports.append(model.perplexity(text, protocol=name, out=out, **settings))
+        except UserError:
+            if reports:  # what is done is not lost
+                print(table(reports))
+            raise
         if out:
             _picture(plot_profile, reports[-1].profile, out / "profile.png", reports[-1].noise)
     if len(reports) == 1:
@@ -241,7 +248,10 @@ def _eval_samples(args):
     """The quality of samples that were drawn before."""
     from sedd.evaluation.quality import quality, read_samples
 
-    tokenizer = args.tokenizer and tokenizers.make_tokenizer(args.tokenizer, (), end_of_text=True)
+    for name in ("against", "data", "source", "split", "draws", "batch_size", "out"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} goes with --model; the samples in a file need only --judge and --tokenizer")
+    tokenizer = args.tokenizer and tokenizers.given_tokenizer(args.tokenizer)
     texts, tokens = read_samples(args.samples, tokenizer)
     found = quality(texts, tokens, args.judge and _judge(args.judge))
     print(found.to_json() if args.json else found)
@@ -254,13 +264,21 @@ def _judge(path):
 
     if holds_language_model(Path(path).expanduser()):
         return open_judge(path)
-    judge = functools.partial(load(path).judge)
-    judge.name = f"{path}, a bound"
+    return _own(load(path), path)
+
+
+def _own(model, name):
+    """A model of this package as a judge."""
+    if model.tokenizer is None:
+        raise UserError(f"the judge {name} has no tokenizer, so it reads no text; give another --judge")
+    judge = functools.partial(model.judge)
+    judge.name = f"{name}, a bound"
     return judge
 
 
 def _sweep(args, _):
     from sedd.evaluation.pictures import plot_sweep
+    from sedd.evaluation.scoring import out_folder
     from sedd.evaluation.sweep import sweep, table, to_json
     from sedd.loading import load
 
@@ -269,9 +287,9 @@ def _sweep(args, _):
     except ValueError:
         raise UserError(f"--steps takes numbers, as in 8,16,32, not {args.steps!r}") from None
     model = load(args.model, args.tokenizer)
-    judge = _judge(args.judge or args.model) if args.judge or model.tokenizer else None
+    judge = _judge(args.judge) if args.judge else model.tokenizer and _own(model, args.model)
     if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        out_folder(args.out)
     samplers = [name.strip() for name in args.samplers.split(",")]
     drawing = {name: getattr(args, name) for name in ("length", "temperature", "top_p", "batch_size")}
     points = sweep(model.generator, samplers, steps, args.num_samples, judge, args.seed, **drawing)

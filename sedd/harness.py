@@ -37,6 +37,8 @@ try:
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 except ImportError:
+    if __name__ == "__main__":
+        sys.exit("sedd: error: the harness needs the package lm_eval: pip install 'sedd[harness]'")
     raise UserError("the harness needs the package lm_eval: pip install 'sedd[harness]'") from None
 
 SAMPLING = ("temperature", "top_p", "seed", "sampler", "steps")  # of generate_until, as in Model.infill
@@ -107,7 +109,7 @@ class Harness(LM):
     def get_model_info(self) -> dict:
         """What lm_eval writes into its results: how the numbers were estimated."""
         about = {"method": self.method, "block_length": self.model.block_length, "tokenizer": self.tokenizer_name}
-        return about | self.noise
+        return about | {"lengths": "given" if self.model.layout.binds_lengths else "open"} | self.noise
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """log p(continuation | context) of each request, in nats, and whether it is what greedy decoding gives.
@@ -134,6 +136,8 @@ class Harness(LM):
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """A lower bound on log p of each document, in nats: what `Model.perplexity` makes of a task's documents.
 
+        Of a model of padded documents whose padding is ignored, given their lengths.
+
         One that is longer than a block is cut into blocks, none of which sees another, so that each token is scored
         once. An empty document has 0.
         """
@@ -145,10 +149,11 @@ class Harness(LM):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Fills in `max_gen_toks` tokens after each context, and cuts them at the first of `until`.
 
-        A context that leaves no room for them loses its oldest tokens. Without `do_sample`, or at temperature 0,
-        nothing is drawn: one position a call is revealed, that of the largest margin, as its likeliest token. A Uniform
-        process, which has no such order, draws from `seed` with the likeliest tokens only. With `do_sample` the
-        settings are those of `Model.infill`: temperature, top_p, seed, sampler, steps. UserError for any other.
+        A context that leaves no room for them loses its oldest tokens. With `do_sample` false, or neither it nor a
+        temperature, or at temperature 0, nothing is drawn: one position a call is revealed, that of the largest margin,
+        as its likeliest token. A Uniform process, which has no such order, draws from `seed` with the likeliest tokens
+        only. Else the settings are those of `Model.infill`: temperature, top_p, seed, sampler, steps. UserError for any
+        other.
         """
         wishes = [self._wish(request.args[1]) for request in requests]
         whole = [request.args[0] for request in requests]
@@ -266,7 +271,7 @@ class Harness(LM):
                 f"{self.model.block_length}; leave the task out, or take a model of longer blocks"
             )
         ids = encode(context)
-        context = self.model.tokenizer.decode(ids[len(ids) - spare :]).lstrip("\ufffd")  # part of a character
+        context = self.model.tokenizer.decode(ids[max(0, len(ids) - spare) :]).lstrip("\ufffd")  # part of a character
         while any(len(encode(context + text)) > room for text in texts):  # cut elsewhere, it may have more tokens
             context = context[1:]
         return context

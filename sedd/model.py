@@ -174,7 +174,7 @@ class Model:
             settings["draws"] = protocol.draws or self.config.evaluation.draws
         found = [model._score(texts_or_corpus, out=at, **settings) for model, at in zip((self, other), folders)]
         comparison = make_comparison(*found)
-        if out is not None:
+        if out is not None and jax.process_index() == 0:
             (Path(out) / "comparison.json").write_text(comparison.to_json() + "\n", encoding="utf-8")
         return comparison
 
@@ -245,6 +245,8 @@ class Model:
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
         text = [texts_or_corpus] if isinstance(texts_or_corpus, str) else texts_or_corpus
+        if split is not None and not isinstance(text, Corpus):
+            raise UserError(f"there is no split {split!r}: a corpus has splits, a source or a list of texts has none")
         if isinstance(text, Corpus):
             tokenizer = fitting(text, self.tokenizer, self.process.vocab_size, self.layout)
         else:

@@ -12,6 +12,7 @@ from small import small_config, small_corpus
 
 import sedd
 from sedd import config as configs
+from sedd.data.sources import open_source
 from sedd.diffusion import draws
 from sedd.diffusion.likelihood import count_draws
 from sedd.diffusion.process import Absorbing
@@ -19,7 +20,7 @@ from sedd.diffusion.score import stats_from
 from sedd.evaluation import scoring
 from sedd.evaluation.baselines import bigram_nats, unigram_nats
 from sedd.evaluation.perplexity import perplexity
-from sedd.evaluation.statistics import Estimate, ratio, sampling_error, t_quantile
+from sedd.evaluation.statistics import Estimate, profile, ratio, sampling_error, t_quantile
 from sedd.evaluation.text import from_corpus, from_texts
 from sedd.parallel import data_mesh
 
@@ -206,6 +207,34 @@ def test_the_profile_is_the_bound_by_the_share_of_noise(corpus, name):
     assert report.profile[0]["low"] == 0 and report.profile[-1]["high"] == 1
 
 
+def test_the_profile_of_texts_of_all_lengths():
+    """Short texts that cost much beside longer ones that cost little: its area is their mean, exactly.
+
+    Control: by the share that is masked in the end, (k - 1/2) / n, short texts fall into few of the bins.
+    """
+    random, counts = np.random.default_rng(0), np.repeat([4, 20], 4000)
+    share = random.random((8000, 4))
+    cost = np.where(counts == 4, 5.0, 1.0)[:, None] * np.ones((1, 4)) * counts[:, None]
+    exact = cost.mean(1).sum() / counts.sum()
+
+    def area(level):
+        parts = profile(level, np.ones_like(level), cost, counts, 128)
+        return sum((part["high"] - part["low"]) * (part["nats_per_token"] or 0.0) for part in parts)
+
+    rounded = (np.floor(share * counts[:, None]) + 0.5) / counts[:, None]
+    assert abs(area(share) - exact) < 0.02 * exact < abs(area(rounded) - exact)
+
+
+def test_few_documents_in_many_clusters_are_told(corpus, tmp_path):
+    """Runs of blocks of one document say little of others."""
+    (tmp_path / "one.txt").write_text("the 7 times table: 7, 14, 21, 28. " * 20)
+    source = open_source(f"text:{tmp_path}/one.txt")
+    report = fresh(corpus).perplexity(source, draws=2, batch_size=8, progress=False)
+    assert report.clusters == 3 and "1 document(s) in 3 clusters" in report.notes[0]
+    with pytest.raises(sedd.UserError, match="a corpus has splits, a source or a list of texts has none"):
+        fresh(corpus).perplexity(source, split="test")
+
+
 def test_an_evaluation_goes_on_where_it_was_cut_off(corpus, tmp_path, monkeypatch):
     """Whole records stay, the one in the middle is made again; the report is the same to the last bit."""
     model, settings = fresh(corpus), dict(split="validation", draws=4, batch_size=8, progress=False)
@@ -230,9 +259,12 @@ def test_a_folder_holds_one_evaluation(corpus, tmp_path):
     model.perplexity(corpus, out=tmp_path / "out", **settings)
     with pytest.raises(sedd.UserError, match="holds another evaluation: its seed differs"):
         model.perplexity(corpus, out=tmp_path / "out", seed=1, **settings)
-    (tmp_path / "out/job.json").write_text('{"seed":')
-    with pytest.raises(sedd.UserError, match="job.json is damaged: it is no JSON"):
-        model.perplexity(corpus, out=tmp_path / "out", **settings)
+    for damaged in ('{"seed":', "[1, 2]"):
+        (tmp_path / "out/job.json").write_text(damaged)
+        with pytest.raises(sedd.UserError, match="job.json is damaged: it is no JSON"):
+            model.perplexity(corpus, out=tmp_path / "out", **settings)
+    with pytest.raises(sedd.UserError, match="cannot be a folder"):
+        model.perplexity(corpus, out=tmp_path / "out/job.json", **settings)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine.txt").write_text("mine")
     with pytest.raises(sedd.UserError, match="is not empty and holds no evaluation"):

@@ -163,6 +163,18 @@ def make_tokenizer(spec: str, texts: Iterable[str], end_of_text: bool, held_out:
     return Tokenizer(kind, TOKENIZERS[kind].made_from(texts, held_out, int(option) if option else None), end_of_text)
 
 
+def given_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that a spec names, one that no text is needed for, with an end-of-text id.
+
+    Raises:
+      UserError: the spec is no tokenizer's, or of one that is made from text, or what it names is missing or damaged.
+    """
+    if given_data(spec) is None and spec != "bytes":
+        there = ", ".join(["bytes", *(form for form, _, _ in GIVEN.values())])
+        raise UserError(f"the tokenizer {spec} is made from text; name one that is there, as {there}")
+    return make_tokenizer(spec, (), end_of_text=True)
+
+
 def given_data(spec: str) -> bytes | None:
     """What determines a tokenizer that is given, None where one is made from text.
 

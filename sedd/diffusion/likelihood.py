@@ -39,7 +39,7 @@ class Draws(NamedTuple):
     far the mean of all is from its expectation. Statistics with an axis in front have it here too, before B.
     """
 
-    level: jax.Array  # Float[M B], the expected share of touched tokens, 1 - alpha
+    level: jax.Array  # Float[M B], the share of touched tokens, 1 - alpha; for counts, the one that was rounded to k
     width: jax.Array  # Float[M B], how much of that share the draw stands for, times M; 1 where levels are even
     diffusion: jax.Array  # Float[M ... B]
     reconstruction: jax.Array  # Float[M ... B]
@@ -135,13 +135,13 @@ def count_draws(
         rows = (draws.fold(keys, 1), x0, k, free, lengths)
         if not pairs:
             loss = count_loss(process, stats_fn, *rows).sum(-1)
-            return Draws(((k - 0.5) / n)[None], jnp.ones((1, len(n))), loss[None], jnp.zeros_like(loss)[None])
+            return Draws(share[None], jnp.ones((1, len(n))), loss[None], jnp.zeros_like(loss)[None])
         rows = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), rows)
         mirrored = jnp.arange(2 * len(n)) % 2 == 1
         both = jnp.where(mirrored, jnp.repeat(n, 2) + 1 - rows[2], rows[2])
         loss = count_loss(process, stats_fn, *rows[:2], both, *rows[3:], mirrored).sum(-1)
         loss = jnp.moveaxis(loss.reshape(*loss.shape[:-1], -1, 2), -1, 0)
-        level = ((both - 0.5) / jnp.repeat(n, 2)).reshape(-1, 2).T
+        level = jnp.stack([share, 1 - share])
         return Draws(level, jnp.ones_like(level), loss, jnp.zeros_like(loss))
 
     return _in_halves(at, keys, num_draws, 2 if pairs else 1)

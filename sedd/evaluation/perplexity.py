@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from sedd.diffusion.schedule import Schedule
 from sedd.evaluation.protocols import CLEAN, Protocol
 from sedd.evaluation.report import Report, Terms, make_report, read
 from sedd.evaluation.scoring import Record, ends, num_values, score
+from sedd.evaluation.statistics import ratio
 from sedd.evaluation.text import Scored
 from sedd.network.network import Network
 from sedd.version import __version__
@@ -54,7 +56,16 @@ def perplexity(
     what is there, and has report.json in the end; mesh: by default over all devices, the parameters on each of them.
     """
     about = {**(about or {}), "data": scored.data}
-    job = {**about, "protocol": protocol.name, "draws": num_draws, "seed": seed, "rows": len(scored.tokens)}
+    job = {
+        "model": about.get("model"),
+        "tokenizer": about.get("tokenizer"),
+        "network": repr(network),
+        "schedule": repr(schedule),
+        "text": scored.hash,
+        "protocol": protocol.name,
+        "draws": num_draws,
+        "seed": seed,
+    }
     record = Record(folder, job, num_values(network, num_draws))
     if mesh is None:
         mesh = parallel.data_mesh()
@@ -62,10 +73,11 @@ def perplexity(
     low, high = ends(network, schedule)
     prior = network.process.prior_divergence(high) if protocol.whole else 0.0
     batches = score(network, schedule, params, scored, protocol, num_draws, seed, mesh, batch_size, start=len(record))
-    with _Bar(scored, prior, protocol.tightened, len(record), progress) as bar:
+    with _Bar(scored, prior, protocol.tightened, progress) as bar:
+        bar.update(record.records())
         for records in batches:
             record.append(records)
-            bar.update(record)
+            bar.update(records)
     records = record.records()
     terms = read(records, scored, prior, protocol.tightened)
     other = read(records, scored, prior, not protocol.tightened) if network.prediction == "score" else None
@@ -97,10 +109,9 @@ def versions() -> dict[str, str]:
 class _Bar:
     """Progress in rows, with the estimate so far and its error."""
 
-    def __init__(self, scored: Scored, prior: float, tightened: bool, done: int, shown: bool):
-        self._scored, self._prior, self._tightened, self._told = scored, prior, tightened, 0.0
-        total = len(scored.tokens)
-        self._bar = tqdm(desc="scoring", unit="block", total=total, initial=done, delay=2, disable=not shown)
+    def __init__(self, scored: Scored, prior: float, tightened: bool, shown: bool):
+        self._scored, self._reading, self._nats, self._told = scored, (prior, tightened), [], 0.0
+        self._bar = tqdm(desc="scoring", unit="block", total=len(scored.tokens), delay=2, disable=not shown)
 
     def __enter__(self):
         return self
@@ -108,13 +119,17 @@ class _Bar:
     def __exit__(self, *_):
         self._bar.close()
 
-    def update(self, record: Record):
-        due = time.monotonic() - self._told > SHOWN or len(record) == self._bar.total
-        if due and not self._bar.disable:
-            estimate = read(record.records(), self._scored, self._prior, self._tightened).estimate()
+    def update(self, records: np.ndarray):
+        """The records of the rows that follow those of before."""
+        if self._bar.disable or not len(records):
+            return
+        self._nats.append(read(records, self._scored, *self._reading, start=self._bar.n).rows)
+        done = self._bar.n + len(records)
+        if time.monotonic() - self._told > SHOWN or done == self._bar.total:
+            estimate = ratio(np.concatenate(self._nats), self._scored.counts[:done], self._scored.clusters[:done])
             self._bar.set_postfix_str(f"{estimate} nats per token", refresh=False)
             self._told = time.monotonic()
-        self._bar.update(len(record) - self._bar.n)
+        self._bar.update(len(records))
 
 
 def _law(network: Network, protocol: Protocol, low: float, high: float) -> str:

@@ -99,7 +99,7 @@ def laid_out(
             f"the protocol {protocol} leaves nothing of {sum(map(len, found))} tokens in {len(found)} documents: what "
             f"does not fill a block of {block_length} at the end of each group of documents is dropped; use clean"
         )
-    return from_rows(rows, layout, data)
+    return from_rows(rows, layout, data, len(found))
 
 
 def grouped(found: Sequence[np.ndarray], block_length: int, protocol: Protocol, end: int | None) -> np.ndarray:

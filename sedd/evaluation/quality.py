@@ -8,7 +8,6 @@ and perplexity on the judge: compare like with like, and hold them against the s
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import numpy as np
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.evaluation.judges import Judge
-from sedd.evaluation.statistics import Estimate, ratio, with_error
+from sedd.evaluation.statistics import Estimate, exponential, ratio, with_error
+from sedd.evaluation.text import marked_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,9 @@ class Quality:
             "± is one standard error over samples",
         ]
         if self.judge is not None:
-            spread = self.standard_error and self.generative_perplexity * self.standard_error
-            perplexity = with_error(self.generative_perplexity, spread, 2)
+            value = self.generative_perplexity
+            spread = value and self.standard_error and value * self.standard_error
+            perplexity = "beyond all numbers" if value is None else with_error(value, spread, 2)
             nats = with_error(self.nats_per_token, self.standard_error)
             said = f"{nats} nats per token, {self.judge_tokens:,} tokens of {self.judge}"
             lines.insert(0, f"generative perplexity {perplexity}; {said}")
@@ -144,7 +145,7 @@ def _sample(line: str, where: str, cut: bool, tokenizer: Tokenizer | None) -> tu
     if tokenizer is not None:
         if text is None:
             raise UserError(f"{where} has no text to encode; leave the tokenizer out")
-        return text, np.asarray(tokenizer.encode(text) if text else [], np.int64)
+        return text, marked_ids(text, tokenizer, where).astype(np.int64)
     if ids is None and text is not None:
         raise UserError(f"{where} has no tokens; name a tokenizer that encodes the texts")
     if not _are_ids(ids):
@@ -181,7 +182,7 @@ def _judged(texts: Sequence[str] | None, judge: Judge) -> dict:
         "judge_tokens": int(sizes.sum()),
         "nats_per_token": nats_per_token.value,
         "standard_error": nats_per_token.standard_error,
-        "generative_perplexity": math.exp(nats_per_token.value),
+        "generative_perplexity": exponential(nats_per_token.value),
     }
 
 

@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from sedd.evaluation.statistics import FEW, Estimate, profile, ratio, sampling_error, t_quantile, with_error
+from sedd.evaluation.statistics import (
+    FEW,
+    Estimate,
+    exponential,
+    profile,
+    ratio,
+    sampling_error,
+    t_quantile,
+    with_error,
+)
 from sedd.evaluation.text import Scored
 
 
@@ -18,7 +27,8 @@ class Report:
     said by `sedd.evaluation.protocols`.
 
     standard_error: what another sample of documents would change; interval: 95 %, by Student's t; sampling_error: what
-    other noise would change, of this very text. None where they cannot be told: from one cluster, from one draw.
+    other noise would change, of this very text, with so many degrees of freedom for Student's t. None where they cannot
+    be told: from one cluster, from an odd number of draws.
     free_nats_per_token: of a network that predicts free scores, the bound of the scores as they are; the other number
     is that of the tightened ones (or, as `sedd-paper` has it, the other way round).
     """
@@ -27,13 +37,14 @@ class Report:
     standard_error: float | None
     interval: tuple[float, float] | None
     sampling_error: float | None
+    sampling_freedom: float | None
     free_nats_per_token: float | None
     tightened_nats_per_token: float | None
     prior: float
     diffusion: float
     reconstruction: float
-    perplexity: float
-    perplexity_interval: tuple[float, float] | None
+    perplexity: float | None
+    perplexity_interval: tuple[float | None, float | None] | None
     bits_per_byte: float | None
     bits_per_byte_error: float | None
     bits_per_character: float | None
@@ -61,12 +72,12 @@ class Report:
     def __str__(self) -> str:
         parts = f"prior {self.prior:.4f}, diffusion {self.diffusion:.4f}, reconstruction {self.reconstruction:.4f}"
         scatter = "unknown" if self.sampling_error is None else f"{self.sampling_error:.4f}"
-        low, high = self.perplexity_interval or (math.nan, math.nan)
-        interval = f" (95 %: {low:.3f} to {high:.3f})" if self.perplexity_interval else ""
+        low, high = map(_number, self.perplexity_interval or (None, None))
+        interval = f" (95 %: {low} to {high})" if self.perplexity_interval else ""
         lines = [
             f"bound         {with_error(self.nats_per_token, self.standard_error)} nats per token ({parts})",
             f"              the estimator's own error {scatter}; protocol {self.protocol}, {self.draws} draws a block",
-            f"perplexity    {self.perplexity:.3f}{interval}",
+            f"perplexity    {_number(self.perplexity)}{interval}",
         ]
         if self.bits_per_byte is not None:
             characters = "" if self.bits_per_character is None else f", {self.bits_per_character:.4f} per character"
@@ -87,7 +98,7 @@ def table(reports: Sequence[Report]) -> str:
     lines = [f"{'protocol':12} {'nats per token':>18} {'perplexity':>11} {'tokens':>12} {'draws':>6}  a bound"]
     for report in reports:
         value = with_error(report.nats_per_token, report.standard_error)
-        sizes = f"{report.perplexity:11.3f} {report.num_tokens:12,} {report.draws:6}"
+        sizes = f"{_number(report.perplexity):>11} {report.num_tokens:12,} {report.draws:6}"
         lines.append(f"{report.protocol:12} {value:>18} {sizes}  {report.law}")
     return "\n".join(lines)
 
@@ -142,30 +153,30 @@ class Terms:
         """Nats per token."""
         return ratio(self.rows, self.counts, self.clusters)
 
-    def sampling_error(self) -> tuple[float | None, float]:
+    def sampling_error(self) -> tuple[float | None, float | None]:
         """The estimator's own error in nats per token, and its degrees of freedom; None with an odd number of draws."""
         number, draws = self.nats.shape
         if draws % 2:
-            return None, 0.0
+            return None, None
         return sampling_error(self.nats.reshape(number, 2, -1).mean(axis=2), int(self.counts.sum()))
 
 
-def read(records: np.ndarray, scored: Scored, prior: float, tightened: bool) -> Terms:
-    """The terms of the first rows that have records. tightened: of free scores; there are two ways to read them.
+def read(records: np.ndarray, scored: Scored, prior: float, tightened: bool, start: int = 0) -> Terms:
+    """The terms of the rows from `start` on that have records. tightened: of the two ways to read free scores.
 
     records: Float32[n M K], as `sedd.evaluation.scoring.num_values` has it; prior: nats a token.
     """
-    records, number = records.astype(np.float64), len(records)
+    records, at_rows = records.astype(np.float64), slice(start, start + len(records))
     ways = (records.shape[2] - 2) // 2
     way = 2 + (ways - 1 if tightened else 0)
     level, width, diffusion, reconstruction = (records[:, :, at] for at in (0, 1, way, way + ways))
-    rows = (scored.counts[:number], scored.clusters[:number])
-    return Terms(*rows, level, width, diffusion, reconstruction, prior * scored.lengths[:number].astype(np.float64))
+    rows = (scored.counts[at_rows], scored.clusters[at_rows])
+    return Terms(*rows, level, width, diffusion, reconstruction, prior * scored.lengths[at_rows].astype(np.float64))
 
 
 def make_report(terms: Terms, other: Terms | None, scored: Scored, tightened: bool, **about: Any) -> Report:
     """other: the same draws, the free scores read in the other way. about: the fields that are known already."""
-    estimate, (scatter, _) = terms.estimate(), terms.sampling_error()
+    estimate, (scatter, freedom) = terms.estimate(), terms.sampling_error()
     total = int(scored.counts.sum())
     nats, error = estimate.value, estimate.standard_error
     per_byte = scored.num_bytes and total / scored.num_bytes / math.log(2)
@@ -181,13 +192,14 @@ def make_report(terms: Terms, other: Terms | None, scored: Scored, tightened: bo
         standard_error=error,
         interval=estimate.interval,
         sampling_error=scatter,
+        sampling_freedom=freedom,
         free_nats_per_token=None if other is None else free,
         tightened_nats_per_token=None if other is None else tight,
         prior=prior,
         diffusion=diffusion,
         reconstruction=reconstruction,
-        perplexity=math.exp(nats),
-        perplexity_interval=estimate.interval and tuple(map(math.exp, estimate.interval)),
+        perplexity=exponential(nats),
+        perplexity_interval=estimate.interval and tuple(map(exponential, estimate.interval)),
         bits_per_byte=per_byte and nats * per_byte,
         bits_per_byte_error=per_byte and error and error * per_byte,
         bits_per_character=per_character and nats * per_character,
@@ -196,7 +208,7 @@ def make_report(terms: Terms, other: Terms | None, scored: Scored, tightened: bo
         num_characters=scored.num_characters,
         rows=len(scored.tokens),
         clusters=estimate.clusters,
-        notes=_notes(estimate),
+        notes=_notes(estimate, scored),
         profile=profile(terms.level, terms.width, terms.diffusion, scored.counts, scored.tokens.shape[1]),
         **about,
     )
@@ -209,7 +221,16 @@ def make_comparison(first: tuple[Report, Terms], second: tuple[Report, Terms]) -
     return Comparison(first[0], second[0], found.value, found.standard_error, found.interval)
 
 
-def _notes(estimate: Estimate) -> tuple[str, ...]:
+def _number(value: float | None) -> str:
+    return "beyond all numbers" if value is None else f"{value:.3f}"
+
+
+def _notes(estimate: Estimate, scored: Scored) -> tuple[str, ...]:
+    if scored.documents < estimate.clusters:
+        return (
+            f"{scored.documents} document(s) in {estimate.clusters} clusters: ± is what other parts of them would "
+            "change, and says little of other documents",
+        )
     if estimate.clusters == 1:
         return ("one cluster only: nothing is known of what another sample of text would give",)
     if estimate.clusters < FEW:

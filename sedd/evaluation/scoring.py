@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,13 +103,23 @@ def _with_axis(term: jax.Array) -> jax.Array:
     return term[:, None] if term.ndim == 2 else term
 
 
+def out_folder(path: str | Path) -> Path:
+    """The folder, made where it is missing. UserError if that cannot be done."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be a folder ({error.strerror}); choose another --out") from None
+    return Path(path)
+
+
 class Record:
     """What a job has scored, in a folder, so that it can go on after any interruption.
 
         job.json     all that its numbers depend on
         draws.f32    the records of its rows, little-endian, one after another
 
-    A record cut off in the middle is made again. Without a folder all is held in memory only.
+    A record cut off in the middle is made again. Without a folder all is held in memory only. Where there are several
+    processes all of them have to see the folder; the first writes.
     """
 
     def __init__(self, folder: Path | None, job: dict, shape: tuple[int, int]):
@@ -116,16 +127,14 @@ class Record:
         self.shape, self._file, self._parts = shape, None, []
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        out_folder(folder)
         _claim(folder, json.loads(json.dumps(job)))
         self._file = folder / "draws.f32"
         if self._file.exists():
-            found = np.fromfile(self._file, "<f4")
-            whole = len(found) // math.prod(shape)
-            self._parts.append(found[: whole * math.prod(shape)].reshape(-1, *shape))
-        if jax.process_index() == 0:
-            with open(self._file, "wb") as file:
-                file.write(self.records().tobytes())
+            whole = self._file.stat().st_size // (4 * math.prod(shape))
+            self._parts.append(np.fromfile(self._file, "<f4", whole * math.prod(shape)).reshape(-1, *shape))
+            if jax.process_index() == 0:
+                os.truncate(self._file, self._parts[0].nbytes)
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
@@ -146,14 +155,14 @@ def _claim(folder: Path, job: dict):
     """Writes down which job the folder is for, or holds that it is for this one."""
     file = folder / "job.json"
     if not file.exists():
-        if any(folder.iterdir()):
+        if any(other.suffix != ".part" for other in folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no evaluation; choose another --out")
         if jax.process_index() == 0:
             write_whole(file, job)
         return
     try:
-        there = json.loads(file.read_bytes())
-    except ValueError:
+        there = dict(json.loads(file.read_bytes()))
+    except (ValueError, TypeError):
         raise UserError(f"{file} is damaged: it is no JSON; remove {folder} and evaluate again") from None
     differs = [key for key in {**there, **job} if there.get(key) != job.get(key)]
     if differs:

@@ -63,11 +63,12 @@ def profile(
 
     The mean over the shares is the diffusion term. Each of the draws stands for `width` of the share, as Draws has it.
     level, width, nats: Float[N M], nats a row; counts: Int[N]; block_length: there are no more bins than that. Returns
-    for each bin low, high, nats_per_token and error (None where nothing was drawn).
+    for each bin low, high, nats_per_token (None where nothing was drawn) and error (None where nothing is known of it).
     """
     count = min(BINS, block_length)
     due = width * counts[:, None]
     bins = np.minimum((level * count).astype(int), count - 1)
+    drawn = np.bincount(bins.ravel(), minlength=count)
     weight, total = (np.bincount(bins.ravel(), values.ravel(), count) for values in (due, nats))
     mean = np.divide(total, weight, out=np.zeros(count), where=weight > 0)
     residual = np.bincount(bins.ravel(), ((nats - mean[bins] * due) ** 2).ravel(), count)
@@ -79,10 +80,18 @@ def profile(
                 "low": number / count,
                 "high": (number + 1) / count,
                 "nats_per_token": float(mean[number]) if known else None,
-                "error": float(math.sqrt(residual[number]) / weight[number]) if known else None,
+                "error": float(math.sqrt(residual[number]) / weight[number]) if drawn[number] > 1 else None,
             }
         )
     return found
+
+
+def exponential(nats: float) -> float | None:
+    """A perplexity; None where it is beyond all numbers."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return None
 
 
 def t_quantile(freedom: float) -> float:

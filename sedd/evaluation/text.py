@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from sedd.data.batches import blocks
 from sedd.data.corpus import Corpus
@@ -29,6 +30,16 @@ class Scored:
     num_characters: int | None
     layout: Layout
     data: dict[str, Any]  # where the text comes from, for the record
+    documents: int
+
+    @property
+    def hash(self) -> str:
+        """SHA-256, in hexadecimal, of the rows and what is counted of them."""
+        arrays = (self.tokens, self.lengths, self.counts, self.clusters)
+        digest = hashlib.sha256(f"{self.tokens.shape} {self.layout.name}".encode())
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array, np.int32).tobytes())
+        return digest.hexdigest()
 
 
 def fitting(corpus: Corpus, tokenizer: Tokenizer | None, vocab_size: int, layout: Layout) -> Tokenizer:
@@ -56,7 +67,7 @@ def from_corpus(corpus: Corpus, split: str, block_length: int) -> Scored:
     clusters = np.arange(len(tokens)) // RUN if document is None else document
     size = (corpus.num_bytes(split), corpus.num_characters(split))
     data = {"corpus": str(corpus.path), "split": split, "hash": corpus.hash}
-    return _scored(tokens, counts, clusters, size, corpus.layout, data)
+    return _scored(tokens, counts, clusters, size, corpus.layout, data, len(corpus.document_bytes(split)))
 
 
 def from_source(source: Source, tokenizer: Tokenizer, block_length: int, layout: Layout) -> Scored:
@@ -66,19 +77,20 @@ def from_source(source: Source, tokenizer: Tokenizer, block_length: int, layout:
         scored = from_texts(texts, tokenizer, block_length, layout)
         return dataclasses.replace(scored, data={"source": source.spec, "hash": scored.data["hash"]})
     end = [] if source.joiner is not None or tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    parts, size, digest = [], np.zeros(2, int), hashlib.sha256()
-    for text, ends_document in source:
+    parts, size, count, digest = [], np.zeros(2, int), 0, hashlib.sha256()
+    for text, ends_document in tqdm(source, desc="tokenising", unit=" documents", delay=2):
         parts.append(tokenizer.encode_all([text])[0])
         if ends_document:
             parts.append(np.array(end, np.int32))
         size += len(text.encode()), len(text)
-        digest.update(text.encode())
+        digest.update(text.encode() + b"\0" * ends_document)
+        count += ends_document
     tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     if not tokens.size:
         raise UserError(f"the source {source.spec} holds no text; choose another")
     rows, counts = cut(tokens, block_length)
     data = {"source": source.spec, "hash": digest.hexdigest()}
-    return _scored(rows, counts, np.arange(len(rows)) // RUN, tuple(map(int, size)), layout, data)
+    return _scored(rows, counts, np.arange(len(rows)) // RUN, tuple(map(int, size)), layout, data, count)
 
 
 def from_texts(
@@ -94,10 +106,9 @@ def from_texts(
     for number, text in enumerate(texts):
         if not text:
             raise UserError(f"text {number + 1} of {len(texts)} is empty; there is nothing to score")
-        parts = text.split(END_OF_TEXT) if marked and tokenizer.end_of_text is not None else [text]
-        found = [encoded(part, tokenizer, f"text {number + 1} of {len(texts)}") for part in parts]
-        found = found[:1] + [np.append(tokenizer.end_of_text, ids) for ids in found[1:]]
-        ids = np.concatenate([*found, np.array(end, np.int32)])
+        what = f"text {number + 1} of {len(texts)}"
+        ids = (marked_ids if marked else encoded)(text, tokenizer, what)
+        ids = np.concatenate([ids, np.array(end, np.int32)])
         if not len(ids):
             raise UserError(f"text {number + 1} of {len(texts)} has no tokens, {text!r}; there is nothing to score")
         of_text = cut(ids, block_length, *end)
@@ -108,13 +119,13 @@ def from_texts(
         raise UserError("there are no texts to score")
     size = sum(len(text.encode()) for text in texts), sum(map(len, texts))
     data = {"texts": len(texts), "hash": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
-    return _scored(*map(np.concatenate, (rows, counts, clusters)), size, layout, data)
+    return _scored(*map(np.concatenate, (rows, counts, clusters)), size, layout, data, len(texts))
 
 
-def from_rows(rows: np.ndarray, layout: Layout, data: dict[str, Any]) -> Scored:
+def from_rows(rows: np.ndarray, layout: Layout, data: dict[str, Any], num_documents: int) -> Scored:
     """Whole blocks, Int32[N L], in clusters of 16, of which every token counts."""
     counts = np.full(len(rows), rows.shape[1], np.int32)
-    return _scored(rows, counts, np.arange(len(rows)) // RUN, (None, None), layout, data)
+    return _scored(rows, counts, np.arange(len(rows)) // RUN, (None, None), layout, data, num_documents)
 
 
 def documents(text: Corpus | Source | Sequence[str], split: str, tokenizer: Tokenizer) -> tuple[list, dict[str, Any]]:
@@ -128,8 +139,16 @@ def documents(text: Corpus | Source | Sequence[str], split: str, tokenizer: Toke
         texts, data = list(_documents(text)), {"source": text.spec}
     else:
         texts, data = list(text), {"texts": len(text)}
-    found = [encoded(one, tokenizer, f"text {number + 1} of {len(texts)}") for number, one in enumerate(texts)]
+    shown = tqdm(texts, desc="tokenising", unit=" documents", delay=2)
+    found = [encoded(one, tokenizer, f"text {number + 1} of {len(texts)}") for number, one in enumerate(shown)]
     return found, {**data, "hash": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
+
+
+def marked_ids(text: str, tokenizer: Tokenizer, what: str) -> np.ndarray:
+    """The ids of a text in which an end of text is written as `Tokenizer.decode` shows it, Int32[T]."""
+    parts = [text] if tokenizer.end_of_text is None else text.split(END_OF_TEXT)
+    first, *others = (encoded(part, tokenizer, what) for part in parts)
+    return np.concatenate([first, *(np.append(tokenizer.end_of_text, ids) for ids in others)]).astype(np.int32)
 
 
 def encoded(text: str, tokenizer: Tokenizer, what: str) -> np.ndarray:
@@ -150,6 +169,6 @@ def _documents(source: Source) -> Iterable[str]:
         yield document if isinstance(document, str) else "".join(document)
 
 
-def _scored(tokens, counts, clusters, size, layout, data) -> Scored:
+def _scored(tokens, counts, clusters, size, layout, data, num_documents) -> Scored:
     lengths = np.full_like(counts, tokens.shape[1]) if layout.padding == "scored" else counts
-    return Scored(tokens, lengths, counts, clusters, *size, layout, data)
+    return Scored(tokens, lengths, counts, clusters, *size, layout, data, num_documents)

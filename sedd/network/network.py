@@ -5,7 +5,8 @@ This is the edge at which what a network predicts becomes what a process underst
     "score"     a free log score, as in the paper (for Absorbing less the shift log(e^sigma - 1) + log V), or
     "denoiser"  log r itself, the law of the clean token given all the others.
 
-Training and bounds see a free score as it is. Samplers see `clean_from_score` of it, cut to the simplex once, here.
+Training sees a free score as it is, bounds see `process.tightened` of it too. Samplers see `clean_from_score` of it,
+cut to the simplex once, here.
 """
 
 import dataclasses

@@ -328,10 +328,11 @@ def _sampling(args) -> dict:
 def _print_texts(samples, args):
     texts = [None] * len(samples.tokens) if samples.texts is None else samples.texts
     for number, (text, tokens, length) in enumerate(zip(texts, samples.tokens, samples.lengths)):
-        ids = tokens[:length].tolist()
+        ids = tokens[tokens >= 0].tolist()
         if args.json:
-            record = {"text": text, "tokens": ids, "seed": args.seed, "sampler": args.sampler, "steps": args.steps}
-            print(json.dumps({**record, "network_calls": samples.network_calls}))
+            settings = {name: getattr(args, name) for name in ("seed", "sampler", "steps")}
+            record = {"text": text, "tokens": ids, "length": int(length), **settings}
+            print(json.dumps(record | {"network_calls": samples.network_calls}))
         else:
             print(f"--- {number + 1} of {len(texts)}" if len(texts) > 1 else "---")
             print(ids if text is None else text)

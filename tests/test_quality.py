@@ -152,6 +152,15 @@ def test_damaged_files_are_one_clear_line(tmp_path, content, words):
     assert "\n" not in str(refused.value)
 
 
+def test_what_follows_a_text_is_not_measured(tmp_path):
+    """Of a padded document, the end and the padding."""
+    (tmp_path / "one.jsonl").write_text('{"text": "ab", "tokens": [1, 2, 9, 9], "length": 2}\n')
+    assert read_samples(tmp_path / "one.jsonl")[1][0].tolist() == [1, 2]
+    (tmp_path / "one.jsonl").write_text('{"text": "ab", "tokens": [1, 2], "length": 3}\n')
+    with pytest.raises(UserError, match="line 1 is no sample"):
+        read_samples(tmp_path / "one.jsonl")
+
+
 def test_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "s.jsonl").write_bytes(b"\xff\xfe")
     for name in ("s.jsonl", "none.jsonl"):

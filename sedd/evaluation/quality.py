@@ -148,9 +148,10 @@ def _sample(line: str, where: str, cut: bool, tokenizer: Tokenizer | None) -> tu
         return text, marked_ids(text, tokenizer, where).astype(np.int64)
     if ids is None and text is not None:
         raise UserError(f"{where} has no tokens; name a tokenizer that encodes the texts")
-    if not _are_ids(ids):
+    length = record.get("length", len(ids) if isinstance(ids, list) else 0)  # what follows is not of the text
+    if not _are_ids(ids) or type(length) is not int or not 0 <= length <= len(ids):
         raise wrong
-    return text, np.array(ids, np.int64)
+    return text, np.array(ids[:length], np.int64)
 
 
 def _are_ids(ids: object) -> bool:

@@ -157,7 +157,7 @@ def test_what_follows_a_text_is_not_measured(tmp_path):
     (tmp_path / "one.jsonl").write_text('{"text": "ab", "tokens": [1, 2, 9, 9], "length": 2}\n')
     assert read_samples(tmp_path / "one.jsonl")[1][0].tolist() == [1, 2]
     (tmp_path / "one.jsonl").write_text('{"text": "ab", "tokens": [1, 2], "length": 3}\n')
-    with pytest.raises(UserError, match="line 1 is no sample"):
+    with pytest.raises(sedd.UserError, match="line 1 is no sample"):
         read_samples(tmp_path / "one.jsonl")
 
 

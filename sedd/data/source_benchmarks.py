@@ -6,20 +6,20 @@ an id. Iterated, a source drops them as any other does.
 """
 
 import csv
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from sedd.data.detokenizers import LAMBADA, LM1B, PTB, SCIENTIFIC_PAPERS, WIKITEXT, Rule, detokenized
-from sedd.data.files import no_such, numbered_lines, open_files, text_parts
+from sedd.data.files import numbered_lines, open_files, text_parts
 from sedd.data.source import Source
+from sedd.data.source_jsonl import json_fields
 from sedd.errors import UserError
 
 COLUMNS = ("class", "title", "description")  # of AG News
 IN_ORDER = ("wikitext", "ptb")  # whose rows are the lines of running text
+JSON_LINES = "give a file of JSON lines"
 NOT_TEXT8 = re.compile("[^a-z ]")
 
 
@@ -75,14 +75,14 @@ def _stripped(path: Path) -> Iterator[str]:
 
 
 def _passages(path: Path) -> Iterator[str]:
-    for where, text in _json_field(path, "text"):
+    for where, _, text in json_fields(path, "text", JSON_LINES):
         if not isinstance(text, str):
             raise UserError(f"{where}: its field 'text' holds no text, but a {type(text).__name__}")
         yield _encodable(text, where)
 
 
 def _articles(path: Path) -> Iterator[str]:
-    for where, paragraphs in _json_field(path, "article_text"):
+    for where, _, paragraphs in json_fields(path, "article_text", JSON_LINES):
         if not isinstance(paragraphs, list) or not all(isinstance(paragraph, str) for paragraph in paragraphs):
             raise UserError(f"{where}: its field 'article_text' is no list of texts; give a file of the release")
         yield _encodable("\n".join(paragraphs), where)
@@ -100,23 +100,6 @@ def _news(path: Path) -> Iterator[str]:
             yield f"{row[1]} {row[2]}"
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: {error}; mend the quotes") from error
-
-
-def _json_field(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    """That field of the JSON object in each line, and where that is; blank lines are skipped."""
-    for number, line in numbered_lines(path):
-        if line.isspace():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is no JSON ({error}); give a file of JSON lines") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is no JSON object with fields, but a {type(row).__name__}")
-        if field not in row:
-            raise no_such(where, "field", field, row)
-        yield where, row[field]
 
 
 def _encodable(text: str, where: str) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sedd.data.files import no_such, numbered_lines, open_field
 from sedd.data.source import Source
@@ -18,36 +19,42 @@ def open_jsonl(spec: str) -> Source:
     return open_field(spec, _documents)
 
 
-def _documents(path: Path, field: str) -> Iterator[str]:
-    empty = True
+def json_fields(path: Path, field: str, advice: str = "mend it") -> Iterator[tuple[str, str, Any]]:
+    """That field of the JSON object in each line: where the line is, the line, and the value; blank ones are skipped.
+
+    Raises:
+      UserError: a line is no JSON (what to do then is the advice), no object, or has no such field.
+    """
     for number, line in numbered_lines(path):
         if line.isspace():
             continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is no JSON ({error}); {advice}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is no JSON object with fields, but a {type(row).__name__}")
+        if field not in row:
+            raise no_such(where, "field", field, row)
+        yield where, line, row[field]
+
+
+def _documents(path: Path, field: str) -> Iterator[str]:
+    empty = True
+    for where, line, text in json_fields(path, field):
         empty = False
-        yield _text(line, field, f"{path}, line {number}")
+        if text is None:
+            raise UserError(f"{where}: the field {field!r} is null; leave the row out, or write an empty text")
+        if not isinstance(text, str):
+            raise UserError(f"{where}: the field {field!r} holds no text, but a {type(text).__name__}")
+        if "\\u" in line:  # the only way to write half a character
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"{where}: the field {field!r} holds {error.object[error.start]!a}, no character"
+                ) from error
+        yield text
     if empty:
         raise UserError(f"{path} has no lines; leave the file out")
-
-
-def _text(line: str, field: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON ({error}); mend it") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is no JSON object with fields, but a {type(row).__name__}")
-    if field not in row:
-        raise no_such(where, "field", field, row)
-    text = row[field]
-    if text is None:
-        raise UserError(f"{where}: the field {field!r} is null; leave the row out, or write an empty text")
-    if not isinstance(text, str):
-        raise UserError(f"{where}: the field {field!r} holds no text, but a {type(text).__name__}")
-    if "\\u" in line:  # the only way to write half a character
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{where}: the field {field!r} holds {error.object[error.start]!a}, no character"
-            ) from error
-    return text

@@ -30,9 +30,7 @@ from sedd.network.network import Network
 METHODS = ("auto", "exact", "bound", "orders", "margin", "entropy")
 MOST_EXACT = 12  # tokens: 4095 network rows
 _PICKERS = {"margin": Margin(), "entropy": Entropy()}
-_REPLICATE = (
-    4  # draws of the bound that are stratified among themselves; as many replicates as there are tell the error
-)
+_REPLICATE = 4  # draws of the bound that are stratified among themselves; the spread of such replicates is the error
 
 
 @dataclasses.dataclass(frozen=True)

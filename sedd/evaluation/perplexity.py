@@ -56,16 +56,7 @@ def perplexity(
     what is there, and has report.json in the end; mesh: by default over all devices, the parameters on each of them.
     """
     about = {**(about or {}), "data": scored.data}
-    job = {
-        "model": about.get("model"),
-        "tokenizer": about.get("tokenizer"),
-        "network": repr(network),
-        "schedule": repr(schedule),
-        "text": scored.hash,
-        "protocol": protocol.name,
-        "draws": num_draws,
-        "seed": seed,
-    }
+    job = {} if folder is None else _job(network, schedule, scored, about, protocol, num_draws, seed)
     record = Record(folder, job, num_values(network, num_draws))
     if mesh is None:
         mesh = parallel.data_mesh()
@@ -97,6 +88,20 @@ def perplexity(
     if folder is not None and jax.process_index() == 0:
         (folder / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
     return report, terms
+
+
+def _job(network, schedule, scored, about, protocol, num_draws, seed) -> dict[str, Any]:
+    """All that the draws depend on."""
+    return {
+        "model": about.get("model"),
+        "tokenizer": about.get("tokenizer"),
+        "network": repr(network),
+        "schedule": repr(schedule),
+        "text": scored.hash,
+        "protocol": protocol.name,
+        "draws": num_draws,
+        "seed": seed,
+    }
 
 
 def versions() -> dict[str, str]:

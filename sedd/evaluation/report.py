@@ -61,9 +61,7 @@ class Report:
     lengths: str  # how text shorter than a block was scored
     notes: tuple[str, ...]
     about: dict[str, Any]  # data, tokenizer, model, versions
-    profile: list[
-        dict[str, float | None]
-    ]  # nats per token against the share masked, or random; its mean is `diffusion`
+    profile: list[dict[str, float | None]]  # nats per token by the share masked, or random; its mean is `diffusion`
 
     def to_json(self) -> str:
         """One JSON object."""

@@ -128,7 +128,7 @@ class Record:
         if folder is None:
             return
         out_folder(folder)
-        _claim(folder, json.loads(json.dumps(job)))
+        _claim(folder, job)
         self._file = folder / "draws.f32"
         if self._file.exists():
             whole = self._file.stat().st_size // (4 * math.prod(shape))

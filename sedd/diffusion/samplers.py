@@ -97,15 +97,91 @@ def leap(rate: jax.Array, duration: jax.Array) -> Jump:
     return Jump(jnp.minimum(duration * jnp.sum(rate, axis=-1), 1.0), jnp.log(rate))
 
 
-def move(keys: jax.Array, x: jax.Array, jump: Jump) -> jax.Array:
-    """The one draw of all factorised steps. Key[B], Int[B L], Jump -> Int32[B L]."""
-    sites = draws.sites(keys, jnp.arange(x.shape[-1]))
+def move(keys: jax.Array, x: jax.Array, jump: Jump, positions: jax.Array | None = None) -> jax.Array:
+    """The one draw of all factorised steps. Key[B], Int[B L], Jump of Float[B P] -> Int32[B L].
+
+    positions: Int[B P], where the jumps are, no two of a row the same; all L when None.
+    """
+    sites = draws.sites(keys, jnp.arange(x.shape[-1]) if positions is None else positions)
+    here = x if positions is None else jnp.take_along_axis(x, positions, axis=-1)
     moves = draws.bernoulli(draws.fold(sites, 0), jump.p_move)
-    return jnp.where(moves, draws.categorical(draws.fold(sites, 1), jump.log_dest), x)
+    there = jnp.where(moves, draws.categorical(draws.fold(sites, 1), jump.log_dest), here)
+    return there if positions is None else jnp.put_along_axis(x, positions, there, axis=-1, inplace=False)
+
+
+class Task(NamedTuple):
+    """Rows to be filled in, and all that is settled before the first step."""
+
+    keys: jax.Array  # Key[B], by global row
+    tokens: jax.Array  # Int32[B L], read where not free
+    free: jax.Array  # Bool[B L]
+    plan: Any  # the sampler's, a pytree with a leading axis of steps
+
+    @property
+    def steps(self) -> int:
+        """The most steps that the sampler will take."""
+        return jax.tree.leaves(self.plan)[0].shape[0]
+
+
+class State(NamedTuple):
+    """How far a task has got."""
+
+    steps: jax.Array  # Int32[], taken so far
+    done: jax.Array  # Bool[], whether no step will change anything any more
+    tokens: jax.Array  # Int32[B L]
+    trace: jax.Array | None  # Int32[steps B L], the state after each step so far; 0 after those
+
+
+def begin(
+    key: jax.Array,
+    sampler: Sampler,
+    tokens: jax.Array,
+    free: jax.Array,
+    rows: jax.Array | None = None,
+    trace: bool = False,
+) -> tuple[Task, State]:
+    """Settles what can be, and draws the state before the first step. Arguments as of `sample`."""
+    rows = jnp.arange(tokens.shape[0]) if rows is None else rows
+    tokens = tokens.astype(jnp.int32)
+    keys = draws.row_keys(key, rows)
+    task = Task(keys, tokens, free, sampler.plan(draws.fold(keys, _PLAN), free))
+    start = jnp.where(free, sampler.process.prior(draws.fold(keys, _PRIOR), tokens.shape[-1]), tokens)
+    states = jnp.zeros((task.steps, *tokens.shape), jnp.int32) if trace else None
+    return task, State(jnp.int32(0), _done(sampler, task, jnp.int32(0), start), start, states)
+
+
+def advance(
+    task: Task, state: State, denoiser: Denoiser, sampler: Sampler, until: jax.Array | int | None = None
+) -> State:
+    """The one loop under every sampler: goes on until nothing is left to do, or so many steps are taken in all.
+
+    The given tokens are clamped in the function that the sampler calls, and in the state (SEDD, equation 22).
+    """
+    until = task.steps if until is None else until
+    seen = clamped(denoiser, task.tokens, task.free)
+
+    def going(state):
+        return ~state.done & (state.steps < until)
+
+    def body(state):
+        k = state.steps
+        entry = jax.tree.map(lambda leaf: leaf[k], task.plan)
+        x = sampler.step(draws.fold(task.keys, _STEPS + k), seen, state.tokens, entry)
+        x = jnp.where(task.free, x, task.tokens)
+        states = None if state.trace is None else state.trace.at[k].set(x)
+        return State(k + 1, _done(sampler, task, k + 1, x), x, states)
+
+    return jax.lax.while_loop(going, body, state)
+
+
+def _done(sampler: Sampler, task: Task, steps: jax.Array, x: jax.Array) -> jax.Array:
+    settled = jnp.where(task.free, x, 0)  # a given position is settled, whatever it holds
+    finished = sampler.finished(settled) | ~jnp.any(task.free, axis=-1)
+    return (steps >= task.steps) | jnp.all(finished)
 
 
 class Sampled(NamedTuple):
-    """What the loop returns."""
+    """What `sample` returns."""
 
     tokens: jax.Array  # Int32[B L]
     calls: jax.Array  # Int32[], network calls
@@ -121,36 +197,13 @@ def sample(
     rows: jax.Array | None = None,
     trace: bool = False,
 ) -> Sampled:
-    """Draws the free positions given the others: the one loop under every sampler. Pure; meant to be jitted.
-
-    The given tokens are clamped in the function that the sampler calls, and in the state (SEDD, equation 22). The loop
-    ends with the plan, or when every row is finished.
+    """Draws the free positions given the others: `begin`, and `advance` to the end. Pure; meant to be jitted.
 
     key: a typed key; tokens: Int[B L], read where not free; free: Bool[B L], any positions, different ones in each row;
     rows: Int[B], the rows' global indices, which key their noise (0 .. B - 1 when None).
     """
-    rows = jnp.arange(tokens.shape[0]) if rows is None else rows
-    tokens = tokens.astype(jnp.int32)
-    keys = draws.row_keys(key, rows)
-    seen = clamped(denoiser, tokens, free)
-    plan = sampler.plan(draws.fold(keys, _PLAN), free)
-    steps = jax.tree.leaves(plan)[0].shape[0]
-
-    def going(state):
-        k, x, _ = state
-        settled = jnp.where(free, x, 0)  # a given position is settled, whatever it holds
-        return (k < steps) & ~jnp.all(sampler.finished(settled))
-
-    def body(state):
-        k, x, states = state
-        entry = jax.tree.map(lambda leaf: leaf[k], plan)
-        x = jnp.where(free, sampler.step(draws.fold(keys, _STEPS + k), seen, x, entry), tokens)
-        states = states.at[k].set(x) if trace else None
-        return k + 1, x, states
-
-    start = jnp.where(free, sampler.process.prior(draws.fold(keys, _PRIOR), tokens.shape[-1]), tokens)
-    states = jnp.zeros((steps, *tokens.shape), jnp.int32) if trace else None
-    k, x, states = jax.lax.while_loop(going, body, (jnp.int32(0), start, states))
+    task, state = begin(key, sampler, tokens, free, rows, trace)
+    steps, _, x, states = advance(task, state, denoiser, sampler)
     if trace:
-        states = jnp.where(jnp.arange(steps)[:, None, None] < k, states, x)
-    return Sampled(x, sampler.calls(k), states)
+        states = jnp.where(jnp.arange(task.steps)[:, None, None] < steps, states, x)
+    return Sampled(x, sampler.calls(steps), states)

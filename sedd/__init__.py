@@ -8,9 +8,12 @@ Importing this loads no data set or checkpoint library, initialises no device an
 
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.data.prepare import prepare
+from sedd.diffusion.correct import Barker, Corrected, Gibbs, Renoise
+from sedd.diffusion.counts import RevealCounts, cosine, reveal_counts
 from sedd.diffusion.loss import count_loss, denoising_loss
 from sedd.diffusion.process import Absorbing, Jump, Process, Uniform
-from sedd.diffusion.samplers import Euler, Sampler, Tweedie, sample
+from sedd.diffusion.reveal import Adaptive, Counts, Entropy, EntropyBounded, FirstHitting, FixedCounts, Margin
+from sedd.diffusion.samplers import Euler, Sampler, Trapezoidal, Tweedie, sample
 from sedd.diffusion.schedule import Geometric, LogLinear, Schedule
 from sedd.diffusion.score import Denoiser, ScoreStats, StatsFn, score_stats, stats_from
 from sedd.errors import UserError
@@ -23,31 +26,46 @@ from sedd.version import __version__
 
 __all__ = [
     "Absorbing",
+    "Adaptive",
+    "Barker",
     "Comparison",
     "Corpus",
+    "Corrected",
+    "Counts",
     "Denoiser",
+    "Entropy",
+    "EntropyBounded",
     "Euler",
+    "FirstHitting",
+    "FixedCounts",
     "Geometric",
+    "Gibbs",
     "Jump",
     "LogLikelihood",
     "LogLinear",
+    "Margin",
     "Model",
     "Process",
+    "Renoise",
     "Report",
+    "RevealCounts",
     "Sampler",
     "Samples",
     "Schedule",
     "ScoreStats",
     "StatsFn",
+    "Trapezoidal",
     "Tweedie",
     "Uniform",
     "UserError",
     "__version__",
+    "cosine",
     "count_loss",
     "denoising_loss",
     "load",
     "open_corpus",
     "prepare",
+    "reveal_counts",
     "sample",
     "score_stats",
     "stats_from",

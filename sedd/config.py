@@ -37,6 +37,7 @@ _DEFAULT = {
         "dtype": "float32",  # of the trunk's linear maps and attention; all else is float32
         "scan": False,  # compile one layer and loop over it
         "remat": False,  # recompute a layer in the backward pass instead of keeping it
+        "observed": False,  # uniform: a flag a position says which tokens are given, so that infilling is exact
     },
     "data": {
         "corpus": "data/names",
@@ -207,6 +208,11 @@ def validate(config: ConfigDict) -> ConfigDict:
         raise UserError("config: training.batch_size must be a multiple of training.accumulation")
     if network.width % (2 * network.heads):
         raise UserError("config: network.width must be a multiple of twice network.heads")
+    if network.observed and config.process.name != "uniform":
+        raise UserError(
+            "config: network.observed is for process.name=uniform; the absorbing process needs no flag, as a given "
+            "token is one that is not masked"
+        )
     if training.levels == "counts":
         if config.process.name != "absorbing":
             raise UserError("config: training.levels=counts is for process.name=absorbing; choose times")

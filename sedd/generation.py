@@ -3,53 +3,62 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple, TypedDict
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from sedd import prompts
 from sedd.data.layout import Layout
 from sedd.data.splits import philox
 from sedd.data.tokenizers import Tokenizer
-from sedd.diffusion.process import Absorbing, Process
-from sedd.diffusion.reveal import Adaptive, Entropy, Margin
-from sedd.diffusion.samplers import Euler, Sampler, Tweedie, sample
+from sedd.diffusion.process import Absorbing
+from sedd.diffusion.samplers import Sampler, advance, begin
 from sedd.diffusion.schedule import Schedule
 from sedd.diffusion.score import edited, in_block, nucleus, temperature, told_share
 from sedd.errors import UserError
 from sedd.network.network import Network
-from sedd.prompts import Prompt
+from sedd.prompts import Laid, Prompt
+from sedd.samplers import Wanted, named_sampler
+
+_WINDOWS = 2**31  # later windows fold this, and their number, into the key; the rows of the first fold smaller ones
+_LOOKS = 32  # how often a loop of many steps returns to the host, which shows how far it is and can be interrupted
+
+# (rows: Int[B], their numbers among all; tokens: Int[B L], -1 where there is none; given: Bool[B L]; steps: int), after
+# each step.
+Watch = Callable[[np.ndarray, np.ndarray, np.ndarray, int], None]
 
 
-def _adaptive(picker):
-    """Reveals as many tokens a call as it takes to be done after so many steps."""
-    return lambda process, _, steps, tokens: Adaptive(process, picker(-(-tokens // steps)))
+class Drawing(TypedDict, total=False):
+    """How texts are drawn; all may be left out."""
 
-
-# By name: from the process, its schedule, the number of steps, and the most tokens that a row has to be filled with.
-SAMPLERS: dict[str, Callable[[Process, Schedule, int, int], Sampler]] = {
-    "euler": lambda process, schedule, steps, _: Euler(process, schedule, steps),
-    "tweedie": lambda process, schedule, steps, _: Tweedie(process, schedule, steps),
-    "margin": _adaptive(Margin),
-    "entropy": _adaptive(Entropy),
-}
-REVEALING = ("margin", "entropy")  # those that need masks
+    steps: int  # of the sampler, if that is a name; 128
+    sampler: str | Sampler  # a name of `sedd.samplers`, or one of your own; "tweedie"
+    temperature: float  # of the law over clean tokens; 1
+    top_p: float  # keep the likeliest tokens of this mass; 1
+    seed: int  # 0
+    batch_size: int | None  # rows at a time, which changes no sample
+    trace: bool  # keep the states on the way
+    watch: Watch | None  # called after each step
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
     """What `sample` and `infill` return: N rows, the samples of a row of input adjacent.
 
-    texts: None where the model has no tokenizer. Of a model of padded documents a text ends at the first end-of-text
-    token after the last given one; `tokens` has them all, the first `lengths` of a row are the text.
+    texts: None where the model has no tokenizer. A text ends at the first end-of-text token after the last given one,
+    but a sample of packed text shows all that is in its block. tokens: all, the first `lengths` of a row are the text.
     """
 
     texts: list[str] | None
     tokens: np.ndarray  # Int32[N L]; -1 after the end of rows shorter than the longest
     lengths: np.ndarray  # Int32[N]
+    given: np.ndarray  # Bool[N L]
     network_calls: int  # of each row; the most that any group of rows took
-    trace: np.ndarray | None  # Int32[T N L], the state after each of the T calls; rows that end early repeat their last
+    trace: np.ndarray | None  # Int32[T N L], the state after each step; -1 where there is none yet, or none at all
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,42 +95,35 @@ class Generator:
         seed: int = 0,
         batch_size: int | None = None,
         trace: bool = False,
+        watch: Watch | None = None,
     ) -> Samples:
-        """Draws the free positions of prompts given the others. UserError, before any compilation, for a mistake."""
-        blanks = [int(np.sum(~row.given)) for row in rows]
-        sampler = self.sampler(sampler, steps, max(1, *blanks))
+        """Draws the free positions of prompts given the others. UserError, before any compilation, for a mistake.
+
+        Rows longer than a block are drawn semi-autoregressively: a block, then the next with its first half given.
+        """
+        for row in rows:
+            self._check_length(len(row.tokens))
+        blanks = max(int(np.sum(~row.given[: self.block_length])) for row in rows)
+        sampler = self.sampler(sampler, steps, max(1, blanks), self._unaware(rows))
         if not temperature > 0:
             raise UserError(f"temperature must be positive, not {temperature}")
         if not 0 < top_p <= 1:
             raise UserError(f"top_p must lie in (0, 1], not {top_p}")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
-        for row in rows:
-            self._check_length(len(row.tokens))
-        tokens, free, lengths = prompts.laid_out(rows, self.network.process, self.block_length, self.layout)
+        laid = prompts.laid_out(rows, self.network.process, self.block_length, self.layout)
         group = min(len(rows), batch_size or self.network.rows_at_once(self.block_length))
-        reshaped = (temperature, top_p) != (1.0, 1.0)
-        run = functools.partial(_sample, self.network, sampler, self.block_length, reshaped, trace, self.params)
-        run = functools.partial(run, jax.random.key(seed), temperature, top_p)
-        drawn = []
-        starts = range(0, len(rows), group)
-        for start in tqdm(starts, desc="sampling", unit="batch", delay=2, disable=len(starts) == 1):
-            at = np.arange(start, start + group)
-            row = at % len(rows)  # one shape for all; what is over is dropped
-            bound = lengths[row] if self.layout.binds_lengths else None
-            drawn.append(jax.device_get(run(tokens[row], free[row], bound, at)))
-        return self._collected(drawn, rows, lengths, trace)
+        reshaped = (temperature, top_p) if (temperature, top_p) != (1.0, 1.0) else None
+        with tqdm(desc="sampling", unit="step", delay=2, total=0, disable=watch is not None) as bar:
+            loop = _Loop(self, sampler, reshaped, jax.random.key(seed), trace, watch, bar)
+            starts = range(0, len(rows), group)
+            drawn = [loop(laid, np.arange(start, start + group), len(starts)) for start in starts]
+        return self._collected(drawn, rows, laid)
 
-    def _check_length(self, length: int):
-        if not 1 <= length <= self.block_length:
-            raise UserError(
-                f"a text of {length} tokens cannot be drawn; it must have from 1 to the model's block of "
-                f"{self.block_length}"
-            )
-
-    def sampler(self, sampler: str | Sampler, steps: int, tokens: int | None = None) -> Sampler:
+    def sampler(self, sampler: str | Sampler, steps: int, tokens: int | None = None, unaware: bool = False) -> Sampler:
         """The sampler of a name, to fill in at most so many tokens of a row (a block); or the one told.
 
+        unaware: tokens are given that the network takes for noisy ones, so that samplers by name resample on their way.
         UserError if there is none of that name, or it is not for this model's process.
         """
         process = self.network.process
@@ -129,50 +131,138 @@ class Generator:
             if sampler.process != process:
                 raise UserError(f"the sampler is for {sampler.process}, the model for {process}")
             return sampler
-        if sampler not in SAMPLERS:
-            raise UserError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
-        if steps < 1:
-            raise UserError(f"steps must be at least 1, not {steps}")
-        if sampler in REVEALING and not isinstance(process, Absorbing):
-            others = ", ".join(name for name in SAMPLERS if name not in REVEALING)
-            raise UserError(f"the sampler {sampler} reveals masks, and the model's process has none; use {others}")
-        return SAMPLERS[sampler](process, self.schedule, steps, tokens or self.block_length)
+        block = self.block_length
+        return named_sampler(sampler, Wanted(process, self.schedule, steps, tokens or block, block, unaware))
 
-    def _collected(self, drawn, rows: list[Prompt], lengths: np.ndarray, trace: bool) -> Samples:
-        calls = int(max(group.calls for group in drawn))
-        width = lengths.max()
-        beyond = np.arange(width) >= lengths[:, None]
+    def _unaware(self, rows: list[Prompt]) -> bool:
+        """Whether the network will take given tokens, or those of the block before, for noisy ones."""
+        if isinstance(self.network.process, Absorbing) or self.network.observed:
+            return False
+        return any(row.given.any() or len(row.tokens) > self.block_length for row in rows)
+
+    def _check_length(self, length: int):
+        most = self.block_length if self.layout.padded else None
+        if length < 1 or (most and length > most):
+            bound = f"from 1 to the {most} of a block, for this model knows documents in blocks of their own"
+            raise UserError(
+                f"a text of {length} tokens cannot be drawn; it must have {bound if most else 'at least 1'}"
+            )
+
+    def _collected(self, drawn: list["_Drawn"], rows: list[Prompt], laid: Laid) -> Samples:
+        width = laid.lengths.max()
+        beyond = np.arange(width) >= laid.lengths[:, None]
         tokens = np.concatenate([group.tokens for group in drawn])[: len(rows), :width]
         tokens = np.where(beyond, -1, tokens)
-        states = None
-        if trace:
-            states = np.concatenate([group.trace[:calls] for group in drawn], axis=1)[:, : len(rows), :width]
-            states = np.where(beyond, -1, states)
+        trace = None
+        if drawn[0].trace is not None:
+            most = max(len(group.trace) for group in drawn)  # rows of groups that end early repeat their last state
+            last = [np.minimum(np.arange(most), len(group.trace) - 1) for group in drawn]
+            trace = np.concatenate([group.trace[at] for group, at in zip(drawn, last)], axis=1)
+            trace = np.where(beyond, -1, trace[:, : len(rows), :width])
         kept = np.array([self._length(row, ids[: len(row.tokens)]) for row, ids in zip(rows, tokens)], np.int32)
         texts = None
         if self.tokenizer is not None:
             texts = [self.tokenizer.decode(ids[:length]) for ids, length in zip(tokens, kept)]
-        return Samples(texts, tokens, kept, calls, states)
+        given = ~laid.free[:, :width] & ~beyond
+        return Samples(texts, tokens, kept, given, max(group.calls for group in drawn), trace)
 
     def _length(self, row: Prompt, ids: np.ndarray) -> int:
         """How many tokens the text of a row has."""
-        if self.tokenizer is None or not self.layout.padded:
-            return len(ids)
+        if self.tokenizer is None or not (self.layout.padded or row.given.any()):
+            return len(ids)  # a sample of packed text shows all that is in its block
         ends = ids == self.tokenizer.end_of_text
         given = np.flatnonzero(row.given & ~ends)
         ends[: given[-1] + 1 if len(given) else 0] = False
         return int(np.argmax(ends)) if ends.any() else len(ids)
 
 
-@functools.partial(jax.jit, static_argnums=range(5))
-def _sample(network, sampler, block, reshaped, trace, params, key, heat, top_p, tokens, free, lengths, rows):
-    """One group of rows. Compiled once a shape; heat and top_p are arguments, `reshaped` says whether they matter."""
-    denoiser = network.denoiser(params, lengths)
-    if isinstance(sampler, Adaptive):
+class _Drawn(NamedTuple):
+    """A group of rows, done."""
+
+    tokens: np.ndarray  # Int32[B L]
+    calls: int
+    trace: np.ndarray | None  # Int32[T B L]
+
+
+class _Loop(NamedTuple):
+    """Runs the sampling loop for groups of rows, window after window, and shows on the host how far it is."""
+
+    generator: Generator
+    sampler: Sampler
+    reshaped: tuple[float, float] | None  # temperature and top_p, where they change anything
+    key: jax.Array
+    trace: bool
+    watch: Watch | None
+    bar: tqdm
+
+    def __call__(self, laid: Laid, rows: np.ndarray, groups: int) -> _Drawn:
+        """rows: Int[B], global numbers; those beyond the last row are copies that fill up the group's one shape."""
+        row = rows % len(laid.tokens)
+        tokens, free, lengths = laid.tokens[row].copy(), laid.free[row].copy(), laid.lengths[row]
+        given, block = ~free, self.generator.block_length
+        windows = list(prompts.windows(lengths, block))
+        calls, traces = 0, []
+        for number, start in enumerate(windows):
+            at = start[:, None] + np.arange(min(block, tokens.shape[1]))
+            here, open_ = np.take_along_axis(tokens, at, axis=1), np.take_along_axis(free, at, axis=1)
+            np.put_along_axis(free, at, False, axis=1)
+
+            def whole(x):  # the rows with this window's state; what is not begun has no token, or is masked
+                state = np.where(free, self._nothing, tokens)
+                np.put_along_axis(state, at, x, axis=1)
+                return state
+
+            looks = self.watch and (lambda x, steps: self.watch(rows, whole(x), given, steps))
+            key = jax.random.fold_in(self.key, _WINDOWS + number) if number else self.key
+            state = self._run(key, here, open_, lengths, rows, groups * len(windows), looks)
+            np.put_along_axis(tokens, at, state.tokens, axis=1)
+            calls += int(self.sampler.calls(state.steps)) if state.steps else 0
+            if self.trace:
+                traces += [whole(x) for x in state.trace[: state.steps]]
+        return _Drawn(tokens, calls, np.array(traces).reshape(-1, *tokens.shape) if self.trace else None)
+
+    @property
+    def _nothing(self) -> int:
+        process = self.generator.network.process
+        return process.mask if isinstance(process, Absorbing) else -1
+
+    def _run(self, key, tokens, free, lengths, rows, runs: int, looks: Callable | None):
+        """One window of one group, from its first step to its last."""
+        generator = self.generator
+        bound = lengths if generator.layout.binds_lengths else None
+        beside = getattr(jax.tree.leaves(generator.params)[0], "sharding", None)
+        beside = NamedSharding(beside.mesh, P()) if isinstance(beside, NamedSharding) else beside
+        # Where the parameters are, as the next state will be: the first step is then not compiled for itself.
+        task, state = jax.device_put(_begin(self.sampler, self.trace, key, tokens, free, rows), beside)
+        fixed = (generator.network, self.sampler, generator.block_length, self.reshaped is not None)
+        stride = 1 if looks else -(-task.steps // _LOOKS)
+        self.bar.total = task.steps * runs
+        steps, done = 0, bool(state.done)
+        while not done:
+            until = steps + stride
+            state = _advance(*fixed, generator.params, task, state, until, self.reshaped or (1.0, 1.0), bound)
+            before, steps, done = steps, *map(int, jax.device_get((state.steps, state.done)))
+            self.bar.update(steps - before)
+            if looks:
+                looks(np.asarray(state.tokens), steps)
+        self.bar.update(task.steps - steps)
+        return jax.device_get(state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(sampler, trace, key, tokens, free, rows):
+    return begin(key, sampler, tokens, free, rows, trace)
+
+
+@functools.partial(jax.jit, static_argnums=range(4), donate_argnums=6)
+def _advance(network, sampler, block, reshaped, params, task, state, until, heat, lengths):
+    """Some steps of one group of rows. Compiled once a shape; `reshaped` says whether heat, an argument, matters."""
+    denoiser = network.denoiser(params, lengths, ~task.free if network.observed else None)
+    if isinstance(network.process, Absorbing):
         denoiser = told_share(network.process, denoiser, lengths)
-    if lengths is None and tokens.shape[1] < block:
-        denoiser = in_block(denoiser, block, network.process.mask)
+        if lengths is None and task.tokens.shape[1] < block:
+            denoiser = in_block(denoiser, block, network.process.mask)
     if reshaped:
-        denoiser = edited(denoiser, lambda log_clean: temperature(log_clean, heat))
-        denoiser = edited(denoiser, lambda log_clean: nucleus(log_clean, top_p))
-    return sample(key, denoiser, sampler, tokens, free, rows, trace)
+        denoiser = edited(denoiser, lambda log_clean: temperature(log_clean, heat[0]))
+        denoiser = edited(denoiser, lambda log_clean: nucleus(log_clean, heat[1]))
+    return advance(task, state, denoiser, sampler, until)

@@ -117,7 +117,7 @@ class Harness(LM):
         The number is `Model.log_likelihood`'s by its method: exact, or from below. Options of a question are scored by
         one method and with the same noise. White space at the end of a context passes to the continuation. A context
         that does not fit into the block loses its oldest tokens. UserError, before anything is scored, for a
-        continuation that is longer than the block, and for a context where the process is Uniform.
+        continuation that is longer than the block, and for a context that a Uniform model was not trained to be told.
 
         Greedy decoding is that of `generate_until`, told how many tokens the continuation has.
         """

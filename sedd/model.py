@@ -5,6 +5,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,6 @@ from sedd.data.layout import Layout
 from sedd.data.source import Source
 from sedd.data.tokenizers import Tokenizer
 from sedd.diffusion.process import Process
-from sedd.diffusion.samplers import Sampler
 from sedd.diffusion.schedule import Schedule
 from sedd.diffusion.score import Denoiser, clamped
 from sedd.errors import UserError
@@ -28,7 +28,7 @@ from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.protocols import get_protocol, laid_out
 from sedd.evaluation.report import Comparison, Report, Terms, make_comparison
 from sedd.evaluation.text import fitting, from_texts
-from sedd.generation import Generator, Samples
+from sedd.generation import Drawing, Generator, Samples
 from sedd.network.network import Network
 from sedd.parallel import fingerprint, named
 from sedd.prompts import Prompt
@@ -52,7 +52,7 @@ class Model:
 
     @property
     def block_length(self) -> int:
-        """The length it was trained at, in tokens; the default and the most for sampling and infilling."""
+        """The length it was trained at, in tokens; the default of sampling and infilling."""
         return self.config.data.block_length
 
     def log_score(self, tokens: jax.Array, sigma: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
@@ -79,26 +79,14 @@ class Model:
         denoiser = self.network.denoiser(self.params, lengths)
         return denoiser if given is None else clamped(denoiser, jnp.asarray(tokens), ~jnp.asarray(given))
 
-    def sample(
-        self,
-        num_samples: int = 1,
-        length: int | None = None,
-        steps: int = 128,
-        sampler: str | Sampler = "tweedie",
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        batch_size: int | None = None,
-        trace: bool = False,
-    ) -> Samples:
+    def sample(self, num_samples: int = 1, length: int | None = None, **settings: Unpack[Drawing]) -> Samples:
         """Draws texts of `length` tokens, by default a whole block, or where documents were padded and their padding
-        ignored, as long as those are.
+        ignored, as long as those are. Longer than a block they are drawn block after block, each with its first half
+        given, which only packed text can be.
 
-        steps: of the sampler, if that is a name; temperature, top_p: act on the law over clean tokens; batch_size: rows
-        at a time, which changes no sample; trace: keep the states on the way.
+        settings: `sedd.generation.Drawing`: steps, sampler, temperature, top_p, seed, batch_size, trace, watch.
         """
-        settings = dict(steps=steps, sampler=sampler, temperature=temperature, top_p=top_p)
-        return self.generator.sample(num_samples, length, **settings, seed=seed, batch_size=batch_size, trace=trace)
+        return self.generator.sample(num_samples, length, **settings)
 
     def infill(
         self,
@@ -110,13 +98,7 @@ class Model:
         tokens: np.ndarray | None = None,
         given: np.ndarray | None = None,
         num_samples: int = 1,
-        steps: int = 128,
-        sampler: str | Sampler = "tweedie",
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        batch_size: int | None = None,
-        trace: bool = False,
+        **settings: Unpack[Drawing],
     ) -> Samples:
         """Fills in the free positions given the others, which stay as they are.
 
@@ -124,8 +106,10 @@ class Model:
         "The <blank:8> sat on the <blank:5>."; a prefix and a suffix in a text of `length` tokens (default: a block);
         or arrays, tokens: Int[N L] or Int[L] with given: Bool of the same shape. Each row gets `num_samples` samples.
 
-        With Absorbing the given tokens are part of what the model conditions on exactly. With Uniform they are clamped:
-        at much noise the network takes them for noise, and the result is biased even where the model is perfect.
+        With Absorbing the given tokens are part of what the model conditions on exactly, and with Uniform where it was
+        trained with `network.observed`. Any other uniform model takes them for noise where there is much of it, so that
+        samplers by name resample on their way, at one more call a step: `sedd.diffusion.correct` says what bias stays.
+        The texts end at the first end-of-text token after the last given one. settings: as of `sample`.
         """
         ways = [template is not None, prefix is not None or suffix is not None, tokens is not None or given is not None]
         if sum(ways) != 1:
@@ -140,8 +124,7 @@ class Model:
             texts = [template] if isinstance(template, str) else template
             rows = self._of_texts(texts, prefix or "", suffix or "", length)
         rows = [row for row in rows for _ in range(num_samples)]
-        settings = dict(steps=steps, sampler=sampler, temperature=temperature, top_p=top_p)
-        return self.generator.draw(rows, **settings, seed=seed, batch_size=batch_size, trace=trace)
+        return self.generator.draw(rows, **settings)
 
     def perplexity(self, texts_or_corpus: str | Sequence[str] | Corpus | Source, **settings) -> Report:
         """A bound on the negative log-likelihood of texts, one by one, of a corpus' split, or of a source.

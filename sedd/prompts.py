@@ -1,6 +1,7 @@
 """What is given and what is to be filled in: rows of tokens from templates, prefixes and suffixes, or arrays."""
 
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,19 @@ def of_text(text: str, tokenizer: Tokenizer) -> Prompt:
     return Prompt(tokens, np.ones(len(tokens), bool))
 
 
+def before_blank(text: str, tokenizer: Tokenizer) -> Prompt:
+    """All given, but for a space at the end where tokens begin with their space: that is left to the blank.
+
+    Spelt out, such a space is a token that stands before no word in any text.
+    """
+
+    def size(part):
+        return len(tokenizer.encode(part))
+
+    joins = text.endswith(" ") and any(size(f" {word}") < size(" ") + size(word) for word in set(text.split()))
+    return of_text(text[:-1] if joins else text, tokenizer)
+
+
 def joined(*parts: Prompt) -> Prompt:
     """One after the other."""
     return Prompt(*map(np.concatenate, zip(*parts)))
@@ -43,14 +57,14 @@ def of_template(template: str, tokenizer: Tokenizer) -> Prompt:
         raise UserError(f"the template {template!r} has no blank; write one such as <blank:8>")
     if any(int(number) == 0 for number in pieces[1::2]):
         raise UserError(f"the template {template!r} has a blank of 0 tokens; leave it out, or make it longer")
-    texts = [of_text(text, tokenizer) for text in pieces[::2]]
+    texts = [before_blank(text, tokenizer) for text in pieces[:-1:2]] + [of_text(pieces[-1], tokenizer)]
     blanks = [blank(int(number)) for number in pieces[1::2]]
     return joined(texts[0], *(part for pair in zip(blanks, texts[1:]) for part in pair))
 
 
 def between(prefix: str, suffix: str, length: int, tokenizer: Tokenizer) -> Prompt:
     """A blank between two texts, which makes them `length` tokens in all."""
-    before, after = of_text(prefix, tokenizer), of_text(suffix, tokenizer)
+    before, after = before_blank(prefix, tokenizer), of_text(suffix, tokenizer)
     known = len(before.tokens) + len(after.tokens)
     if known >= length:
         raise UserError(
@@ -81,10 +95,16 @@ def as_document(row: Prompt, layout: Layout, block: int, end_of_text: int | None
     return joined(row, Prompt(np.full(spare, end_of_text, np.int32), np.ones(spare, bool)))
 
 
-def laid_out(
-    rows: list[Prompt], process: Process, block: int, layout: Layout
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of any lengths for the sampling loop: tokens Int32[N L], free Bool[N L], lengths Int32[N].
+class Laid(NamedTuple):
+    """Rows as the sampling loop takes them."""
+
+    tokens: np.ndarray  # Int32[N L], read where not free
+    free: np.ndarray  # Bool[N L]
+    lengths: np.ndarray  # Int32[N]
+
+
+def laid_out(rows: list[Prompt], process: Process, block: int, layout: Layout) -> Laid:
+    """Rows of any lengths.
 
     Where the network is told the lengths, what follows the end of a row is of no account. Else with Absorbing it is
     held masked, and with Uniform the whole block is sampled, to be cut; either way the row has the model's exact
@@ -93,10 +113,21 @@ def laid_out(
     masks = isinstance(process, Absorbing)
     cut = not masks and not layout.binds_lengths
     lengths = np.array([len(row.tokens) for row in rows], np.int32)
-    shape = (len(rows), block if cut else int(lengths.max()))
+    shape = (len(rows), max(int(lengths.max()), block if cut else 0))
     tokens = np.full(shape, process.mask if masks else 0, np.int32)
     free = np.full(shape, cut)
     for number, row in enumerate(rows):
         tokens[number, : lengths[number]] = row.tokens
         free[number, : lengths[number]] = ~row.given
-    return tokens, free, lengths
+    return Laid(tokens, free, lengths)
+
+
+def windows(lengths: np.ndarray, block: int) -> Iterator[np.ndarray]:
+    """Where each row's blocks begin, block after block: semi-autoregressively, the first half of a block given.
+
+    The last block of a row ends where the row ends; shorter rows repeat theirs. lengths: Int[B] -> Int[B] each.
+    """
+    last = np.maximum(lengths - block, 0)
+    stride = block - block // 2
+    for number in range(-(-int(last.max()) // stride) + 1):
+        yield np.minimum(number * stride, last)

@@ -16,6 +16,7 @@ import scipy.linalg
 import scipy.stats
 
 from sedd.diffusion.process import Absorbing
+from sedd.diffusion.samplers import Trapezoidal, halves
 from sedd.diffusion.score import ScoreStats, clamped
 
 
@@ -261,8 +262,11 @@ def kernel(jump, x, num_states):
     return functools.reduce(lambda left, right: jax.vmap(jnp.kron)(left, right), token.swapaxes(0, 1))
 
 
-def sampler_law(sampler, denoiser, tokens, free=True):
-    """The exact law of a sampler whose steps are a `jump` each, in float64. Int[L], Bool[L] -> Float[S^L]."""
+def sampler_law(sampler, denoiser, tokens, free=True, correct=lambda law, sigma: law):
+    """The exact law of a grid sampler, in float64. Int[L], Bool[L] -> Float[S^L].
+
+    correct(law, sigma): what a corrector makes of the law that a step has got to, the last one aside.
+    """
     with jax.enable_x64(True):
         tokens, free = jnp.asarray(tokens), jnp.broadcast_to(jnp.asarray(free), np.shape(tokens))
         x = jnp.asarray(states(sampler.process.num_states, len(tokens)))
@@ -270,15 +274,36 @@ def sampler_law(sampler, denoiser, tokens, free=True):
         plan, any_steps = sampler.plan(None, free), dataclasses.replace(sampler, steps=1)
         for k in range(sampler.steps):
             entry = jax.tree.map(operator.itemgetter(k), plan)
-            law = _pushed(law, any_steps, denoiser, x, entry, tokens, free)
+            law = law @ step_law(any_steps, denoiser, entry, tokens, free)
+            law = law if k == sampler.steps - 1 else correct(law, entry.sigma_next)
         return np.asarray(law)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "denoiser"))
-def _pushed(law, sampler, denoiser, x, entry, tokens, free):
-    log_clean = clamped(denoiser, tokens, free)(x, jnp.full(len(x), entry.sigma), None)
-    jump = sampler.jump(log_clean, x, entry)
-    return law @ kernel(jump._replace(p_move=jnp.where(free, jump.p_move, 0.0)), x, sampler.process.num_states)
+def step_law(sampler, denoiser, entry, tokens, free):
+    """Where one step of a grid sampler takes each sequence. Int[L], Bool[L] -> Float[S^L S^L], rows sum to 1."""
+    num_states, seen = sampler.process.num_states, clamped(denoiser, tokens, free)
+    x = jnp.asarray(states(num_states, len(tokens)))
+
+    def believed(entry):
+        return seen(x, jnp.full(len(x), entry.sigma), None)
+
+    def moved(jump):
+        return kernel(jump._replace(p_move=jnp.where(free, jump.p_move, 0.0)), x, num_states)
+
+    def one(entry):
+        return moved(sampler.jump(believed(entry), x, entry))
+
+    def two(entry):  # the second stage goes by where the first began and where it ended
+        first, second = halves(entry)
+        start, middle = believed(first), believed(second)
+
+        def later(begun):
+            return moved(sampler.second_jump(jnp.broadcast_to(begun, middle.shape), middle, x, second))
+
+        return jnp.einsum("xm,xmy->xy", moved(sampler.jump(start, x, first)), jax.vmap(later)(start))
+
+    return jax.lax.cond(entry.sigma_next > 0, two if isinstance(sampler, Trapezoidal) else one, one, entry)
 
 
 def reversed_law(process, rates, length, low, high, steps=150):

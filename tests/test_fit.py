@@ -178,6 +178,14 @@ def test_what_may_change_in_a_run(corpus, tmp_path, change):
     assert stored[group][name] == small_config(corpus, change)[group][name]
 
 
+def test_a_run_from_before_a_setting_had_its_default(corpus, tmp_path):
+    claim(tmp_path, small_config(corpus), corpus, corpus.layout)
+    about = json.loads((tmp_path / "config.json").read_text())
+    assert about["config"]["network"].pop("observed") is False
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    claim(tmp_path, small_config(corpus), corpus, corpus.layout)
+
+
 def test_the_corpus_goes_by_its_hash(corpus, tmp_path):
     """Moved it is the same, with another text or layout it is not. Its layout is on record."""
     claim(tmp_path / "run", small_config(corpus), corpus, corpus.layout)

@@ -10,6 +10,8 @@ import sedd
 PACKAGE = Path(sedd.__file__).parent
 ROOMS = [
     "cli",
+    "commands",
+    "playback",
     "quickstart",
     "harness",
     "loading",
@@ -18,6 +20,7 @@ ROOMS = [
     "training",
     "evaluation",
     "generation",
+    "samplers",
     "prompts",
     "parallel",
     "config",
@@ -27,7 +30,19 @@ ROOMS = [
 ]
 LEAVES = {"errors", "version"}  # what anyone may import
 ALONE = {"data", "diffusion"}  # rooms that know of no other
-DIFFUSION = ["reveal", "samplers", "exact", "likelihood", "loss", "process", "schedule", "score", "draws"]
+DIFFUSION = [
+    "correct",
+    "counts",
+    "reveal",
+    "samplers",
+    "exact",
+    "likelihood",
+    "loss",
+    "process",
+    "schedule",
+    "score",
+    "draws",
+]
 
 
 def imports(file):

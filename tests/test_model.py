@@ -138,10 +138,7 @@ def test_log_score_and_denoiser(model):
     [
         (lambda model: model.sample(num_samples=0), "number of samples must be at least 1"),
         (lambda model: model.sample(steps=0), "steps must be at least 1"),
-        (
-            lambda model: model.sample(length=17),
-            "a text of 17 tokens cannot be drawn; it must have from 1 to the model's block of 16",
-        ),
+        (lambda model: model.sample(length=0), "a text of 0 tokens cannot be drawn; it must have at least 1"),
         (lambda model: model.sample(sampler="best"), "no sampler 'best'; there are euler, tweedie"),
         (lambda model: model.sample(sampler=sedd.Tweedie(sedd.Absorbing(5), sedd.LogLinear(), 2)), "sampler is for"),
         (lambda model: model.sample(temperature=0), "temperature must be positive"),
@@ -149,7 +146,6 @@ def test_log_score_and_denoiser(model):
         (lambda model: model.sample(batch_size=0), "batch_size must be at least 1"),
         (lambda model: model.infill("the table"), "has no blank"),
         (lambda model: model.infill("the <blank:0>"), "blank of 0"),
-        (lambda model: model.infill("the <blank:20>"), "a text of 24 tokens cannot be drawn"),
         (lambda model: model.infill(prefix="the times table ", suffix="times"), "leaves none of the length of 16"),
         (lambda model: model.infill("the <blank:2>", length=9), "length goes with a prefix"),
         (lambda model: model.infill(), "takes a template, or"),

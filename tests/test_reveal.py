@@ -1,4 +1,4 @@
-"""Samplers that choose what to reveal: their choices, their laws, and their own exact likelihoods."""
+"""Samplers that choose what to reveal as they go: their choices, their laws, and their own exact likelihoods."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from oracle import answers, index, p_value, random_tables, states, untrained
 
 from sedd.diffusion.process import Absorbing, Uniform
-from sedd.diffusion.reveal import Adaptive, Entropy, Margin
+from sedd.diffusion.reveal import Adaptive, Entropy, EntropyBounded, Margin
 from sedd.diffusion.samplers import sample
 from sedd.diffusion.score import edited, in_block, nucleus, told_share
 
@@ -15,7 +15,7 @@ V, L = 3, 3
 PROCESS, MASK = Absorbing(V), V
 TABLE = random_tables(1, L, seed=3)[0]  # of one in which all pickers differ
 UNTRAINED = untrained(TABLE)
-PICKERS = [Margin(1), Margin(2), Entropy(1), Entropy(2)]
+PICKERS = [Margin(1), Margin(2), Entropy(1), Entropy(2), EntropyBounded(0.6)]
 all_pickers = pytest.mark.parametrize("picker", PICKERS, ids=str)
 
 # Other given positions in each row of a batch: none, one, two, one of them a mask that stays.
@@ -56,13 +56,23 @@ def certainty(picker, log_r):
     return p[-1] - p[-2] if isinstance(picker, Margin) else np.sum(p * np.log(p))
 
 
+def first_of(picker, order, log_clean):
+    """How many of the most certain positions are taken, written out."""
+    count = picker.count
+    if isinstance(picker, EntropyBounded):
+        entropies = -np.sum(np.exp(log_clean) * log_clean, axis=-1)[order]
+        sizes = range(count + 1, len(order) + 1)
+        count = max([count, *(n for n in sizes if sum(entropies[:n]) - max(entropies[:n]) <= picker.gamma)])
+    return order[:count]
+
+
 def walked(picker, x0, free):
     """The log-likelihood by hand: ask, choose, be told, one call after the other."""
     hidden, total = set(np.flatnonzero(free)), 0.0
     while hidden:
         x = np.where(np.isin(np.arange(L), list(hidden)), MASK, x0)
         log_clean = answers(TABLE, x)
-        chosen = sorted(hidden, key=lambda i: -certainty(picker, log_clean[i]))[: picker.count]
+        chosen = first_of(picker, sorted(hidden, key=lambda i: -certainty(picker, log_clean[i])), log_clean)
         total += sum(log_clean[i, x0[i]] for i in chosen)
         hidden -= set(chosen)
     return total
@@ -83,7 +93,7 @@ def test_the_jitted_loop_draws_the_law_of_the_likelihood(picker):
     repeats = 20_000
     tokens, free = np.tile(TOKENS, (repeats, 1)), np.tile(FREE, (repeats, 1))
     drawn, calls, _ = run(jax.random.key(0), UNTRAINED, Adaptive(PROCESS, picker), tokens, free)
-    assert calls == -(-L // picker.count)
+    assert (calls <= L) if isinstance(picker, EntropyBounded) else (calls == -(-L // picker.count))
     assert np.array_equal(np.where(free, tokens, drawn), tokens) and np.all(drawn[free] < MASK)
     size = (V + 1) ** L
     cells = index(drawn, V + 1).reshape(repeats, -1) + size * np.arange(len(TOKENS))
@@ -105,7 +115,8 @@ def test_an_exact_denoiser_one_position_a_call_gives_the_law(joint, float64):
         return np.abs(log_laws(picker, joint.denoiser(PROCESS)) + joint.surprise(ROWS % V, ROWS_FREE))[rows].max()
 
     assert gap(Margin(1)) < 1e-12 and gap(Entropy(1)) < 1e-12
-    assert gap(Margin(2)) > 1e-2 and gap(Entropy(2)) > 1e-2
+    assert gap(EntropyBounded(0.0)) < 1e-12
+    assert min(gap(picker) for picker in (Margin(2), Entropy(2), EntropyBounded(1.0))) > 1e-2
 
 
 def test_pickers_choose_the_most_certain():
@@ -126,16 +137,38 @@ def test_pickers_choose_the_most_certain():
     assert chosen(Entropy(9)) == [[0, 1, 2, 3, 4], [0, 1, 2, 3], [2, 3], [0, 1, 2], []]
 
 
+def test_a_bounded_picker_takes_the_largest_prefix():
+    """By hand: in order of entropy, all but the largest within gamma; at least `count`, and only what is masked."""
+    halves = jnp.array([[0.5, 0.5, 0.0, 0.0], [0.25] * 4, [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]])
+    log_clean = jnp.log(jnp.stack([halves, halves])).at[1, 2].set(jnp.nan)
+    masked = jnp.array([[1, 1, 1, 1], [1, 1, 0, 1]], bool)  # entropies log 2 of 1, 2, 0 and 1
+    bit = float(np.log(2))
+
+    def chosen(picker):
+        return [list(np.flatnonzero(row)) for row in jax.jit(picker)(log_clean, masked)]
+
+    assert chosen(EntropyBounded(0.0)) == [[0, 2], [0]]  # one that is certain costs nothing, nor does the largest
+    assert chosen(EntropyBounded(0.9 * bit)) == [[0, 2], [0]]
+    assert chosen(EntropyBounded(1.1 * bit)) == [[0, 2, 3], [0, 3]]
+    assert chosen(EntropyBounded(2.1 * bit)) == [[0, 1, 2, 3], [0, 1, 3]]
+    assert chosen(EntropyBounded(0.0, 2)) == [[0, 2], [0, 3]] and chosen(EntropyBounded(0.0, 3))[0] == [0, 2, 3]
+    assert not np.any(jax.jit(EntropyBounded(9.0))(log_clean, jnp.zeros_like(masked)))
+
+
 def test_what_is_no_number_ends_the_loop():
     """A network gone wrong is to be seen in the likelihood, not to hang."""
-    found = likelihood(Adaptive(PROCESS, Margin(1)), lambda x, *_: jnp.full((*x.shape, V), jnp.nan), TOKENS, FREE)
-    assert np.all(np.isnan(found))
+
+    def wrong(x, *_):
+        return jnp.full((*x.shape, V), jnp.nan)
+
+    for picker in (Margin(1), EntropyBounded(0.6)):
+        assert np.all(np.isnan(likelihood(Adaptive(PROCESS, picker), wrong, TOKENS, FREE)))
 
 
 def test_a_reshaped_opinion_keeps_its_likelihood(float64):
     """What top-p rules out has no chance, and spoils neither a choice nor the sum."""
     kept = edited(UNTRAINED, lambda log_clean: nucleus(log_clean, 0.6))
-    for picker in (Margin(1), Entropy(2)):
+    for picker in (Margin(1), Entropy(2), EntropyBounded(0.6)):
         found = log_laws(picker, kept)
         np.testing.assert_allclose(np.bincount(GROUPS, np.exp(found)), 1, rtol=1e-12)
         assert np.any(found == -np.inf) and not np.any(np.isnan(found))
@@ -231,5 +264,9 @@ def test_what_cannot_work_is_refused():
     """A uniform process has no masks to reveal; a picker that picks nothing would never end."""
     with pytest.raises(ValueError, match="needs the absorbing process"):
         Adaptive(Uniform(V), Margin(1))
-    with pytest.raises(ValueError, match="Entropy: count must be at least 1"):
-        Entropy(0)
+    for refused in (lambda: Entropy(0), lambda: EntropyBounded(0.1, 0)):
+        with pytest.raises(ValueError, match="count must be at least 1"):
+            refused()
+    for gamma in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match="gamma must be at least 0"):
+            EntropyBounded(gamma)

@@ -1,17 +1,20 @@
 """Samplers against their exactly enumerated laws, and those against the law they are to draw from."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import channel, index, kernel, p_value, sampler_law, states, total_variation
+from oracle import channel, index, kernel, p_value, sampler_law, states, step_law, total_variation
 
 from sedd.diffusion.process import Absorbing, Uniform
-from sedd.diffusion.samplers import Euler, Tweedie, sample
+from sedd.diffusion.samplers import Euler, Trapezoidal, Tweedie, sample
 from sedd.diffusion.schedule import Geometric, LogLinear
 
 run = jax.jit(sample, static_argnames=("denoiser", "sampler", "trace"))
-both_samplers = pytest.mark.parametrize("kind", [Euler, Tweedie])
+both_tau_leaps = pytest.mark.parametrize("kind", [Euler, Tweedie])
+every_sampler = pytest.mark.parametrize("kind", [Euler, Tweedie, Trapezoidal])
 
 # Different given positions in each row of a batch: one, two, and none.
 TOKENS = np.array([[0, 1, 2], [2, 0, 1], [1, 1, 0], [0, 2, 2], [1, 0, 2]])
@@ -42,8 +45,29 @@ def test_the_grid_is_even_in_time_and_ends_without_noise(schedule, float64):
     np.testing.assert_allclose(plan.linear, schedule.rate(t) / 4, rtol=1e-12)
 
 
-@both_samplers
-def test_samplers_converge_at_first_order(process, kind, joint):
+@every_sampler
+def test_rows_of_every_step_are_probabilities(process, kind, joint, float64):
+    """Even where steps are long and what is extrapolated has to be cut. Control: uncut, the second stage is no law."""
+
+    class Uncut(Trapezoidal):
+        def second_jump(self, before, after, x, entry):
+            old, new = self.jump(before, x, entry), self.jump(after, x, entry)
+            return new._replace(p_move=2 * new.p_move - old.p_move)
+
+    def laws(kind):
+        plan, free = kind(process, Geometric(0.1, 6.0), 4).plan(None, None), np.ones(3, bool)
+        entries = [jax.tree.map(operator.itemgetter(k), plan) for k in range(4)]
+        one = kind(process, Geometric(0.1, 6.0), 1)
+        return np.array([step_law(one, joint.denoiser(process), entry, np.zeros(3, int), free) for entry in entries])
+
+    assert laws(kind).min() >= 0
+    np.testing.assert_allclose(laws(kind).sum(-1), 1, rtol=1e-12)
+    if kind is Trapezoidal and process == Uniform(3):
+        assert laws(Uncut).sum(-1).max() > 1.001
+
+
+@both_tau_leaps
+def test_tau_leaps_converge_at_first_order(process, kind, joint):
     """The distance to the law halves with each doubling: a wrong rate or grid, or noise left over, breaks the ratio."""
     denoiser, truth = joint.denoiser(process), joint.law(process, 0.0)
     samplers = [kind(process, Geometric(1e-2, 12.0), steps) for steps in (16, 32, 64, 128)]
@@ -52,25 +76,49 @@ def test_samplers_converge_at_first_order(process, kind, joint):
     assert np.all((ratios > 1.7) & (ratios < 2.3))
 
 
-@both_samplers
+def test_trapezoidal_is_closer_than_tweedie_at_equal_calls(process, joint):
+    """At 64 calls by what is due, at 7 already, and at better than first order.
+
+    Control: a second stage that does not extrapolate is Tweedie's on the same grid, and gains nothing.
+    """
+
+    class Plain(Trapezoidal):
+        def second_jump(self, before, after, x, entry):
+            return self.jump(after, x, entry)
+
+    denoiser, truth, schedule = joint.denoiser(process), joint.law(process, 0.0), Geometric(1e-3, 12.0)
+
+    def distance(kind, steps):
+        return total_variation(sampler_law(kind(process, schedule, steps), denoiser, [0, 0, 0]), truth)
+
+    tweedie, due = distance(Tweedie, 64), 2 if process == Uniform(3) else 1.3
+    distances = np.array([distance(Trapezoidal, steps) for steps in (4, 8, 16, 32)])
+    assert tweedie > 3 * due * distances[-1] and distance(Tweedie, 7) > 2.5 * distances[0]
+    ratios = distances[:-1] / distances[1:]
+    assert np.all((ratios > 1.7) & (ratios < 3.4)) and ratios[-1] > 2.1
+    assert tweedie < 1.3 * distance(Plain, 32)
+
+
+@every_sampler
 def test_the_jitted_loop_draws_the_law(process, kind, joint):
     """The float32 production path, with other given positions in each row.
 
-    Controls: the law of half as many steps again, and that of the other sampler.
+    Controls: the law of half as many steps, and that of another sampler.
     """
     rows, denoiser, schedule = 20_000, joint.denoiser(process), Geometric(0.1, 6.0)
     tokens, free = np.tile(TOKENS, (rows, 1)), np.tile(FREE, (rows, 1))
     drawn, calls, _ = run(jax.random.key(0), denoiser, kind(process, schedule, 4), tokens, free)
-    assert calls == 4 and drawn.dtype == jnp.int32 and np.array_equal(np.where(free, tokens, drawn), tokens)
+    assert calls == (7 if kind is Trapezoidal else 4) and drawn.dtype == jnp.int32
+    assert np.array_equal(np.where(free, tokens, drawn), tokens)
 
     def fits(kind, steps):
         laws = [sampler_law(kind(process, schedule, steps), denoiser, *row) for row in zip(TOKENS, FREE, strict=True)]
         cells = index(drawn, process.num_states).reshape(rows, -1) + len(laws[0]) * np.arange(len(laws))
         return p_value(cells, np.concatenate(laws) / len(laws))
 
-    other = Tweedie if kind is Euler else Euler
+    other = Euler if kind is Tweedie else Tweedie
     assert fits(kind, 4) > 1e-3
-    assert fits(kind, 6) < 1e-6 and fits(other, 4) < 1e-6
+    assert fits(kind, 2) < 1e-6 and fits(other, 4) < 1e-6
 
 
 def infilling_distances(process, joint, denoisers, steps):
@@ -142,6 +190,22 @@ def test_a_row_draws_the_same_in_any_batch(process, joint):
     for part in (np.arange(5), np.arange(5, 10), np.array([11, 3, 17, 0, 19])):
         np.testing.assert_array_equal(run(*args, tokens[part], free[part], rows=part).tokens, whole[part])
     assert np.any(run(*args, tokens[5:10], free[5:10], rows=np.arange(5)).tokens != whole[5:10])
+
+
+def test_calls_are_the_times_that_the_network_was_asked(process, joint):
+    """Of a method with two calls a step, run to the end (Uniform), and finished before (Absorbing, one free token)."""
+    asked = []
+
+    def counting(x, sigma, positions=None):
+        jax.debug.callback(lambda _: asked.append(1), sigma)
+        return joint.denoiser(process)(x, sigma, positions)
+
+    free = np.array([[True, False, False]])
+    calls = run(
+        jax.random.key(0), counting, Trapezoidal(process, LogLinear(), 16), np.zeros_like(free, int), free
+    ).calls
+    jax.effects_barrier()
+    assert calls == len(asked) and (calls == 31 if process == Uniform(3) else calls < 31)
 
 
 def test_a_plan_needs_a_step(process):

@@ -52,7 +52,7 @@ def test_noise_does_not_depend_on_the_batch_around_a_row(corpus):
 class Same:
     """A stand-in for a network: it knows that all the tokens of a row are the same, one of two. Its bound is log 2."""
 
-    dropout, process = 0.0, sedd.Absorbing(2)
+    dropout, process, observed = 0.0, sedd.Absorbing(2), False
 
     def stats(self, params, keys, lengths, masked_pairs):
         def denoiser(x, sigma, positions):

@@ -40,8 +40,17 @@ def sites(keys: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def uniform(keys: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """U[0, 1), one a key."""
-    return _each(lambda key: jax.random.uniform(key, dtype=dtype), keys)
+    """U[0, 1), one a key, to its relative accuracy close to 0: in float32 of 64 random bits, where JAX's own has 23."""
+    bits = jnp.finfo(dtype).bits
+    high, low = _words(keys, f"uint{bits}")
+    share = high.astype(dtype) * 2.0**-bits + low.astype(dtype) * 2.0 ** (-2 * bits)
+    return jnp.minimum(share, 1 - jnp.finfo(dtype).epsneg)  # the last of them would be rounded to 1
+
+
+def _words(keys: jax.Array, dtype=jnp.uint32) -> tuple[jax.Array, jax.Array]:
+    """Two random words a key. Key[...] -> two UInt[...]."""
+    words = _each(lambda key: jax.random.bits(key, (2,), dtype), keys)
+    return words[..., 0], words[..., 1]
 
 
 def integers(keys: jax.Array, high: int) -> jax.Array:
@@ -56,19 +65,22 @@ def bernoulli(keys: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def categorical(keys: jax.Array, log_weights: jax.Array) -> jax.Array:
-    """One state from unnormalised log weights. Key[...], Float[... V] -> Int32[...].
+    """One state from unnormalised log weights, to the relative accuracy of each probability; 0 where all are -inf.
 
-    Two Gumbel races: a block of states by its mass, then a state within the block. That needs V/128 + 128 random
-    numbers instead of V, and no cumulative sum, so that every probability keeps its relative accuracy.
+    Key[...], Float[... V] -> Int32[...]. Two Gumbel races: a block of states by its mass, then a state within it. That
+    needs V/128 + 128 random numbers instead of V, and no cumulative sum, in which rare states would be rounded away.
+    It costs little more than one logsumexp over the states (benchmarks/draws.py).
     """
     states = log_weights.shape[-1]
     size = min(BLOCK, states)
-    spare = -states % size
-    log_weights = jnp.pad(log_weights, [(0, 0)] * keys.ndim + [(0, spare)], constant_values=-jnp.inf)
-    blocks = log_weights.reshape(*keys.shape, -1, size)
-    block = _race(fold(keys, 0), jax.nn.logsumexp(blocks, axis=-1))
-    within = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    return block * size + _race(fold(keys, 1), within)
+    top = jnp.max(log_weights, axis=-1, keepdims=True)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    # Weights are padded, and summed, in one pass over the states; padded log weights would be a copy of them.
+    weights = jnp.pad(jnp.exp(log_weights - top), [(0, 0)] * keys.ndim + [(0, -states % size)])
+    mass = jnp.sum(weights.reshape(*keys.shape, -1, size), axis=-1)
+    within = _race(fold(keys, 0), jnp.log(mass))[..., None] * size + jnp.arange(size, dtype=jnp.int32)
+    there = jnp.take_along_axis(log_weights, within, axis=-1, mode="fill", fill_value=-jnp.inf) - top
+    return within[..., 0] + _race(fold(keys, 1), there)
 
 
 def _race(keys: jax.Array, log_weights: jax.Array) -> jax.Array:
@@ -83,6 +95,6 @@ def ranks(keys: jax.Array, free: jax.Array) -> jax.Array:
 
     Free positions get 0, 1, 2, ... in that order; the others come after all of them.
     """
-    share = jnp.where(free, uniform(sites(keys, jnp.arange(free.shape[-1]))), 2.0)
-    order = jnp.argsort(share, axis=-1, stable=True)
+    high, low = _words(sites(keys, jnp.arange(free.shape[-1])))
+    order = jnp.lexsort((low, high, ~free), axis=-1)  # 23 bits would tie two of 1024 positions in 6 rows of 100
     return jnp.argsort(order, axis=-1).astype(jnp.int32)

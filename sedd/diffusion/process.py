@@ -102,6 +102,11 @@ class Absorbing(Process):
         """x with masks at the positions told, where a Denoiser can then be asked. Int[...], Bool[...] -> Int[...]."""
         return jnp.where(where, self.mask, x)
 
+    def redraw(self, log_clean: jax.Array, sigma: jax.Array) -> Jump:
+        """A draw of a hidden token from m, its law given the others. Float[... V] -> Jump."""
+        alpha = jnp.exp(-jnp.broadcast_to(sigma, log_clean.shape[:-1]))
+        return Jump(alpha, log_clean)
+
     def sigma_seen(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """The noise that a network is told where rows, not times, say how much is masked. Int[B L] -> Float[B].
 
@@ -193,6 +198,23 @@ class Uniform(Process):
     def movable(self, x: jax.Array) -> jax.Array:
         """Whether the reverse process can still change a token: always. Int[...] -> Bool[...]."""
         return jnp.ones(x.shape, bool)
+
+    def hide(self, x: jax.Array, where: jax.Array) -> jax.Array:
+        """x as it is: a Denoiser never sees the token that it is asked about. Int[...], Bool[...] -> Int[...]."""
+        return x
+
+    def redraw(self, log_clean: jax.Array, sigma: jax.Array) -> Jump:
+        """A draw of a token from m, its law given the others. Float[... V] -> Jump."""
+        return Jump(jnp.ones(log_clean.shape[:-1], log_clean.dtype), self.log_noised(log_clean, sigma))
+
+    def barker(self, log_clean: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        """Rates s_y / (1 + s_y) / V, 0 at y = x, in balance with p_sigma; less than 1 in all. Float[... V].
+
+        Any rates g(s) with g(s) = s g(1/s) are: Barker's of Zhao et al., arXiv 2407.21243, section 3.
+        """
+        here = jnp.take_along_axis(log_clean, x[..., None], axis=-1)[..., 0]
+        rates = jax.nn.sigmoid(self.log_score(log_clean, here, sigma)) / self.vocab_size
+        return jnp.where(jnp.arange(self.vocab_size) == x[..., None], 0.0, rates)
 
     def log_transition(self, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
         """log q(x | x0) at noise sigma. Float[...]."""

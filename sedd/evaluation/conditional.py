@@ -1,8 +1,10 @@
 """The log-likelihood of some tokens given others: exact where that is affordable, else a bound with its error.
 
-For the absorbing process only: its given tokens are part of what the network conditions on. What is bounded, or
-computed, is the law of filling in the answer with the context clamped, which for a learned model is not quite Bayes'
-conditional of its joint law. A uniform model takes the context for noise, and has no such law.
+What is bounded, or computed, is the law of filling in the answer with the context clamped, which for a learned model is
+not quite Bayes' conditional of its joint law. Under the absorbing process what is not masked is part of what a network
+conditions on. A uniform model has such a law, and a bound on it, where it was trained to be told which tokens are given
+(`network.observed`): the context is clean and flagged, the answer is noised and scored. Another one takes the context
+for noise, and has none.
 """
 
 import dataclasses
@@ -39,7 +41,7 @@ class LogLikelihood:
 
     method: how it was found, and so of which way to decode it is the likelihood: "exact" and "bound" and "orders" of
     random order, one token at a time, the first exactly, the others from below; "margin" and "entropy" exactly, of
-    decoding the most certain position first. "levels": a bound from below of a uniform model's, with nothing given.
+    decoding the most certain position first. "levels": a bound from below of a uniform model's.
     """
 
     nats: float
@@ -87,7 +89,7 @@ def answers_to(
         if known == len(ids):
             raise UserError(f"the answer {text!r} adds no token to what is given; there is nothing to score")
         tokens[number, : len(ids)] = ids
-        free[number, known : len(ids) if masks else lengths[number]] = True  # a uniform model is given nothing
+        free[number, known : len(ids) if masks else lengths[number]] = True  # a uniform model scores the end it is told
         if layout.binds_lengths:
             tokens[number, len(ids) :] = tokenizer.end_of_text
     return Answers(tokens, free, None if masks and not layout.binds_lengths else lengths)
@@ -220,26 +222,29 @@ def _adaptive(network, sampler, params, tokens, free, lengths):
 
 
 def _uniform(network, schedule, params, answers: Answers, method, num_draws, seed) -> list[LogLikelihood]:
-    """A uniform model's: a bound where nothing is given."""
+    """A uniform model's: a bound where nothing is given, or it is told what is."""
     whole = np.arange(answers.tokens.shape[1]) < answers.lengths[:, None]
-    if not np.array_equal(answers.free, whole):
+    if not network.observed and not np.array_equal(answers.free, whole):
         raise UserError(
             "this model is of the uniform process and was not trained to know which tokens are given, so it has no "
-            "likelihood given a context; leave given= out, or train an absorbing model"
+            "likelihood given a context; leave given= out, or train an absorbing model, or one with "
+            "network.observed=True"
         )
     if method not in ("auto", "bound"):
         raise UserError(f"method={method!r} is for the absorbing process; a uniform model has 'bound'")
     run = functools.partial(_levels, network, *ends(network, schedule), params, jax.random.key(seed))
-    return [_mean(row, "levels") for row in _replicated(run, network, num_draws, answers.tokens, answers.lengths)]
+    rows = (answers.tokens, answers.free, answers.lengths)
+    return [_mean(row, "levels") for row in _replicated(run, network, num_draws, *rows)]
 
 
 @functools.partial(jax.jit, static_argnums=range(3))
-def _levels(network, low, high, params, key, tokens, lengths, replicates):
+def _levels(network, low, high, params, key, tokens, free, lengths, replicates):
     """A replicate of each row's bound by levels, in nats. replicates: Int[B], their numbers. Float[B]."""
-    keys, free = draws.row_keys(key, replicates), jnp.arange(tokens.shape[1]) < lengths[:, None]
+    keys = draws.row_keys(key, replicates)
+    given = (jnp.arange(tokens.shape[1]) < lengths[:, None]) & ~free if network.observed else None
     free_scores = network.prediction == "score"
-    stats = network.stats(params, lengths=lengths, tightened=free_scores)
+    stats = network.stats(params, lengths=lengths, given=given, tightened=free_scores)
     found = level_draws(network.process, stats, keys, tokens, _REPLICATE, low, high, free)
     terms = found.diffusion + found.reconstruction
-    prior = network.process.prior_divergence(high) * lengths
+    prior = network.process.prior_divergence(high) * jnp.sum(free, axis=-1)
     return prior + (terms[:, -1] if free_scores else terms).mean(axis=0)

@@ -28,6 +28,8 @@ class Network:
     """All of a network that is not its parameters; frozen and hashable, a static argument of jit.
 
     sigma_range: the noise it is trained on; what it is told is clipped to that, at any noise it is asked at.
+    observed: a flag a position says which tokens are given, and so clean at any noise. For the uniform process, where
+    a token does not show whether it was touched; under the absorbing one a given token is one that is not masked.
     """
 
     process: Process
@@ -42,12 +44,15 @@ class Network:
     dtype: str = "float32"
     scan: bool = False
     remat: bool = False
+    observed: bool = False
 
     def __post_init__(self):
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"network.prediction must be one of {', '.join(PREDICTIONS)}, not {self.prediction!r}")
         if self.width % (2 * self.heads):
             raise ValueError(f"network.width ({self.width}) must be a multiple of twice network.heads ({self.heads})")
+        if self.observed and isinstance(self.process, Absorbing):
+            raise ValueError("network.observed is for the uniform process; the absorbing one needs no flag")
 
     @property
     def trunk(self) -> Trunk:
@@ -62,6 +67,7 @@ class Network:
             dtype=self.dtype,
             scan=self.scan,
             remat=self.remat,
+            observed=self.observed,
         )
 
     @property
@@ -87,12 +93,16 @@ class Network:
         """How many rows of so many tokens to run together, on a device: their logits fit into a gigabyte."""
         return max(1, min(MOST_ROWS, MOST_LOGITS // (length * self.process.num_states)))
 
-    def denoiser(self, params: dict, lengths: jax.Array | None = None) -> Denoiser:
-        """A Denoiser of these parameters; the head runs at the positions asked for. lengths: Int[B], the valid ones."""
+    def denoiser(self, params: dict, lengths: jax.Array | None = None, given: jax.Array | None = None) -> Denoiser:
+        """A Denoiser of these parameters; the head runs at the positions asked for.
+
+        lengths: Int[B], the valid ones; given: Bool[B L], flags of positions that hold clean, given tokens in every x
+        that it will see. ValueError for flags, where the network is not `observed`, here and below.
+        """
 
         def denoise(x, sigma, positions=None):
             told = jnp.clip(sigma, *self.sigma_range)
-            hidden, condition = self._hidden(params, x, told, lengths=lengths)
+            hidden, condition = self._hidden(params, x, told, lengths=lengths, given=given)
             if positions is not None:
                 hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
                 x = jnp.take_along_axis(x, positions, axis=1)
@@ -105,10 +115,11 @@ class Network:
         params: dict,
         keys: jax.Array | None = None,
         lengths: jax.Array | None = None,
+        given: jax.Array | None = None,
         masked_pairs: bool = False,
         tightened: bool = False,
     ) -> StatsFn:
-        """A StatsFn of these parameters. keys: Key[B] for dropout; lengths: Int[B].
+        """A StatsFn of these parameters. keys: Key[B] for dropout; lengths: Int[B]; given: Bool[B L].
 
         masked_pairs: the head runs at masked positions only, of which rows 2i and 2i + 1 hold at most L + 1 together,
         as counts in antithetic pairs do; those that are masked in x0 too are not asked. Elsewhere the statistics are 0,
@@ -117,7 +128,7 @@ class Network:
         """
 
         def stats(x, sigma, x0):
-            hidden, condition = self._hidden(params, x, jnp.clip(sigma, *self.sigma_range), keys, lengths)
+            hidden, condition = self._hidden(params, x, jnp.clip(sigma, *self.sigma_range), keys, lengths, given)
             sites = (hidden, jnp.broadcast_to(condition[:, None], (*x.shape, self.condition)), x, x0)
             sites = (*sites, jnp.broadcast_to(sigma[:, None], x.shape))
             if not masked_pairs:
@@ -127,13 +138,20 @@ class Network:
 
         return stats
 
-    def log_score(self, params: dict, x: jax.Array, sigma: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    def log_score(
+        self,
+        params: dict,
+        x: jax.Array,
+        sigma: jax.Array,
+        lengths: jax.Array | None = None,
+        given: jax.Array | None = None,
+    ) -> jax.Array:
         """The log concrete score over all states, the mask's column too, 0 at the current token. Float32[B L S].
 
         Told the noise as it is, unclipped, like the published models. Under no mask the absorbing process has no use
         for it.
         """
-        hidden, condition = self._hidden(params, x, sigma, lengths=lengths)
+        hidden, condition = self._hidden(params, x, sigma, lengths=lengths, given=given)
         logits = self._logits(params, hidden, condition[:, None])
         if self.prediction == "score":
             return self._free_log_score(logits, x, sigma[:, None])
@@ -141,8 +159,10 @@ class Network:
         log_noised = self.process.log_noised(log_clean, sigma[:, None])
         return log_noised - jnp.take_along_axis(log_noised, x[..., None], axis=-1)
 
-    def _hidden(self, params, x, sigma, keys=None, lengths=None):
-        return self.trunk.apply({"params": params["trunk"]}, x, sigma, keys, lengths)
+    def _hidden(self, params, x, sigma, keys=None, lengths=None, given=None):
+        if given is not None and not self.observed:
+            raise ValueError("this network has no flag for given tokens; train one with network.observed=True")
+        return self.trunk.apply({"params": params["trunk"]}, x, sigma, keys, lengths, given)
 
     def _logits(self, params, hidden, condition):
         return self.head.apply({"params": params["head"]}, hidden, condition)

@@ -112,15 +112,20 @@ class Trunk(nn.Module):
     dtype: str
     scan: bool
     remat: bool
+    observed: bool = False
 
     @nn.compact
-    def __call__(self, tokens, sigma, keys=None, lengths=None):
-        """tokens: Int[B L]; sigma: Float[B]; keys: Key[B] for dropout, or None; lengths: Int[B], the valid ones.
+    def __call__(self, tokens, sigma, keys=None, lengths=None, given=None):
+        """tokens: Int[B L]; sigma: Float[B]; keys: Key[B] for dropout, or None; lengths: Int[B], the valid ones;
+        given: Bool[B L], the tokens that are clean whatever sigma is, where `observed`; None: none of them.
 
         Returns hidden: Float32[B L D] and condition: Float32[B C].
         """
         table = self.param("embedding", nn.initializers.normal(self.embedding_std), (padded(self.states), self.width))
         h = table[tokens]
+        if self.observed:
+            flag = self.param("given", nn.initializers.normal(self.embedding_std), (self.width,))
+            h = h if given is None else jnp.where(given[..., None], h + flag, h)
         frequency = 10000.0 ** (-jnp.arange(FREQUENCIES // 2) / (FREQUENCIES // 2))
         angle = sigma[:, None].astype(jnp.float32) * frequency
         features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sedd import config as configs
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.errors import UserError
@@ -62,9 +63,10 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str
     for key in ("vocab_size", "corpus"):
         if old.get(key) != new[key]:
             yield key, old.get(key), new[key]
+    default = configs.default()  # which a key had before there was one
     for group, members in new["config"].items():
         for name, value in members.items():
-            before, key = old["config"].get(group, {}).get(name), f"{group}.{name}"
+            before, key = old["config"].get(group, {}).get(name, default[group][name]), f"{group}.{name}"
             if before != value and group not in _FREE_GROUPS and key not in _FREE:
                 yield key, before, value
     if None not in (old.get("init_from"), new["init_from"]) and old["init_from"] != new["init_from"]:

@@ -1,8 +1,8 @@
 """The loss of a global batch, row by row, and its noise: pure functions of (parameters, tokens, rows, key).
 
 No key lives in the training loop. The key of a step is folded with the global index of each row, and everything that
-is random about a row (its noise level within its stratum, its mask, its dropout) comes from that, so that the numbers
-do not depend on devices or accumulation.
+is random about a row (its noise level within its stratum, its mask, its given tokens, its dropout) comes from that, so
+that the numbers do not depend on devices or accumulation.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from sedd.diffusion.loss import count_loss, denoising_loss
 from sedd.diffusion.schedule import Schedule
 from sedd.network.network import Network
 
-_LEVEL, _NOISE, _DROPOUT = 0, 1, 2  # what the rows' keys are folded with
+_LEVEL, _NOISE, _DROPOUT, _GIVEN = range(4)  # what the rows' keys are folded with
 
 
 def strata(count: int) -> np.ndarray:
@@ -29,13 +29,32 @@ def strata(count: int) -> np.ndarray:
     return np.argsort(np.argsort(reversed_bits))
 
 
+def random_given(keys: jax.Array, valid: jax.Array) -> jax.Array:
+    """Which tokens of each row are given while a network learns to be told so. Key[B], Bool[B L] -> Bool[B L].
+
+    Of half of the rows none: the model of whole texts, which evaluation scores. Of a quarter a share uniform on [0, 1)
+    of the n valid tokens, scattered. Of a quarter all but a span of 1 .. n tokens, each length as likely; it begins the
+    text in a quarter of those rows, ends it in a quarter, and lies anywhere in the others, so that suffix, prefix and
+    both are given. At least one token stays free, in a row that has any; valid tokens stand before the others.
+    """
+    kind, share, place = (draws.uniform(draws.fold(keys, number))[:, None] for number in range(3))
+    n, position = jnp.sum(valid, axis=-1, keepdims=True), jnp.arange(valid.shape[-1])
+    count = jnp.minimum((share * n).astype(jnp.int32), n - 1)  # share * n can be rounded to n
+    scattered = draws.ranks(draws.fold(keys, 3), valid) < count
+    begin = jnp.round(jnp.clip(2 * place - 0.5, 0, 1) * count).astype(jnp.int32)
+    around = (position < begin) | (position >= begin + n - count)
+    return valid & (kind >= 0.5) & jnp.where(kind < 0.75, scattered, around)
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """The paper's loss: the score entropy summed over positions, for each row of a batch of `batch_size` rows.
 
     levels: "times", stratified over [min_time, 1] (SEDD, algorithm 1), or "counts", numbers of masked tokens in
     antithetic pairs: rows 2i and 2i + 1 mask k and L + 1 - k tokens, so that the head runs at L + 1 positions a pair.
-    The optimiser sees the sum over the positions that count, averaged over rows, however long the rows are.
+    The optimiser sees the sum over the positions that count, averaged over rows, however long the rows are. With
+    `network.observed` each row has `random_given` tokens: clean, flagged and not scored, so that its loss bounds the
+    log-likelihood of the others given them.
     """
 
     network: Network
@@ -54,15 +73,30 @@ class Objective:
         keys = draws.row_keys(key, rows)
         paired = self.levels == "counts"
         dropout = draws.fold(keys, _DROPOUT) if self.network.dropout else None
-        stats = self.network.stats(params, dropout, lengths=lengths, masked_pairs=paired)
+        free, given = self.free_and_given(rows, key, tokens.shape[1], lengths)
+        flags = {} if given is None else {"given": given}
+        stats = self.network.stats(params, dropout, lengths=lengths, masked_pairs=paired, **flags)
         noise, process = draws.fold(keys, _NOISE), self.network.process
-        free = None if lengths is None else jnp.arange(tokens.shape[1]) < lengths[:, None]
         if paired:
             counts = self.counts(rows, key, tokens.shape[1] if lengths is None else lengths)
             loss = count_loss(process, stats, noise, tokens, counts, free, lengths)
         else:
             loss = denoising_loss(process, self.schedule, stats, noise, tokens, self.times(rows, key), free)
         return jnp.sum(loss, axis=-1)
+
+    def free_and_given(
+        self, rows: jax.Array, key: jax.Array, length: int, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """Which tokens of each row are noised and scored, and which are given. Int[B] -> Bool[B L] each.
+
+        None: all are scored; none is given, and the network has no flag for it. lengths: Int[B].
+        """
+        valid = None if lengths is None else jnp.arange(length) < lengths[:, None]
+        if not self.network.observed:
+            return valid, None
+        valid = jnp.ones((len(rows), length), bool) if valid is None else valid
+        given = random_given(draws.fold(draws.row_keys(key, rows), _GIVEN), valid)
+        return valid & ~given, given
 
     def times(self, rows: jax.Array, key: jax.Array) -> jax.Array:
         """Stratified times. Int[B] -> Float[B] in [min_time, 1]."""

@@ -47,7 +47,7 @@ def make_step(
     """The jitted functions that make the state and that take a step, and the state's shardings.
 
     The first takes the parameters to start from, or nothing. The step takes the state, which is donated, and the whole
-    batch; it returns the new state and the metrics: loss (nats per token that counts), gradient_norm (of the loss
+    batch; it returns the new state and the metrics: loss (nats per token that is scored), gradient_norm (of the loss
     summed over positions, averaged over rows) and learning_rate.
     """
     training = config.training
@@ -76,7 +76,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else averaged(state.ema, params, state.step + 1, training.ema_decay)
         metrics = {
-            "loss": loss / _tokens_per_row(batch),
+            "loss": loss / _scored_per_row(objective, batch, key),
             "gradient_norm": optax.tree.norm(gradient),
             "learning_rate": rate(state.step),
         }
@@ -94,9 +94,11 @@ def make_step(
     return init, step, where
 
 
-def _tokens_per_row(batch: Batch) -> jax.Array | int:
-    """How many tokens of a row count, on average over the batch."""
-    return batch.tokens.shape[1] if batch.lengths is None else jnp.mean(batch.lengths, dtype=jnp.float32)
+def _scored_per_row(objective: Objective, batch: Batch, key: jax.Array) -> jax.Array | int:
+    """How many tokens of a row are scored, on average over the batch: those that count and are not given."""
+    rows, length = batch.tokens.shape
+    free, _ = objective.free_and_given(jnp.arange(rows), key, length, batch.lengths)
+    return length if free is None else jnp.mean(jnp.sum(free, axis=-1), dtype=jnp.float32)
 
 
 def averaged(ema: dict, params: dict, updates: jax.Array, decay: float) -> dict:

@@ -1,0 +1,298 @@
+"""How fast whole samplers are, draws included, against their floor and against the reference's analytic sampler.
+
+    git clone https://github.com/louaaron/Score-Entropy-Discrete-Diffusion reference
+    pip install torch einops omegaconf huggingface_hub
+    python benchmarks/sampling.py --reference=reference                # random weights, three sizes, both programs
+    python benchmarks/sampling.py --sizes= --model=runs/quickstart     # a trained model; no torch, no checkout
+
+The first writes random weights in the published format, which both programs read, checks that their log scores agree,
+and draws with each from nothing given: absorbing process, log-linear noise, float32, all cores. The reference needs
+flash attention, which only GPUs have: torch's scaled_dot_product_attention stands in for it. Without --reference only
+this package runs. The second compares reveal samplers with Tweedie in as many steps as --steps says.
+
+The floor of a sampler is its network calls times the time of one bare call, trunk and head at as many positions as the
+sampler asks. Compilation is left out, each of our figures is the median of --repeats; the reference runs once, after a
+few steps to warm up.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+import sedd
+from sedd.diffusion import samplers
+from sedd.diffusion.reveal import Counts, FirstHitting
+from sedd.diffusion.samplers import Sampler, Tweedie
+
+SIZES = "8x128x128x3x1024:128 8x128x128x3x1024:1024 4x256x256x4x32000:64"
+CONDITION, FREQUENCIES = 128, 256  # of the published models, as is a head of 64
+HEAD = 64
+COLUMNS = "sampler          calls   seconds  tokens/s  floor, s  of floor"
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What is drawn with what, as in 8x128x128x3x1024:128."""
+
+    batch: int
+    length: int
+    width: int
+    layers: int
+    vocab_size: int
+    steps: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Size":
+        return cls(*map(int, text.replace(":", "x").split("x")))
+
+    def config(self) -> dict:
+        """The config.json of a published model of this size."""
+        return {
+            "tokens": self.vocab_size,
+            "graph": {"type": "absorb"},
+            "noise": {"type": "loglinear", "sigma_min": 1e-4, "sigma_max": 20.0},
+            "training": {"ema": 0.9999},
+            "model": {
+                "hidden_size": self.width,
+                "cond_dim": CONDITION,
+                "length": self.length,
+                "n_blocks": self.layers,
+                "n_heads": self.width // HEAD,
+                "scale_by_sigma": True,
+                "dropout": 0.0,
+            },
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of such a model."""
+        width, states = self.width, self.vocab_size + 1
+        shapes = {"vocab_embed.embedding": (states, width)}
+
+        def linear(name, into, out, bias=True):
+            shapes[f"{name}.weight"] = (out, into)
+            if bias:
+                shapes[f"{name}.bias"] = (out,)
+
+        linear("sigma_map.mlp.0", FREQUENCIES, CONDITION)
+        linear("sigma_map.mlp.2", CONDITION, CONDITION)
+        for block in (f"blocks.{layer}" for layer in range(self.layers)):
+            shapes |= {f"{block}.norm1.weight": (width,), f"{block}.norm2.weight": (width,)}
+            linear(f"{block}.attn_qkv", width, 3 * width, bias=False)
+            linear(f"{block}.attn_out", width, width, bias=False)
+            linear(f"{block}.mlp.0", width, 4 * width)
+            linear(f"{block}.mlp.2", 4 * width, width)
+            linear(f"{block}.adaLN_modulation", CONDITION, 6 * width)
+        shapes["output_layer.norm_final.weight"] = (width,)
+        linear("output_layer.linear", width, states)
+        linear("output_layer.adaLN_modulation", CONDITION, 2 * width)
+        return shapes
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, help="checkout of louaaron/Score-Entropy-Discrete-Diffusion")
+    parser.add_argument("--sizes", default=SIZES, help="rows x tokens x width x layers x vocabulary : steps, each")
+    parser.add_argument("--model", help="a trained model (absorbing process)")
+    parser.add_argument("--steps", type=int, default=1024, help="of Tweedie with --model")
+    parser.add_argument("--batch", type=int, default=8, help="rows drawn at once with --model")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    print(f"Python {platform.python_version()}, JAX {jax.__version__}, {cores()} cores, {jax.devices()[0].device_kind}")
+    if args.reference:
+        import torch
+
+        print(f"torch {torch.__version__}")
+    for size in map(Size.parse, args.sizes.split()):
+        random_weights(size, args.reference, args.repeats)
+    if args.model:
+        model = sedd.load(args.model)
+        print(f"\n{args.model}: {args.batch} x {model.block_length} tokens, V {model.process.vocab_size}")
+        compare(model, args.batch, args.steps, args.repeats, {})
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def random_weights(size: Size, reference: Path | None, repeats: int):
+    """One size, in both programs."""
+    print(
+        f"\n{size.batch} x {size.length} tokens, width {size.width}, {size.layers} layers, V {size.vocab_size}, "
+        f"T {size.steps}",
+        flush=True,
+    )
+    random = np.random.default_rng(0)
+    weights = {
+        name: (random.standard_normal(shape) * (0.05 if len(shape) == 1 else shape[-1] ** -0.5)).astype(np.float32)
+        for name, shape in size.shapes().items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(size.config()))
+        save_file(weights, Path(folder) / "model.safetensors")
+        model = sedd.load(folder)
+    known = {}
+    if reference:
+        peer = Reference(reference, size, weights)
+        tokens = random.integers(0, size.vocab_size + 1, (size.batch, size.length))
+        sigma = np.linspace(0.1, 3.0, size.batch, dtype=np.float32)
+        ours, theirs = np.asarray(model.log_score(tokens, sigma)), peer.log_score(tokens, sigma)
+        difference = np.max(np.abs(ours - theirs))
+        print(f"log scores of the two programs differ by {difference:.1e} at most, of {np.max(np.abs(theirs)):.1f}")
+        known["reference"] = (size.steps + 1, peer.seconds())  # it takes the final denoising step on top
+    compare(model, size.batch, size.steps, repeats, known)
+
+
+def compare(model: sedd.Model, batch: int, steps: int, repeats: int, known: dict[str, tuple[int, float]]):
+    """Prints a table of our samplers. known: calls and seconds of others; the first row is what speeds relate to."""
+    process, length = model.process, model.block_length
+    counts = Counts(process, model.schedule, steps)
+    ours = {
+        f"tweedie {steps}": (Tweedie(process, model.schedule, steps), length),
+        f"counts {steps}": (counts, counts.width(length)),
+        "first_hitting": (FirstHitting(process), 1),
+    }
+    first = None
+
+    def row(name: str, calls: int, seconds: float, floor: float | None):
+        nonlocal first
+        first = first or (name, seconds)
+        rest = "" if floor is None else f"{floor:8.3f}  {seconds / floor:8.2f}"
+        line = f"{name:15} {calls:6}  {seconds:8.3f}  {batch * length / seconds:8.0f}  {rest:18}"
+        print(f"{line}  {first[1] / seconds:6.2f} x {first[0]}", flush=True)
+
+    print(COLUMNS)
+    for name, (calls, seconds) in known.items():
+        row(name, calls, seconds, None)
+    blank = jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool)
+    for name, (sampler, width) in ours.items():
+        run = functools.partial(_draw, model.network, model.params, jax.random.key(0), sampler, *blank)
+        calls, seconds = int(run().calls), timed(run, repeats)
+        row(name, calls, seconds, calls * bare_call(model, batch, length, width, repeats))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _draw(network, params, key, sampler: Sampler, tokens, free) -> samplers.Sampled:
+    return samplers.sample(key, network.denoiser(params), sampler, tokens, free)
+
+
+def bare_call(model: sedd.Model, batch: int, length: int, width: int, repeats: int) -> float:
+    """Seconds of one network call, from tokens to logits at so many positions of each row.
+
+    A loop calls it a few times, as samplers do: a single call would also wait for memory to put its logits in.
+    """
+    calls = 4
+    tokens = jnp.full((batch, length), model.process.mask, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(width), (batch, width)) if width < length else None
+    run = functools.partial(_calls, model.network, model.params, tokens, positions, calls)
+    run()
+    return timed(run, 2 * repeats) / calls
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _calls(network, params, tokens, positions, calls: int):
+    def body(_, tokens):
+        sigma = jnp.ones(tokens.shape[0])
+        hidden, condition = network.trunk.apply({"params": params["trunk"]}, tokens, sigma)
+        if positions is not None:
+            hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+        logits = network.head.apply({"params": params["head"]}, hidden, condition[:, None])
+        logits = jax.lax.optimization_barrier(logits)  # all of them, though only one is read
+        return jnp.where(jnp.isnan(logits[0, 0, 0]), 0, tokens)
+
+    return jax.lax.fori_loop(0, calls, body, tokens)
+
+
+def timed(run: Callable, repeats: int) -> float:
+    """The median of so many times, in seconds."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+class Reference:
+    """The reference's network and analytic sampler, with these weights, on the CPU."""
+
+    def __init__(self, checkout: Path, size: Size, weights: dict[str, np.ndarray]):
+        warnings.filterwarnings("ignore", module="torch|model|graph_lib")  # of the names that it uses
+        warnings.filterwarnings("ignore", message=".*autocast.*")
+        import torch
+
+        torch.set_num_threads(cores())
+        stand_in_for_flash_attention(torch)
+        if str(checkout) not in sys.path:
+            sys.path.insert(0, str(checkout))
+        import graph_lib
+        import noise_lib
+        from model import SEDD
+
+        self.torch, self.size = torch, size
+        self.graph, self.noise = graph_lib.Absorbing(size.vocab_size), noise_lib.LogLinearNoise()
+        self.network = SEDD(size.config()).eval()
+        tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+        left = self.network.load_state_dict(tensors, strict=False)
+        if left.unexpected_keys or left.missing_keys != ["rotary_emb.inv_freq"]:
+            sys.exit(f"{checkout} has other parameters than the published models: {left}")
+
+    def log_score(self, tokens: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+        with self.torch.no_grad():
+            return self.network(self.torch.from_numpy(tokens), self.torch.from_numpy(sigma)).numpy()
+
+    def seconds(self) -> float:
+        """Of one batch of samples."""
+        self._sample(3)
+        start = time.perf_counter()
+        self._sample(self.size.steps)
+        return time.perf_counter() - start
+
+    def _sample(self, steps: int):
+        import sampling
+
+        shape = (self.size.batch, self.size.length)
+        return sampling.get_pc_sampler(self.graph, self.noise, shape, "analytic", steps)(self.network)
+
+
+def stand_in_for_flash_attention(torch):
+    """The two functions of flash_attn that the reference calls, in torch's own words; all sequences are as long."""
+
+    def attention(qkv, bounds, length, dropout, causal):
+        """qkv: Float[B*L 3 H K] -> Float[B*L H K]."""
+        q, k, v = qkv.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def rotate(qkv, cos, sin):
+        """Rotary positions for queries and keys, in place. qkv: Float[B L 3 H K]; cos, sin: Float[L K/2]."""
+        first, second = qkv[:, :, :2].chunk(2, dim=-1)
+        cos, sin = cos[:, None, None], sin[:, None, None]
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        qkv[:, :, :2] = rotated
+        return qkv
+
+    names = ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn.layers", "flash_attn.layers.rotary")
+    package, interface, layers, rotary = (types.ModuleType(name) for name in names)
+    interface.flash_attn_varlen_qkvpacked_func, rotary.apply_rotary_emb_qkv_ = attention, rotate
+    package.flash_attn_interface, package.layers, layers.rotary = interface, layers, rotary
+    sys.modules.update(zip(names, (package, interface, layers, rotary)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,399 @@
+"""States as text: what is read where, how it emerges in a terminal, and the page that plays it back in a browser."""
+
+import io
+import json
+import os
+import re
+import shutil
+import termios
+import unicodedata
+from functools import cache
+
+import numpy as np
+import pytest
+import sentencepiece
+from test_tokenizers import END, byte_level
+
+from sedd.data.tokenizer_huggingface import HuggingFace
+from sedd.data.tokenizer_sentencepiece import SentencePiece
+from sedd.data.tokenizers import Tokenizer, make_tokenizer
+from sedd.errors import UserError
+from sedd.playback import Reader, Terminal, page, reader, terminal
+from sedd.playback.reader import BLOCK, BROKEN
+
+TEXT = "Grüße, “the cat” — 漢字 and 😀!\n\n  Two  spaces, the end."
+KINDS = ["bytes", "characters", "sentencepiece", "dummy prefix", "byte level", "ids"]
+
+
+@cache
+def tokenizer(kind):
+    if kind in ("bytes", "characters"):
+        return make_tokenizer(kind, [TEXT], end_of_text=True)
+    if kind == "sentencepiece":
+        return make_tokenizer("sentencepiece:285", [TEXT + " The cat sat on the mat."] * 9, end_of_text=True)
+    if kind == "byte level":
+        return Tokenizer("huggingface", HuggingFace(byte_level().to_str().encode()), True)
+    options = dict(add_dummy_prefix=True, byte_fallback=True, hard_vocab_limit=False, vocab_size=330, minloglevel=2)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["the cat sat"] * 9), model_writer=model, **options)
+    return Tokenizer("sentencepiece", SentencePiece(model.getvalue()), True)
+
+
+def trace(ids, given, steps, mask, seed=0):
+    """Int[T L]: each token that is not given is uncovered at some step, one at the first and one at the last."""
+    when = np.random.default_rng(seed).integers(1, steps + 1, len(ids))
+    when[np.flatnonzero(~given)[[0, -1]]] = 1, steps
+    return np.array([np.where(given | (when <= step), ids, mask) for step in range(1, steps + 1)])
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_runs_join_to_what_the_tokenizer_decodes(kind):
+    """However the tokens are grouped, and after an end of text too; a space that opens a text is dropped only there."""
+    made = tokenizer(kind)
+    ids = np.concatenate([made.encode(TEXT), [made.end_of_text], made.encode("the cat"), made.encode("ü the")])
+    read, rng = Reader(made, made.vocab_size), np.random.default_rng(0)
+    for _ in range(20):
+        runs = read.runs(ids, rng.random(len(ids)) < 0.5, np.where(rng.random(len(ids)) < 0.3, 0, ids))
+        assert "".join(run.text for run in runs) == made.decode(ids)
+        assert all(run.kind != after.kind for run, after in zip(runs, runs[1:]))
+    for cut in range(len(ids)):  # any tokens may open a row
+        assert "".join(cell or "" for cell in read.cells(ids[cut:])) == made.decode(ids[cut:])
+    if kind == "dummy prefix":  # the control: decoded apart, the space is lost
+        assert "".join(made.decode(ids[at : at + 1]) for at in range(len(ids))) != made.decode(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_any_ids_at_all_read_as_the_tokenizer_decodes_them(kind):
+    made = tokenizer(kind)
+    read = Reader(made, None)
+    for seed in range(30):
+        ids = np.random.default_rng(seed).integers(0, made.vocab_size, 40)
+        assert "".join(cell or "" for cell in read.cells(ids)) == made.decode(ids)
+
+
+def test_kinds_of_text():
+    made = tokenizer("characters")
+    mask, ids = made.vocab_size, made.encode("the cat")
+    state = np.array([*ids[:5], mask, mask, -1])
+    before = np.array([*ids[:4], mask, mask, ids[6], -1])
+    given = np.arange(8) < 3
+    assert Reader(made, mask).runs(state, given, before) == [
+        ("the", "given"), (" ", "settled"), ("c", "new"), (2 * BLOCK, "hidden")
+    ]  # fmt: skip
+    assert Reader(made, mask).runs(state, given)[1] == (" c", "new")  # before the first step all was masked
+    assert Reader(made, None).runs(ids, given[:7]) == [("the", "given"), (" cat", "settled")]  # or noise
+    assert Reader(None, 9).runs(np.array([4, 9, 5]), given[5:]) == [("4 ", "new"), (BLOCK, "hidden"), ("5 ", "new")]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "dummy prefix", "byte level"])
+def test_a_character_split_between_tokens_is_broken_only_while_it_is_incomplete(kind):
+    made = tokenizer(kind)
+    ids = made.encode("a😀b")
+    mask, given = made.vocab_size, np.zeros(len(ids), bool)
+    given[: len(ids) - 3] = True  # the character's first bytes are given, the last two come
+    read = Reader(made, mask)
+    half = np.where(np.arange(len(ids)) == len(ids) - 2, mask, ids)
+    assert any(BROKEN in run.text for run in read.runs(half, given))
+    assert read.runs(ids, given, half) == [("a", "given"), ("😀", "new"), ("b", "settled")]
+    assert read.runs(ids, given, ids) == [("a", "given"), ("😀b", "settled")]
+    assert sum(cell is None for cell in read.cells(ids)) == len("😀".encode()) - 1
+
+
+def test_bytes_that_never_were_a_character_stand_alone(monkeypatch):
+    made = tokenizer("bytes")
+    first, *others = "😀".encode()
+    ids = np.array([first, first, *others, others[-1], ord("b")])
+    cells = [BROKEN, "😀", None, None, None, BROKEN, "b"]
+    assert Reader(made, None).cells(ids) == cells
+    monkeypatch.setattr(reader, "WINDOW", 2)  # characters split over more tokens than are looked at first
+    assert Reader(made, None).cells(ids) == cells
+
+
+class Screen(io.StringIO):
+    """A terminal that understands what is written to it, and refuses what it should not get."""
+
+    def __init__(self, columns=40, lines=12):
+        super().__init__()
+        self.columns, self.height = columns, lines
+        self.cells, self.row, self.column, self.style, self.cursor, self.frames = [[]], 0, 0, "", True, 0
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        for code, command, character in re.findall(r"\x1b\[([?\d;]*)([a-zA-Z])|([^\x1b])", text, re.DOTALL):
+            self._put(character) if character else self._obey(code, command)
+
+    def _put(self, character):
+        if character == "\n":
+            self.row, self.column = self.row + 1, 0
+            self.cells += [[]] * (self.row + 1 - len(self.cells))
+        elif character == "\r":
+            self.column = 0
+        else:
+            assert unicodedata.category(character) != "Cc"
+            line = self.cells[self.row]
+            self.cells[self.row] = [*line[: self.column], (character, self.style), *line[self.column + 1 :]]
+            self.column += 1
+            wide = sum(unicodedata.east_asian_width(cell) in "WF" for cell, _ in self.cells[self.row][: self.column])
+            assert self.column + wide < self.columns
+
+    def _obey(self, code, command):
+        if code == "?25":
+            self.cursor = command == "h"
+        elif command == "A":
+            self.row -= int(code)
+            assert self.row >= 0
+        elif command == "K":
+            self.cells[self.row] = self.cells[self.row][: self.column]
+        elif command == "J":
+            self.cells = [*self.cells[: self.row], self.cells[self.row][: self.column]]
+            self.frames += 1
+            assert len(self.cells) < self.height
+        else:
+            assert command == "m"
+            self.style = "" if code == "0" else code
+
+    def text(self):
+        return ["".join(character for character, _ in line) for line in self.cells]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No pauses; `sizes` of the streams are their own."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(terminal, "PAUSES", 0.0)
+    monkeypatch.setattr(terminal, "SHORTEST", 0.0)
+    monkeypatch.setattr(Terminal, "_size", lambda self: (self._stream.columns - 1, self._stream.height))
+
+
+def show(screen, states, given, made, texts=None):
+    """Int[T N L] to the screen, in a group of rows of which the last is none where `texts` says so."""
+    rows = np.arange(states.shape[1])
+    with Terminal(made, made.vocab_size, texts, screen) as watch:
+        assert not screen.cursor
+        for step, tokens in enumerate(states):
+            watch(rows, tokens, given, step + 1)
+
+
+def test_the_terminal_ends_with_the_final_text(quick):
+    made, screen = tokenizer("sentencepiece"), Screen()
+    ids = made.encode(TEXT)
+    given = np.arange(len(ids)) < 5
+    show(screen, trace(ids, given, 8, made.vocab_size)[:, None], given[None], made)
+    head, *lines, after = screen.text()
+    assert head == "step 8" and after == "" and screen.cursor and screen.style == "" and screen.frames == 8
+    words = TEXT.split()
+    assert "\n".join(lines).split() == words
+    assert max(map(len, lines)) < 40 and "" in lines  # the empty line of the text
+    styles = {style for line in screen.cells[1:] for _, style in line}
+    assert styles == {"94", "1;32", ""}  # given, new, settled
+
+
+def test_the_terminal_keeps_to_its_lines_and_turns_to_where_something_happens(quick):
+    made, screen = tokenizer("characters"), Screen(lines=9)
+    ids = made.encode((TEXT * 4).replace("\n", " "))
+    given = np.zeros((3, len(ids)), bool)
+    order = np.arange(len(ids)) // 30  # from left to right
+    states = np.stack([np.where(order <= step, ids, made.vocab_size) for step in range(order[-1] + 1)])
+    show(screen, np.stack([states] * 3, axis=1), given, made, texts=2)
+    head, *lines, _ = screen.text()
+    assert head == f"step {len(states)}, texts 1 to 2"
+    assert [line[:3] for line in lines if line[0] != " "] == ["1  ", "2  "] and len(lines) == 7
+    assert lines[2].endswith("the end.") and lines[-1].endswith("the end.") and BLOCK not in "".join(lines)
+    crowded = Screen(lines=5)
+    show(crowded, np.stack([states] * 9, axis=1), np.zeros((9, len(ids)), bool), made)
+    assert crowded.text()[-2] == "and 7 more"
+
+
+def test_no_text_steers_the_terminal(quick, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    made, screen = make_tokenizer("bytes", [], end_of_text=False), Screen()
+    ids = made.encode("a\x1b[2Jb\r\x07c\td\x9b\u202ee")
+    show(screen, ids[None, None], np.zeros((1, len(ids)), bool), made)
+    assert screen.text()[1] == f"a\u241b[2Jb\u240d\u2407c d{BROKEN}e"
+    assert {style for line in screen.cells for _, style in line} == {""}
+
+
+def test_the_cursor_comes_back_after_an_interruption(quick):
+    made, screen = tokenizer("characters"), Screen()
+    with pytest.raises(KeyboardInterrupt), Terminal(made, None, stream=screen) as watch:
+        watch(np.arange(1), made.encode("the")[None], np.zeros((1, 3), bool), 1)
+        raise KeyboardInterrupt
+    assert screen.cursor and screen.text() == ["step 1", "the", ""] and screen.style == ""
+    with Terminal(made, None, stream=Screen()) as watch:
+        assert watch._stream.text() == ["waiting for the first step"]
+    assert watch._stream.cursor and watch._stream.text() == [""]
+
+
+def test_pauses_can_be_followed_and_end(quick, monkeypatch):
+    """Steps of a millisecond: the first are slow, thousands are not, and what is last is drawn."""
+    now = [100.0]
+    monkeypatch.setattr(terminal, "PAUSES", 8.0)
+    monkeypatch.setattr(terminal, "SHORTEST", 0.015)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(terminal.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    made, screen, ended = tokenizer("characters"), Screen(), []
+    ids = made.encode("the cat")
+    with Terminal(made, made.vocab_size, stream=screen) as watch:
+        for step in range(5000):
+            now[0] += 0.001
+            watch(np.arange(1), ids[None], np.zeros((1, 7), bool), step + 1)
+            ended.append(now[0] - 100)
+    assert 64 * 0.02 < ended[63] < 64 * 0.031 and ended[-1] < 5 + 8
+    assert screen.frames < 1000 and screen.text()[0] == "step 5000"
+
+
+def test_what_is_no_terminal_is_refused(quick, monkeypatch):
+    made = tokenizer("characters")
+    with pytest.raises(UserError, match="--watch needs a terminal; leave it out, or write a page with --html=FILE"):
+        Terminal(made, None, stream=io.StringIO())
+    monkeypatch.setenv("TERM", "dumb")
+    with pytest.raises(UserError, match="--watch"):
+        Terminal(made, None, stream=Screen())
+
+
+def test_a_real_terminal_is_measured(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    master, slave = os.openpty()
+    with os.fdopen(slave, "w") as stream:
+        assert Terminal(None, None, stream=stream)._size() == (79, 24)  # it does not say its size
+        termios.tcsetwinsize(stream.fileno(), (30, 100))
+        assert Terminal(None, None, stream=stream)._size() == (99, 30)
+    os.close(master)
+
+
+def embedded(written):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', written, re.DOTALL)[1])
+
+
+def replayed(data):
+    """The texts of every frame that a page holds, as its script makes them."""
+    pieces, rows = data["pieces"], [list(row) for row in data["base"]]
+    yield data["first"], ["".join(pieces[piece] for piece in row) for row in rows]
+    for step, changes in data["frames"]:
+        for row, changed in zip(rows, changes):
+            for at, piece in zip(changed[::2], changed[1::2]):
+                row[at] = piece
+        yield step, ["".join(pieces[piece] for piece in row) for row in rows]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_page_holds_the_states_as_they_were(kind, masked):
+    made = None if kind == "ids" else tokenizer(kind)
+    size = made.vocab_size if made else 300
+    ids = np.arange(40) % size if made is None else made.encode(TEXT)
+    given = np.arange(len(ids)) < 4
+    early = trace(ids, given, 6, size)
+    states = np.stack([trace(ids, given, 12, size), np.concatenate([early, early[[-1] * 6]])], axis=1)
+    states[:, 1, -2:] = -1  # a shorter row
+    mask = size if masked else None
+    if not masked:
+        states = np.where(states == size, np.roll(ids, 3), states)
+    read = Reader(made, mask)
+    frames = dict(replayed(embedded(page(states, np.stack([given] * 2), made, mask, {}))))
+    before = None
+    for step, state in enumerate(states, 1):
+        assert (step in frames) == (step == 12 or before is None or not np.array_equal(state, before))
+        if step in frames:
+            assert frames[step] == ["".join(cell or "" for cell in read.cells(tokens)) for tokens in state]
+        before = state
+    assert (0 in frames) == masked
+
+
+def test_a_token_is_new_even_where_it_reads_the_same():
+    made = tokenizer("sentencepiece")
+    ids = np.array([[made.encode("xt")[-1]], [made.pieces._processor.piece_to_id("<0x74>")]])
+    data = embedded(page(ids[:, None], np.zeros((1, 1), bool), made, None, {}))
+    assert ids[0] != ids[1] and data["frames"] == [[2, [[0, *data["base"][0]]]]]
+
+
+def test_a_page_is_small_and_the_same_each_time():
+    """A few bytes a token that changes: all of 4 rows of 256 tokens are uncovered in 256 steps."""
+    made = tokenizer("characters")
+    ids = np.resize(made.encode(TEXT), 256)
+    states = np.stack([trace(ids, np.zeros(256, bool), 256, made.vocab_size, seed) for seed in range(4)], axis=1)
+    written, empty = (
+        page(shown, np.zeros((4, 256), bool), made, made.vocab_size, {}) for shown in (states, states[:0])
+    )
+    assert len(written) - len(empty) < 4 * 256 * 16
+    assert written == page(states, np.zeros((4, 256), bool), made, made.vocab_size, {})
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a screen or a network; the driver is the one beside it, and nothing is looked for elsewhere."""
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("there is no chromium with a chromedriver")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "host-resolver-rules=MAP * ~NOTFOUND"):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = selenium.Chrome(service=selenium.ChromeService(driver), options=options)
+    yield found
+    found.quit()
+
+
+EVIL = "</script><b>no</b> <!-- & \"'\u2028 {{data}} {{final}}"
+
+
+def test_a_page_plays_pauses_and_steps_in_a_browser(browser, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import Select, WebDriverWait
+
+    tags = ("<b>no</b>", "</script>")
+    made = Tokenizer("huggingface", HuggingFace(byte_level(special=(END, *tags)).to_str().encode()), True)
+    mask, ids = made.vocab_size, np.concatenate([made.encode(f"{EVIL} {TEXT}"), [1, 2]])
+    assert made.decode(ids).endswith("".join(tags))
+    given = np.stack([np.arange(len(ids)) < 20] * 2)
+    states = np.stack([trace(ids, given[0], 30, mask, seed) for seed in (0, 1)], axis=1)
+    file = tmp_path / "page.html"
+    file.write_text(page(states, given, made, mask, {"seed": 0, "model": EVIL}), encoding="utf-8")
+    browser.get(file.as_uri())
+    play, back, forward, step, speed = (
+        browser.find_element("id", name) for name in ("play", "back", "forward", "step", "speed")
+    )
+    wait = WebDriverWait(browser, 30, poll_frequency=0.02)
+    read = Reader(made, mask)
+
+    def texts():
+        return browser.execute_script("return [...document.querySelectorAll('.text')].map((text) => text.textContent)")
+
+    def expected(number):
+        state = states[number - 1] if number else np.where(given, ids, mask)
+        return ["".join(cell or "" for cell in read.cells(tokens)) for tokens in state]
+
+    def reached():
+        return int(step.text.split()[1])
+
+    wait.until(lambda _: reached() > 1)  # it plays by itself
+    play.click()
+    paused = reached()
+    assert 1 < paused < 30 and play.get_attribute("aria-label") == "Play" and texts() == expected(paused)
+    forward.click()
+    assert reached() == paused + 1 and texts() == expected(paused + 1)
+    fresh = browser.execute_script("return [...document.querySelectorAll('.text .new')].length")
+    assert 0 < fresh <= np.sum(states[paused] != states[paused - 1])
+    back.click()
+    back.click()
+    assert reached() == paused - 1 and texts() == expected(paused - 1)
+    body = browser.find_element("tag name", "body")
+    body.send_keys(Keys.HOME)
+    assert reached() == 0 and texts() == expected(0) and not back.is_enabled()
+    body.send_keys(Keys.ARROW_RIGHT)
+    assert reached() == 1 and texts() == expected(1)
+    Select(speed).select_by_value("4")
+    body.send_keys(Keys.SPACE)
+    assert play.get_attribute("aria-label") == "Pause"
+    wait.until(lambda _: reached() == 30)
+    wait.until(lambda _: play.get_attribute("aria-label") == "Play")
+    assert texts() == [made.decode(ids)] * 2 == expected(30) and not forward.is_enabled()
+    assert browser.find_element("tag name", "dl").get_property("textContent") == f"seed0model{EVIL}"
+    assert not browser.find_elements("css selector", "main b")
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert browser.get_log("browser") == []

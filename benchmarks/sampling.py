@@ -161,10 +161,10 @@ def random_weights(size: Size, reference: Path | None, repeats: int):
 def compare(model: sedd.Model, batch: int, steps: int, repeats: int, known: dict[str, tuple[int, float]]):
     """Prints a table of our samplers. known: calls and seconds of others; the first row is what speeds relate to."""
     process, length = model.process, model.block_length
-    counts = Counts(process, model.schedule, steps)
+    tweedie, counts = (kind(process, model.schedule, steps) for kind in (Tweedie, Counts))
     ours = {
-        f"tweedie {steps}": (Tweedie(process, model.schedule, steps), length),
-        f"counts {steps}": (counts, counts.width(length)),
+        f"tweedie {steps}": (tweedie, tweedie.few(length)),
+        f"counts {steps}": (counts, counts.few(length)),
         "first_hitting": (FirstHitting(process), 1),
     }
     first = None

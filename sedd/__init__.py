@@ -11,8 +11,9 @@ from sedd.data.prepare import prepare
 from sedd.diffusion.correct import Barker, Corrected, Gibbs, Renoise
 from sedd.diffusion.counts import RevealCounts, cosine, reveal_counts
 from sedd.diffusion.loss import count_loss, denoising_loss
+from sedd.diffusion.pickers import Entropy, EntropyBounded, Margin
 from sedd.diffusion.process import Absorbing, Jump, Process, Uniform
-from sedd.diffusion.reveal import Adaptive, Counts, Entropy, EntropyBounded, FirstHitting, FixedCounts, Margin
+from sedd.diffusion.reveal import Adaptive, Counts, FirstHitting, FixedCounts
 from sedd.diffusion.samplers import Euler, Sampler, Trapezoidal, Tweedie, sample
 from sedd.diffusion.schedule import Geometric, LogLinear, Schedule
 from sedd.diffusion.score import Denoiser, ScoreStats, StatsFn, score_stats, stats_from

@@ -20,8 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from sedd import prompts
+from sedd.diffusion.pickers import Margin, Picker
 from sedd.diffusion.process import Absorbing
-from sedd.diffusion.reveal import Adaptive, Margin, Picker
+from sedd.diffusion.reveal import Adaptive
 from sedd.errors import UserError
 from sedd.evaluation.conditional import Answers, answers_to, log_likelihoods
 from sedd.evaluation.perplexity import perplexity

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from sedd.diffusion.correct import Barker, Corrected, Gibbs, Renoise
 from sedd.diffusion.counts import cosine, information, reveal_counts
+from sedd.diffusion.pickers import Entropy, EntropyBounded, Margin
 from sedd.diffusion.process import Process
-from sedd.diffusion.reveal import Adaptive, Counts, Entropy, EntropyBounded, FirstHitting, FixedCounts, Margin
+from sedd.diffusion.reveal import Adaptive, Counts, FirstHitting, FixedCounts
 from sedd.diffusion.samplers import Euler, Sampler, Trapezoidal, Tweedie
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError

@@ -263,10 +263,7 @@ def kernel(jump, x, num_states):
 
 
 def sampler_law(sampler, denoiser, tokens, free=True, correct=lambda law, sigma: law):
-    """The exact law of a grid sampler, in float64. Int[L], Bool[L] -> Float[S^L].
-
-    correct(law, sigma): what a corrector makes of the law that a step has got to, the last one aside.
-    """
+    """A grid sampler's exact law, in float64; correct: after all steps but the last. Int[L], Bool[L] -> Float[S^L]."""
     with jax.enable_x64(True):
         tokens, free = jnp.asarray(tokens), jnp.broadcast_to(jnp.asarray(free), np.shape(tokens))
         x = jnp.asarray(states(sampler.process.num_states, len(tokens)))

@@ -1,6 +1,7 @@
 """The command line: the whole way on a small corpus, and every mistake in one line."""
 
 import ast
+import html
 import json
 import os
 import re
@@ -134,7 +135,8 @@ def test_sample(place, capsys):
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(records) == 2 and all(len(record["tokens"]) == 16 for record in records)
     assert main(["sample", f"--model={place}/run", "--steps=3"]) == 0
-    assert capsys.readouterr().out.startswith("---\n")
+    out, err = capsys.readouterr()
+    assert out.startswith("---\n") and re.search(r"^\d+ network calls; unigram entropy \d\.\d+ nats", err, re.M)
 
 
 def test_infill(place, capsys):
@@ -142,6 +144,15 @@ def test_infill(place, capsys):
     assert re.search(r"^the .*times$", capsys.readouterr().out, re.M | re.S)
     assert main(["infill", f"--model={place}/run", "--prefix=the ", "--length=6", "--steps=3"]) == 0
     assert "the " in capsys.readouterr().out
+
+
+def test_a_page_that_plays_back(place, capsys):
+    """Beside the text that is printed; what it shows in the end is that text."""
+    command = ["infill", f"--model={place}/run", "the <blank:2> times", "--steps=3", f"--html={place}/page.html"]
+    assert main(command) == 0
+    text = capsys.readouterr().out.removeprefix("---\n").removesuffix("\n")
+    page = (place / "page.html").read_text()
+    assert html.escape(text) in page and "network calls" in page
 
 
 @pytest.mark.parametrize(
@@ -199,7 +210,12 @@ def test_infill(place, capsys):
         ("sample --model={0}/run --steps=0", "steps must be at least 1"),
         ("sample --model={0}/run --num_samples=0", "number of samples must be at least 1"),
         ("sample --model={0}/run --sampler=best", "there are euler, tweedie"),
-        ("sample --model={0}/run --length=17", "block of 16"),
+        ("sample --model={0}/run --length=0", "at least 1"),
+        ("sample --model={0}/run --top_p=0", "top_p must lie in (0, 1]"),
+        ("sample --model={0}/run --sampler=barker", "use one of euler, tweedie"),
+        ("sample --model={0}/run --sampler=planned:{0}/tiny.txt", "there is no profile in"),
+        ("sample --model={0}/run --watch", "needs a terminal; leave it out, or write a page with --html"),
+        ("sample --model={0}/run --html={0}/absent/page.html", "there is no folder"),
         ("sample --model={0}/run --steps=many", "invalid int value"),
         ("infill --model={0}/run the", "no blank"),
         ("infill --model={0}/run the<blank:0>", "blank of 0"),

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from oracle import MarkovChain, index, kernel, p_value, sampler_law, states, total_variation
 
+from sedd.diffusion import draws
 from sedd.diffusion.correct import Barker, Corrected, Gibbs, Renoise
+from sedd.diffusion.pickers import Margin
 from sedd.diffusion.process import Absorbing, Jump, Uniform
-from sedd.diffusion.reveal import Adaptive, Margin
+from sedd.diffusion.reveal import Adaptive
 from sedd.diffusion.samplers import Trapezoidal, Tweedie, leap, sample
 from sedd.diffusion.schedule import Geometric, LogLinear
 from sedd.diffusion.score import clamped
@@ -145,6 +147,30 @@ CASES = [
 
 
 @pytest.mark.parametrize("process, corrector", CASES, ids=str)
+def test_a_round_draws_its_law(process, corrector, joint):
+    """From one sequence, partly masked for Absorbing, at much noise. Control: the law at other noise."""
+    rows, x, free = 40_000, np.array([0, 1, process.num_states - 1]), np.ones(3, bool)
+    denoiser = joint.denoiser(process)
+
+    @jax.jit
+    def draw(keys):
+        entry = corrector.plan(draws.fold(keys, 0), jnp.tile(free, (rows, 1)))
+        start = jnp.tile(jnp.asarray(x, jnp.int32), (rows, 1))
+        return corrector.correct(process, draws.fold(keys, 1), denoiser, start, jnp.float32(1.0), entry)
+
+    drawn = index(draw(draws.row_keys(jax.random.key(0), jnp.arange(rows))), process.num_states)
+
+    def fits(sigma):
+        with jax.enable_x64(True):
+            law = correcting(corrector, process, denoiser)(
+                np.eye(process.num_states**3)[index(x, process.num_states)], sigma
+            )
+        return p_value(drawn, np.asarray(law))
+
+    assert fits(1.0) > 1e-3 and fits(0.5) < 1e-6
+
+
+@pytest.mark.parametrize("process, corrector", [CASES[1], CASES[2]], ids=str)
 def test_the_jitted_loop_draws_the_law(process, corrector, joint):
     """The float32 production path, with other given positions in each row. Control: the law without a corrector."""
     rows, denoiser, sampler = 10_000, joint.denoiser(process), Tweedie(process, Geometric(0.03, 6.0), 2)

@@ -34,6 +34,7 @@ DIFFUSION = [
     "correct",
     "counts",
     "reveal",
+    "pickers",
     "samplers",
     "exact",
     "likelihood",

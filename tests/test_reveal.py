@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from oracle import answers, index, p_value, random_tables, states, untrained
 
+from sedd.diffusion.pickers import Entropy, EntropyBounded, Margin
 from sedd.diffusion.process import Absorbing, Uniform
-from sedd.diffusion.reveal import Adaptive, Entropy, EntropyBounded, Margin
+from sedd.diffusion.reveal import Adaptive
 from sedd.diffusion.samplers import sample
 from sedd.diffusion.score import edited, in_block, nucleus, told_share
 

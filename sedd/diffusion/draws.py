@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128  # states in a block of `categorical`: the unit to which heads are padded
+BLOCK = 128  # states in a block of `categorical`, at most: the unit to which heads are padded
 
 
 def _each(draw: Callable, keys: jax.Array, *args: jax.Array):
@@ -67,12 +67,12 @@ def bernoulli(keys: jax.Array, p: jax.Array) -> jax.Array:
 def categorical(keys: jax.Array, log_weights: jax.Array) -> jax.Array:
     """One state from unnormalised log weights, to the relative accuracy of each probability; 0 where all are -inf.
 
-    Key[...], Float[... V] -> Int32[...]. Two Gumbel races: a block of states by its mass, then a state within it. That
-    needs V/128 + 128 random numbers instead of V, and no cumulative sum, in which rare states would be rounded away.
-    It costs little more than one logsumexp over the states (benchmarks/draws.py).
+    Key[...], Float[... V] -> Int32[...]. Two Gumbel races: a block of states by its mass, then a state within it. In
+    blocks of about sqrt(V) states, 128 at most, that needs V/128 + 128 random numbers or fewer instead of V, and no
+    cumulative sum, in which rare states would be rounded away (benchmarks/draws.py has what it costs).
     """
     states = log_weights.shape[-1]
-    size = min(BLOCK, states)
+    size = min(BLOCK, 2 ** (states.bit_length() // 2))
     top = jnp.max(log_weights, axis=-1, keepdims=True)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
     # Weights are padded, and summed, in one pass over the states; padded log weights would be a copy of them.

@@ -77,6 +77,8 @@ def told_share(process, denoiser: Denoiser, lengths: jax.Array | None = None) ->
     """Told `process.sigma_seen` of what it sees, whatever the caller says (absorbing process only).
 
     Put below `in_block`, it counts the masks of the whole block, as likelihoods do. lengths: Int[B], the valid ones.
+    A trained network does better so, whatever the sampler: the bound of Tweedie's own steps too is lower, by .001 to
+    .008 nats a token on two small networks (benchmarks/told_noise.py).
     """
     return lambda x, sigma, positions=None: denoiser(x, process.sigma_seen(x, lengths), positions)
 

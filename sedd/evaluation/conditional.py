@@ -21,8 +21,9 @@ from sedd.data.tokenizers import Tokenizer
 from sedd.diffusion import draws
 from sedd.diffusion.exact import importance_bound, order_log_likelihoods, subset_log_likelihood
 from sedd.diffusion.likelihood import count_draws, level_draws
+from sedd.diffusion.pickers import Entropy, Margin
 from sedd.diffusion.process import Absorbing, Process
-from sedd.diffusion.reveal import Adaptive, Entropy, Margin
+from sedd.diffusion.reveal import Adaptive
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.evaluation.scoring import ends

@@ -5,6 +5,7 @@ The public functions take the parsed flags, and the settings of the config that 
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -192,8 +193,8 @@ def _draw(args, method, templates: int):
     from sedd.loading import load
     from sedd.playback import Terminal, page
 
-    if args.html and not Path(args.html).resolve().parent.is_dir():
-        raise UserError(f"--html={args.html}: there is no folder {Path(args.html).parent}")
+    if args.html and (Path(args.html).is_dir() or not os.access(Path(args.html).resolve().parent, os.W_OK)):
+        raise UserError(f"--html={args.html} cannot be written; name a file in a folder that is there")
     model = load(args.model, args.tokenizer)
     shown = model.tokenizer, getattr(model.process, "mask", None)
     names = ("num_samples", "length", "steps", "sampler", "temperature", "top_p", "seed", "batch_size")

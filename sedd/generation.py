@@ -27,8 +27,8 @@ from sedd.samplers import Wanted, named_sampler
 _WINDOWS = 2**31  # later windows fold this, and their number, into the key; the rows of the first fold smaller ones
 _LOOKS = 32  # how often a loop of many steps returns to the host, which shows how far it is and can be interrupted
 
-# (rows: Int[B], their numbers among all; tokens: Int[B L], -1 where there is none; given: Bool[B L]; steps: int), after
-# each step.
+# (rows: Int[B], their numbers; tokens: Int[B L], -1 where there is none; given: Bool[B L]; steps: int, of this block),
+# after each step.
 Watch = Callable[[np.ndarray, np.ndarray, np.ndarray, int], None]
 
 
@@ -77,6 +77,7 @@ class Generator:
         if num_samples < 1:
             raise UserError(f"the number of samples must be at least 1, not {num_samples}")
         if length is not None:
+            self._check_length(length)
             lengths = [length] * num_samples
         elif self.layout.binds_lengths:
             share = np.array(self.layout.row_lengths) / sum(self.layout.row_lengths)
@@ -101,17 +102,20 @@ class Generator:
 
         Rows longer than a block are drawn semi-autoregressively: a block, then the next with its first half given.
         """
+        if not rows:
+            raise UserError("there is nothing to fill in")
         for row in rows:
             self._check_length(len(row.tokens))
-        blanks = max(int(np.sum(~row.given[: self.block_length])) for row in rows)
-        sampler = self.sampler(sampler, steps, max(1, blanks), self._unaware(rows))
-        if not temperature > 0:
+        laid = prompts.laid_out(rows, self.network.process, self.block_length, self.layout)
+        sampler = self.sampler(sampler, steps, laid)
+        if not 0 < temperature < float("inf"):
             raise UserError(f"temperature must be positive, not {temperature}")
         if not 0 < top_p <= 1:
             raise UserError(f"top_p must lie in (0, 1], not {top_p}")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
-        laid = prompts.laid_out(rows, self.network.process, self.block_length, self.layout)
+        if not -(2**63) <= seed < 2**63:
+            raise UserError(f"seed must be a number of 64 bits, not {seed}")
         group = min(len(rows), batch_size or self.network.rows_at_once(self.block_length))
         reshaped = (temperature, top_p) if (temperature, top_p) != (1.0, 1.0) else None
         with tqdm(desc="sampling", unit="step", delay=2, total=0, disable=watch is not None) as bar:
@@ -120,10 +124,9 @@ class Generator:
             drawn = [loop(laid, np.arange(start, start + group), len(starts)) for start in starts]
         return self._collected(drawn, rows, laid)
 
-    def sampler(self, sampler: str | Sampler, steps: int, tokens: int | None = None, unaware: bool = False) -> Sampler:
-        """The sampler of a name, to fill in at most so many tokens of a row (a block); or the one told.
+    def sampler(self, sampler: str | Sampler, steps: int, laid: Laid | None = None) -> Sampler:
+        """The sampler of a name, made for the rows told (a free block), or the one that is told.
 
-        unaware: tokens are given that the network takes for noisy ones, so that samplers by name resample on their way.
         UserError if there is none of that name, or it is not for this model's process.
         """
         process = self.network.process
@@ -131,14 +134,30 @@ class Generator:
             if sampler.process != process:
                 raise UserError(f"the sampler is for {sampler.process}, the model for {process}")
             return sampler
-        block = self.block_length
-        return named_sampler(sampler, Wanted(process, self.schedule, steps, tokens or block, block, unaware))
+        if not isinstance(sampler, str):
+            raise UserError(f"a sampler is a name, or an object such as sedd.Tweedie(...), not {sampler!r}")
+        if laid is None:
+            laid = prompts.laid_out([prompts.blank(self.block_length)], process, self.block_length, self.layout)
+        return named_sampler(sampler, Wanted(process, self.schedule, steps, *self._most(laid), self._unaware(laid)))
 
-    def _unaware(self, rows: list[Prompt]) -> bool:
+    def _most(self, laid: Laid) -> tuple[int, int, int]:
+        """Of the block with the most to be filled in: how many tokens, how many are known in it, and its length."""
+        most = (0, 0, self.block_length)
+        for at, free in prompts.opened(laid, self.block_length):
+            count = free.sum(axis=1)
+            row = int(np.argmax(count))
+            if count[row] > most[0]:
+                known = np.sum(~free[row] & (at[row] < laid.lengths[row]))
+                length = laid.lengths[row] if self.layout.binds_lengths else self.block_length
+                most = int(count[row]), int(known), int(length)
+        return most
+
+    def _unaware(self, laid: Laid) -> bool:
         """Whether the network will take given tokens, or those of the block before, for noisy ones."""
         if isinstance(self.network.process, Absorbing) or self.network.observed:
             return False
-        return any(row.given.any() or len(row.tokens) > self.block_length for row in rows)
+        within = np.arange(laid.free.shape[1]) < laid.lengths[:, None]
+        return bool(np.any(~laid.free & within) or laid.lengths.max() > self.block_length)
 
     def _check_length(self, length: int):
         most = self.block_length if self.layout.padded else None
@@ -155,10 +174,11 @@ class Generator:
         tokens = np.where(beyond, -1, tokens)
         trace = None
         if drawn[0].trace is not None:
-            most = max(len(group.trace) for group in drawn)  # rows of groups that end early repeat their last state
-            last = [np.minimum(np.arange(most), len(group.trace) - 1) for group in drawn]
-            trace = np.concatenate([group.trace[at] for group, at in zip(drawn, last)], axis=1)
-            trace = np.where(beyond, -1, trace[:, : len(rows), :width])
+            most = max(len(group.trace) for group in drawn)
+            # Rows of groups that end early repeat their last state.
+            states = [np.concatenate([group.trace, group.tokens[None]]) for group in drawn]
+            states = [state[np.minimum(np.arange(most), len(state) - 1)] for state in states]
+            trace = np.where(beyond, -1, np.concatenate(states, axis=1)[:, : len(rows), :width])
         kept = np.array([self._length(row, ids[: len(row.tokens)]) for row, ids in zip(rows, tokens)], np.int32)
         texts = None
         if self.tokenizer is not None:
@@ -197,29 +217,33 @@ class _Loop(NamedTuple):
 
     def __call__(self, laid: Laid, rows: np.ndarray, groups: int) -> _Drawn:
         """rows: Int[B], global numbers; those beyond the last row are copies that fill up the group's one shape."""
-        row = rows % len(laid.tokens)
-        tokens, free, lengths = laid.tokens[row].copy(), laid.free[row].copy(), laid.lengths[row]
-        given, block = ~free, self.generator.block_length
-        windows = list(prompts.windows(lengths, block))
+        count, row = len(laid.tokens), rows % len(laid.tokens)
+        tokens, free, lengths = (array[row] for array in laid)
+        given, windows = ~free, list(prompts.opened(Laid(tokens, free, lengths), self.generator.block_length))
         calls, traces = 0, []
-        for number, start in enumerate(windows):
-            at = start[:, None] + np.arange(min(block, tokens.shape[1]))
-            here, open_ = np.take_along_axis(tokens, at, axis=1), np.take_along_axis(free, at, axis=1)
+        for number, (at, here) in enumerate(windows):
             np.put_along_axis(free, at, False, axis=1)
 
-            def whole(x):  # the rows with this window's state; what is not begun has no token, or is masked
+            def whole(x):  # the rows with this block's state; what is not begun has no token, or is masked
                 state = np.where(free, self._nothing, tokens)
                 np.put_along_axis(state, at, x, axis=1)
                 return state
 
-            looks = self.watch and (lambda x, steps: self.watch(rows, whole(x), given, steps))
+            def look(x, steps):
+                width = laid.lengths.max()
+                there = (np.arange(width) < lengths[:, None])[rows < count]
+                state, known = (array[rows < count, :width] for array in (whole(x), given))
+                self.watch(rows[rows < count], np.where(there, state, -1), known & there, steps)
+
             key = jax.random.fold_in(self.key, _WINDOWS + number) if number else self.key
-            state = self._run(key, here, open_, lengths, rows, groups * len(windows), looks)
+            start = np.take_along_axis(tokens, at, axis=1)
+            state = self._run(key, start, here, lengths, rows, groups * len(windows), look if self.watch else None)
             np.put_along_axis(tokens, at, state.tokens, axis=1)
             calls += int(self.sampler.calls(state.steps)) if state.steps else 0
             if self.trace:
                 traces += [whole(x) for x in state.trace[: state.steps]]
-        return _Drawn(tokens, calls, np.array(traces).reshape(-1, *tokens.shape) if self.trace else None)
+        traces = np.array(traces, np.int32).reshape(-1, *tokens.shape) if self.trace else None
+        return _Drawn(tokens, calls, traces)
 
     @property
     def _nothing(self) -> int:

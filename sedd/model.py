@@ -55,34 +55,41 @@ class Model:
         """The length it was trained at, in tokens; the default of sampling and infilling."""
         return self.config.data.block_length
 
-    def log_score(self, tokens: jax.Array, sigma: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    def log_score(
+        self,
+        tokens: jax.Array,
+        sigma: jax.Array,
+        lengths: jax.Array | None = None,
+        given: jax.Array | None = None,
+    ) -> jax.Array:
         """The log concrete score, the mask's column too, 0 at the current token.
 
         tokens: Int[B L]; sigma: Float[B], the noise the network is told, unclipped; lengths: Int[B], the valid ones, of
-        a model of padded documents whose padding is ignored. Returns Float32[B L S].
+        a model of padded documents whose padding is ignored; given: Bool[B L], the clean tokens, of a model with
+        `network.observed`. Returns Float32[B L S].
         """
-        tokens, sigma = jnp.asarray(tokens), jnp.asarray(sigma)
-        return _log_score(
-            self.network, self.params, tokens, sigma, lengths if lengths is None else jnp.asarray(lengths)
-        )
+        told = (None if array is None else jnp.asarray(array) for array in (tokens, sigma, lengths, given))
+        return _log_score(self.network, self.params, *told)
 
     def denoiser(
         self, tokens: jax.Array | None = None, given: jax.Array | None = None, lengths: jax.Array | None = None
     ) -> Denoiser:
         """A Denoiser, for samplers of your own. It holds the parameters: make it inside jit.
 
-        tokens: Int[B L] with given: Bool[B L], what it sees at those positions wherever a sampler has got to;
+        tokens: Int[B L] with given: Bool[B L], what it sees at those positions wherever a sampler has got to, and what
+        a network with `network.observed` is told to be given;
         lengths: Int[B], the valid ones.
         """
         if (tokens is None) != (given is None):
             raise UserError("denoiser: tokens and given go together")
-        denoiser = self.network.denoiser(self.params, lengths)
+        flags = jnp.asarray(given) if self.network.observed and given is not None else None
+        denoiser = self.network.denoiser(self.params, lengths, flags)
         return denoiser if given is None else clamped(denoiser, jnp.asarray(tokens), ~jnp.asarray(given))
 
     def sample(self, num_samples: int = 1, length: int | None = None, **settings: Unpack[Drawing]) -> Samples:
         """Draws texts of `length` tokens, by default a whole block, or where documents were padded and their padding
         ignored, as long as those are. Longer than a block they are drawn block after block, each with its first half
-        given, which only packed text can be.
+        given, which only packed text can be; a uniform model then resamples on its way, as `infill` says.
 
         settings: `sedd.generation.Drawing`: steps, sampler, temperature, top_p, seed, batch_size, trace, watch.
         """
@@ -108,8 +115,10 @@ class Model:
 
         With Absorbing the given tokens are part of what the model conditions on exactly, and with Uniform where it was
         trained with `network.observed`. Any other uniform model takes them for noise where there is much of it, so that
-        samplers by name resample on their way, at one more call a step: `sedd.diffusion.correct` says what bias stays.
-        The texts end at the first end-of-text token after the last given one. settings: as of `sample`.
+        `euler`, `tweedie` and `trapezoidal` by name resample on their way, at one more call a step:
+        `sedd.diffusion.correct` says what bias stays.
+        The texts end at the first end-of-text token after the last given one; a row of an array in which all is given
+        comes back as it is. settings: as of `sample`.
         """
         ways = [template is not None, prefix is not None or suffix is not None, tokens is not None or given is not None]
         if sum(ways) != 1:
@@ -262,5 +271,5 @@ class Model:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _log_score(network, params, tokens, sigma, lengths):
-    return network.log_score(params, tokens, sigma, lengths)
+def _log_score(network, params, tokens, sigma, lengths, given):
+    return network.log_score(params, tokens, sigma, lengths, given)

@@ -75,16 +75,25 @@ def between(prefix: str, suffix: str, length: int, tokenizer: Tokenizer) -> Prom
 
 
 def of_arrays(tokens: Any, given: Any, vocab_size: int) -> list[Prompt]:
-    """Rows of arrays. tokens: Int[N L] or Int[L], read where given: Bool of the same shape."""
+    """Rows of arrays. tokens: Int[N L], Int[L], or rows of any lengths, read where given: Bool of the same shape."""
     if tokens is None or given is None:
         raise UserError("infill: tokens and given go together")
-    tokens, given = np.atleast_2d(np.asarray(tokens)), np.atleast_2d(np.asarray(given))
-    if tokens.shape != given.shape or given.dtype != bool:
-        raise UserError(f"given must be a bool array of the shape of tokens, {tokens.shape}")
-    known = tokens[given]
+    if len(tokens) and np.ndim(tokens[0]) == 0:
+        tokens, given = [tokens], [given]
+    if len(tokens) != len(given):
+        raise UserError(f"there are {len(tokens)} rows of tokens, and {len(given)} of what is given; give both of each")
+    return [_of_array(np.asarray(row), np.asarray(flags), vocab_size) for row, flags in zip(tokens, given)]
+
+
+def _of_array(tokens: np.ndarray, given: np.ndarray, vocab_size: int) -> Prompt:
+    if tokens.ndim != 1 or tokens.shape != given.shape or (tokens.size and given.dtype != bool):
+        raise UserError(f"given must be a bool array of the shape of tokens, {tokens.shape}, and that of a row")
+    known = tokens[given.astype(bool)]
+    if known.size and not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"given tokens must be integers, not {tokens.dtype}")
     if known.size and not (0 <= known.min() and known.max() < vocab_size):
         raise UserError(f"given tokens must be from 0 to {vocab_size - 1}")
-    return [Prompt(*row) for row in zip(np.where(given, tokens, 0).astype(np.int32), given)]
+    return Prompt(np.where(given, tokens, 0).astype(np.int32), given.astype(bool))
 
 
 def as_document(row: Prompt, layout: Layout, block: int, end_of_text: int | None) -> Prompt:
@@ -115,11 +124,21 @@ def laid_out(rows: list[Prompt], process: Process, block: int, layout: Layout) -
     lengths = np.array([len(row.tokens) for row in rows], np.int32)
     shape = (len(rows), max(int(lengths.max()), block if cut else 0))
     tokens = np.full(shape, process.mask if masks else 0, np.int32)
-    free = np.full(shape, cut)
+    free = np.zeros(shape, bool)
     for number, row in enumerate(rows):
         tokens[number, : lengths[number]] = row.tokens
         free[number, : lengths[number]] = ~row.given
+        free[number, lengths[number] :] = cut and not row.given.all()
     return Laid(tokens, free, lengths)
+
+
+def opened(laid: Laid, block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The positions of each of the `windows`, and which of these are free and in none before. Int, Bool[N block]."""
+    free = laid.free.copy()
+    for start in windows(laid.lengths, block):
+        at = start[:, None] + np.arange(min(block, free.shape[1]))
+        yield at, np.take_along_axis(free, at, axis=1)
+        np.put_along_axis(free, at, False, axis=1)
 
 
 def windows(lengths: np.ndarray, block: int) -> Iterator[np.ndarray]:

@@ -24,8 +24,9 @@ class Wanted(NamedTuple):
     process: Process
     schedule: Schedule
     steps: int
-    tokens: int  # the most that a row has to be filled with
-    block: int  # the model's block length
+    tokens: int  # how many are to be filled in, where most are
+    known: int = 0  # how many are known there
+    length: int = 0  # of the text that the network is told of there; the others of it stay masked
     unaware: bool = False  # tokens are given, and the network takes them for noisy ones
 
 
@@ -40,12 +41,12 @@ def _grid(kind):
 
 
 def _gibbs(sampler, wanted):
-    return Corrected(sampler, Gibbs(max(1, wanted.tokens // _APART)))
+    return Corrected(sampler, Gibbs(max(1, wanted.tokens // _REDRAWN)))
 
 
 def _adaptive(picker):
     """Reveals as many tokens a call as it takes to be done after so many steps."""
-    return lambda wanted: Adaptive(wanted.process, picker(-(-wanted.tokens // wanted.steps)))
+    return lambda wanted: Adaptive(wanted.process, picker(max(1, -(-wanted.tokens // wanted.steps))))
 
 
 def _tweedie(wanted):
@@ -53,7 +54,7 @@ def _tweedie(wanted):
 
 
 _GAMMA = 0.1  # nats that entropy_bounded may lose in a call, roughly
-_APART = 8  # one position of so many is redrawn in a round of Gibbs: neighbours redrawn together are worse than none
+_REDRAWN = 8  # a round of Gibbs redraws one position of so many: neighbours redrawn together are worse than none
 
 SAMPLERS: dict[str, Callable[[Wanted], Sampler]] = {
     "euler": _grid(Euler),
@@ -77,15 +78,12 @@ def named_sampler(name: str, wanted: Wanted) -> Sampler:
     """The sampler of a name. UserError if there is none, or it is not for this process."""
     if wanted.steps < 1:
         raise UserError(f"steps must be at least 1, not {wanted.steps}")
-    kind, _, report = name.partition(":")
-    if kind not in SAMPLERS and kind != "planned":
+    planned = name == "planned" or name.startswith("planned:")
+    if name not in SAMPLERS and not planned:
         raise UserError(f"there is no sampler {name!r}; there are {', '.join(SAMPLERS)} and {PLANNED}")
+    weights = _planned(wanted, name.partition(":")[2]) if planned else None
     try:
-        return _planned(wanted, report) if kind == "planned" else SAMPLERS[kind](wanted)
-    except UserError:
-        raise
-    except UserError:
-        raise
+        return FixedCounts(wanted.process, weights) if planned else SAMPLERS[name](wanted)
     except ValueError as error:
         usable = ", ".join(other for other in SAMPLERS if _makes(other, wanted))
         raise UserError(f"the sampler {name} is not for this model; use one of {usable} ({error})") from None
@@ -98,13 +96,14 @@ def _makes(name: str, wanted: Wanted) -> bool:
         return False
 
 
-def _planned(wanted: Wanted, report: str) -> Sampler:
-    """Reveals what costs least by the information profile that an evaluation measured."""
+def _planned(wanted: Wanted, report: str) -> tuple[int, ...]:
+    """The counts that cost least by the information profile that an evaluation measured."""
     try:
         profile = json.loads(Path(report).read_text(encoding="utf-8"))["profile"]
+        costs = information(profile, max(1, wanted.length))
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"there is no profile in {report!r}; write {PLANNED}, the report.json that `sedd eval --out` leaves"
         ) from None
-    left = information(profile, wanted.block)[wanted.block - wanted.tokens :]
-    return FixedCounts(wanted.process, reveal_counts(left, min(wanted.steps, wanted.tokens)).counts)
+    costs = costs[wanted.known : wanted.known + max(1, wanted.tokens)]
+    return reveal_counts(costs, min(wanted.steps, len(costs))).counts

@@ -215,7 +215,7 @@ def test_a_page_that_plays_back(place, capsys):
         ("sample --model={0}/run --sampler=barker", "use one of euler, tweedie"),
         ("sample --model={0}/run --sampler=planned:{0}/tiny.txt", "there is no profile in"),
         ("sample --model={0}/run --watch", "needs a terminal; leave it out, or write a page with --html"),
-        ("sample --model={0}/run --html={0}/absent/page.html", "there is no folder"),
+        ("sample --model={0}/run --html={0}/absent/page.html", "cannot be written"),
         ("sample --model={0}/run --steps=many", "invalid int value"),
         ("infill --model={0}/run the", "no blank"),
         ("infill --model={0}/run the<blank:0>", "blank of 0"),

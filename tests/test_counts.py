@@ -40,7 +40,7 @@ def outcomes(sampler):
     if not isinstance(sampler, Counts):
         orders = np.array(list(itertools.permutations(range(L)))) / L
         return orders, np.full(len(orders), 1 / len(orders))
-    edges = sampler.tweedie.touched()
+    edges = sampler.masked()
     chosen = states(sampler.steps, L)
     return ((edges[1:] + edges[:-1]) / 2)[chosen], -np.diff(edges)[chosen].prod(-1)
 
@@ -242,10 +242,10 @@ def test_buckets_have_the_chances_of_the_grid():
     due = np.diff(np.exp(-sigma)) / -np.expm1(-sigma[0])
     sampler, free = Counts(PROCESS, SCHEDULE, steps), jnp.ones((800, 10), bool)
     bucket = jax.jit(sampler.bucket)(draws.row_keys(jax.random.key(0), jnp.arange(800)), free)
-    np.testing.assert_allclose(-np.diff(sampler.tweedie.touched()), due, rtol=1e-5)
+    np.testing.assert_allclose(-np.diff(sampler.masked()), due, rtol=1e-5)
     assert p_value(bucket, due) > 1e-3 and p_value(bucket, np.full(steps, 1 / steps)) < 1e-6
     alone = Counts(PROCESS, Geometric(1e-4, 20.0), 50)  # small shares near the end keep their relative accuracy
-    np.testing.assert_allclose(alone.tweedie.touched()[-2], -np.expm1(-1e-4 * 2e5 ** (1 / 50)), rtol=1e-5)
+    np.testing.assert_allclose(alone.masked()[-2], -np.expm1(-1e-4 * 2e5 ** (1 / 50)), rtol=1e-5)
     assert Counts(PROCESS, LogLinear(), 7).few(4) == 4 and Counts(PROCESS, LogLinear(), 1024).few(1024) == 7
 
 

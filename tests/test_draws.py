@@ -24,6 +24,7 @@ def changes(draw, rows, here):
     return int(jnp.sum(run(keys) != here))
 
 
+@pytest.mark.slow
 def test_a_rare_move_to_one_of_many_states_gets_its_share():
     """Two stages, in the accurate mode, draw it. Control: one float32 categorical of JAX's default mode does not."""
     states, mass, here = 50257, 1.25e-3, 300

@@ -110,6 +110,8 @@ def test_arrays_with_different_positions_in_each_row(model):
         at = given[row // 2]
         np.testing.assert_array_equal(drawn.tokens[row][at], tokens[row // 2][at])
     assert not np.array_equal(drawn.tokens[0], drawn.tokens[1])
+    ragged = model.infill(tokens=[[1, 2, 3], [4, 5]], given=[[True, False, True], [False, True]], steps=4)
+    assert ragged.tokens[0, [0, 2]].tolist() == [1, 3] and ragged.tokens[1, 1:].tolist() == [5, -1]
 
 
 def test_nothing_to_fill_in_needs_no_network(model):
@@ -138,6 +140,15 @@ def test_log_score_and_denoiser(model):
     [
         (lambda model: model.sample(num_samples=0), "number of samples must be at least 1"),
         (lambda model: model.sample(steps=0), "steps must be at least 1"),
+        (lambda model: model.sample(length=-5), "a text of -5 tokens cannot be drawn"),
+        (lambda model: model.sample(sampler="tweedie:4"), "no sampler 'tweedie:4'"),
+        (lambda model: model.sample(sampler=sedd.Tweedie), "a sampler is a name, or an object"),
+        (lambda model: model.sample(seed=2**64), "a number of 64 bits"),
+        (lambda model: model.sample(temperature=float("inf")), "temperature must be positive"),
+        (lambda model: model.infill([]), "nothing to fill in"),
+        (lambda model: model.infill(tokens=[[1], [2]], given=[[True]]), "2 rows of tokens, and 1"),
+        (lambda model: model.infill(tokens=[[[1]]], given=[[[True]]]), "of the shape of tokens"),
+        (lambda model: model.infill(tokens=[1.5, 2], given=[True, False]), "must be integers"),
         (lambda model: model.sample(length=0), "a text of 0 tokens cannot be drawn; it must have at least 1"),
         (lambda model: model.sample(sampler="best"), "no sampler 'best'; there are euler, tweedie"),
         (lambda model: model.sample(sampler=sedd.Tweedie(sedd.Absorbing(5), sedd.LogLinear(), 2)), "sampler is for"),

@@ -166,6 +166,7 @@ def corpus(tmp_path_factory):
     return small_corpus(tmp_path_factory.mktemp("small"))
 
 
+@pytest.mark.slow
 def test_given_tokens_are_the_same_on_any_devices(corpus):
     """Steps on four devices in two microbatches, with ragged rows: the loss shown is that of the whole batch on one,
     of a token that is scored. Control: of one that counts. The flag is learnt."""

@@ -402,7 +402,8 @@ def test_seconds_are_those_of_a_program_that_is_compiled(generator, monkeypatch)
         if (sampler, steps) not in slept:
             slept.append((sampler, steps))
             time.sleep(0.4)
-        return Samples(["ab"] * num_samples, np.ones((num_samples, 2), int), np.full(num_samples, 2), 3, None)
+        ids = np.ones((num_samples, 2), int)
+        return Samples(["ab"] * num_samples, ids, np.full(num_samples, 2), ids < 0, 3, None)
 
     monkeypatch.setattr(Generator, "sample", sample)
     [one, other] = sweep(generator, ["tweedie"], [2, 3], 2, progress=False)

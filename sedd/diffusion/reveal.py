@@ -128,9 +128,19 @@ class Counts(Reveal):
         """The sampler whose law it has."""
         return Tweedie(self.process, self.schedule, self.steps)
 
+    def masked(self) -> np.ndarray:
+        """The chance that a position is still masked at each end of an interval: (1 - alpha_k) / (1 - alpha_0).
+
+        Float64[steps + 1], from 1 to 0, to relative accuracy; static under jit.
+        """
+        with jax.ensure_compile_time_eval():
+            sigma = np.asarray(self.tweedie.plan(None, None).sigma, np.float64)
+        touched = -np.expm1(-sigma)
+        return np.append(touched, 0.0) / touched[0]
+
     def bucket(self, keys, free):
         level = draws.uniform(draws.sites(keys, jnp.arange(free.shape[-1])))
-        return self.steps - 1 - jnp.searchsorted(jnp.asarray(self.tweedie.touched()[-2:0:-1]), level, side="right")
+        return self.steps - 1 - jnp.searchsorted(jnp.asarray(self.masked()[-2:0:-1]), level, side="right")
 
     def most(self, length):
         return min(self.steps, length), length

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sedd.diffusion import draws
 from sedd.diffusion.process import Absorbing, Jump, Process
@@ -86,21 +85,14 @@ class Tweedie(Sampler):
         moves = draws.bernoulli(draws.fold(draws.sites(keys, jnp.arange(x.shape[-1])), 0), p_move)
         return uncover(keys, denoiser, x, sigma, moves, self.few(x.shape[-1]))
 
-    def touched(self) -> np.ndarray:
-        """The chance that a token is touched at each noise of the grid, in that at the first: from 1 to 0.
-
-        Float64[steps + 1], to relative accuracy; static under jit.
-        """
-        with jax.ensure_compile_time_eval():
-            sigma = np.asarray(self.plan(None, None).sigma, np.float64)
-        share = -np.expm1(-sigma)
-        return np.append(share, 0.0) / share[0]
-
     def few(self, length: int) -> int:
         """How many of so many masks a step uncovers at most, but in one step of a million; static under jit."""
-        chance = -np.diff(self.touched()).min()
-        mean = length * chance
-        return min(length, 1 + math.ceil(mean + 5 * math.sqrt(mean * (1 - chance))))
+        with jax.ensure_compile_time_eval():
+            hidden = jnp.full(self.steps, self.process.num_states - 1)
+            p_move = self.jump(jnp.zeros((self.steps, 1)), hidden, self.plan(None, None)).p_move
+            left = jnp.cumprod(1 - p_move)
+            chance = float(jnp.max(p_move * jnp.append(1.0, left[:-1])))
+        return min(length, 1 + math.ceil(length * chance + 5 * math.sqrt(length * chance * (1 - chance))))
 
     def jump(self, log_clean: jax.Array, x: jax.Array, entry: Interval) -> Jump:
         """The step of each token over one interval."""
@@ -193,7 +185,8 @@ def uncover(
 ) -> jax.Array:
     """x with a token drawn at the masks told, all as if independent. where: Bool[B L] -> Int32[B L].
 
-    One network call, its head at `few` positions of each row; another of the same x where a row has more.
+    One network call, its head at `few` positions of each row; where a row has more, another of the same x, which is
+    rare and not counted.
     """
     if few >= x.shape[-1]:
         log_clean = denoiser(x, sigma, None)

@@ -74,8 +74,7 @@ class Objective:
         paired = self.levels == "counts"
         dropout = draws.fold(keys, _DROPOUT) if self.network.dropout else None
         free, given = self.free_and_given(rows, key, tokens.shape[1], lengths)
-        flags = {} if given is None else {"given": given}
-        stats = self.network.stats(params, dropout, lengths=lengths, masked_pairs=paired, **flags)
+        stats = self.network.stats(params, dropout, lengths=lengths, given=given, masked_pairs=paired)
         noise, process = draws.fold(keys, _NOISE), self.network.process
         if paired:
             counts = self.counts(rows, key, tokens.shape[1] if lengths is None else lengths)

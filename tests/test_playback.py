@@ -169,7 +169,7 @@ def quick(monkeypatch):
 
 
 def show(screen, states, given, made, texts=None):
-    """Int[T N L] to the screen, in a group of rows of which the last is none where `texts` says so."""
+    """Int[T N L] to the screen, a group of the texts that there are."""
     rows = np.arange(states.shape[1])
     with Terminal(made, made.vocab_size, texts, screen) as watch:
         assert not screen.cursor
@@ -197,7 +197,7 @@ def test_the_terminal_keeps_to_its_lines_and_turns_to_where_something_happens(qu
     given = np.zeros((3, len(ids)), bool)
     order = np.arange(len(ids)) // 30  # from left to right
     states = np.stack([np.where(order <= step, ids, made.vocab_size) for step in range(order[-1] + 1)])
-    show(screen, np.stack([states] * 3, axis=1), given, made, texts=2)
+    show(screen, np.stack([states] * 2, axis=1), given[:2], made, texts=2)
     head, *lines, _ = screen.text()
     assert head == f"step {len(states)}, texts 1 to 2"
     assert [line[:3] for line in lines if line[0] != " "] == ["1  ", "2  "] and len(lines) == 7

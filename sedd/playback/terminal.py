@@ -31,7 +31,7 @@ class Terminal:
     Frames are slowed down so that they can be followed, by 30 ms at first and in all by 8 s at most. What is drawn last
     stays. Colours are left out where the environment has NO_COLOR.
 
-    texts: how many there are, if rows beyond may come that are none. UserError if `stream` (stderr) is no terminal.
+    texts: how many there are in all, where they come in groups. UserError if `stream` (stderr) is no terminal.
     """
 
     def __init__(
@@ -63,8 +63,7 @@ class Terminal:
 
     def __call__(self, rows: np.ndarray, tokens: np.ndarray, given: np.ndarray, steps: int) -> None:
         """Shows a state. rows: Int[B], their numbers among all. tokens, given: [B L]. steps: so many are done."""
-        shown = slice(None) if self._texts is None else rows < self._texts
-        self._pending = rows[shown], tokens[shown].copy(), given[shown].copy(), steps
+        self._pending = rows, tokens.copy(), given.copy(), steps
         pause = min(PAUSE, self._pauses * DECAY) - (time.monotonic() - self._last)
         if pause > 0:
             self._pauses -= pause

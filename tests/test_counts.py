@@ -17,7 +17,7 @@ from sedd.diffusion.exact import subset_log_likelihood
 from sedd.diffusion.pickers import EntropyBounded
 from sedd.diffusion.process import Absorbing, Jump, Uniform
 from sedd.diffusion.reveal import Adaptive, Counts, FirstHitting, FixedCounts
-from sedd.diffusion.samplers import Tweedie, sample
+from sedd.diffusion.samplers import Euler, Tweedie, sample
 from sedd.diffusion.schedule import Geometric, LogLinear
 from sedd.diffusion.score import told_share
 from sedd.evaluation.statistics import profile as measured
@@ -247,6 +247,11 @@ def test_buckets_have_the_chances_of_the_grid():
     alone = Counts(PROCESS, Geometric(1e-4, 20.0), 50)  # small shares near the end keep their relative accuracy
     np.testing.assert_allclose(alone.masked()[-2], -np.expm1(-1e-4 * 2e5 ** (1 / 50)), rtol=1e-5)
     assert Counts(PROCESS, LogLinear(), 7).few(4) == 4 and Counts(PROCESS, LogLinear(), 1024).few(1024) == 7
+    assert (
+        Euler(PROCESS, Geometric(1e-3, 20.0), 2).few(1024)
+        == 1024
+        > Tweedie(PROCESS, Geometric(1e-3, 20.0), 2).few(1024)
+    )
 
 
 ASKED = []  # at how many positions, in each call

@@ -132,6 +132,19 @@ def test_with_nothing_given_it_is_the_network_without_the_flag():
     assert np.all(np.abs(flagged[0][0] - wanted[0][0]).max(-1) > 1e-3)
 
 
+def test_a_model_tells_its_denoiser_and_its_score_what_is_given():
+    """By the array of given tokens. Control: without it they are other numbers."""
+    params = random_params(NETWORK)
+    model = sedd.Model(None, params, None, NETWORK.process, LogLinear(), NETWORK)
+    x, given = np.array([[0, 1, 2, 1]]), np.array([[True, False, True, False]])
+    told = jax.jit(lambda: NETWORK.denoiser(params, given=jnp.asarray(given))(x, jnp.ones(1)))()
+    seen = jax.jit(lambda: model.denoiser(x, given)(np.where(given, 2 - x, x), jnp.ones(1), None))()
+    np.testing.assert_array_equal(seen, told)
+    assert np.abs(told - jax.jit(lambda: model.denoiser()(x, jnp.ones(1), None))()).max() > 1e-3
+    score = model.log_score(x, np.ones(1, np.float32), given=given)
+    assert np.abs(score - model.log_score(x, np.ones(1, np.float32))).max() > 1e-3
+
+
 def test_flags_without_a_place_for_them_are_refused():
     plain, given = dataclasses.replace(NETWORK, observed=False), jnp.zeros((1, L), bool)
     with pytest.raises(ValueError, match="no flag for given tokens; train one with network.observed=True"):

@@ -88,8 +88,8 @@ class Tweedie(Sampler):
     def few(self, length: int) -> int:
         """How many of so many masks a step uncovers at most, but in one step of a million; static under jit."""
         with jax.ensure_compile_time_eval():
-            hidden = jnp.full(self.steps, self.process.num_states - 1)
-            p_move = self.jump(jnp.zeros((self.steps, 1)), hidden, self.plan(None, None)).p_move
+            hidden = jnp.int32(self.process.num_states - 1)
+            p_move = jax.vmap(lambda entry: self.jump(jnp.zeros(1), hidden, entry).p_move)(self.plan(None, None))
             left = jnp.cumprod(1 - p_move)
             chance = float(jnp.max(p_move * jnp.append(1.0, left[:-1])))
         return min(length, 1 + math.ceil(length * chance + 5 * math.sqrt(length * chance * (1 - chance))))

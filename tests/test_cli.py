@@ -118,6 +118,7 @@ def test_eval_of_a_source(place, capsys):
     assert json.loads(capsys.readouterr().out)["num_bytes"] == 33
 
 
+@pytest.mark.slow
 def test_quality_of_samples_and_a_sweep(place, capsys):
     assert main(["sample", f"--model={place}/run", "--num_samples=3", "--steps=3", "--json"]) == 0
     (place / "samples.jsonl").write_text(capsys.readouterr().out)

@@ -190,6 +190,7 @@ def test_the_jitted_loop_draws_the_law(process, corrector, joint):
     assert fits(2) > 1e-3 and fits(0) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_row_draws_the_same_in_any_batch(joint):
     """Bit for bit, two calls a step and what a corrector draws beforehand included. Control: other global indices."""
     process = Absorbing(3)

@@ -87,6 +87,7 @@ def test_a_wrong_name_is_noticed():
     assert "test_euler" in names_in("tests/test_pretrained.py") and "test_euler" not in names_in("tests/test_data.py")
 
 
+@pytest.mark.slow
 def test_the_example_under_pmap_gives_the_gradient_of_the_sharded_step():
     """The code of docs/parallel.md is run as it stands."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "parallel.md").read_text(), re.S)

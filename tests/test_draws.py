@@ -42,6 +42,7 @@ def test_a_rare_move_to_one_of_many_states_gets_its_share():
     assert p(lambda key: jax.random.categorical(key, whole), 2**13) < 1e-3
 
 
+@pytest.mark.slow
 def test_one_step_of_many_among_zipfs_words():
     """The first of 1024 steps of Tweedie: how many of 1e6 masks move, and where 2e4 go that do.
 

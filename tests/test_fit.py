@@ -232,6 +232,7 @@ def fresh(config, corpus):
     return jax.tree.map(lambda leaf: np.asarray(leaf) + 0.01, jax.jit(network.init)(jax.random.key(9)))
 
 
+@pytest.mark.slow
 def test_weights_to_start_from(corpus, tmp_path):
     """The first loss is theirs; a run that goes on has its own; where they came from is on record, and stays."""
     config = small_config(corpus, "training.ema_decay=0.9", "optimizer.learning_rate=1e-30", *CONSTANT)

@@ -19,6 +19,7 @@ def corpus(tmp_path_factory):
     return small_corpus(tmp_path_factory.mktemp("small"))
 
 
+@pytest.mark.slow
 def test_tensorboard(corpus, tmp_path, monkeypatch):
     """Numbers and texts, of a resumed run too, whose later events are purged. Needs tensorboardX."""
     pytest.importorskip("tensorboardX")

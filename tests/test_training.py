@@ -96,7 +96,7 @@ def test_a_pair_of_ragged_rows_fits_the_head():
     assert (np.asarray(whole).reshape(-1, 2).sum(1) == length + 1).all()
 
 
-@pytest.mark.parametrize("levels", ["counts", "times"])
+@pytest.mark.parametrize("levels", ["times", pytest.param("counts", marks=pytest.mark.slow)])
 def test_padding_is_neither_seen_nor_scored(corpus, levels):
     """Whatever stands there, a row's loss is the same, and that of the row cut to its tokens; seen, it differs."""
     objective, _, _ = parts(small_config(corpus, f"training.levels={levels}"), corpus)
@@ -115,7 +115,7 @@ def test_padding_is_neither_seen_nor_scored(corpus, levels):
         assert np.abs(difference).max() > 0.01
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_muon_takes_the_matrices_of_the_trunk(corpus, scan):
     """Scanned or not: orthogonal updates for trunk kernels, Adam for embedding, head, norms and biases."""
     constant = ("optimizer.warmup_steps=1", "optimizer.decay=constant")

@@ -287,7 +287,8 @@ def test_mistakes_of_some_models(model):
         uniform.log_likelihood("a", method="exact")
 
 
-@pytest.mark.parametrize("prediction", [pytest.param("denoiser", marks=pytest.mark.slow), "score"])
+@pytest.mark.slow
+@pytest.mark.parametrize("prediction", ["denoiser", "score"])
 def test_a_uniform_model_has_a_bound_of_whole_texts(prediction):
     """That of the perplexity job, of a text at its own length. Control: of another text."""
     model, texts = made(*UNIFORM, f"network.prediction={prediction}", scale=0.3), ["abcdabc", "ddd"]

@@ -170,7 +170,7 @@ def test_a_round_draws_its_law(process, corrector, joint):
     assert fits(1.0) > 1e-3 and fits(0.5) < 1e-6
 
 
-@pytest.mark.parametrize("process, corrector", [CASES[1], CASES[2]], ids=str)
+@pytest.mark.parametrize("process, corrector", [CASES[1], pytest.param(*CASES[2], marks=pytest.mark.slow)], ids=str)
 def test_the_jitted_loop_draws_the_law(process, corrector, joint):
     """The float32 production path, with other given positions in each row. Control: the law without a corrector."""
     rows, denoiser, sampler = 10_000, joint.denoiser(process), Tweedie(process, Geometric(0.03, 6.0), 2)

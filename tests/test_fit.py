@@ -78,9 +78,8 @@ def whole(corpus, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(
-    "stop", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM], ids=["ctrl-c", "sigterm"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_interrupted_and_started_again_is_uninterrupted(corpus, whole, tmp_path, stop):
     """Through the command line, bit for bit: state, losses, and the exit status 0."""
     workdir = tmp_path / "broken"

@@ -194,6 +194,7 @@ def until(harness, context, **settings):
     return harness.generate_until(asked(*((context, settings),) * 2, kind="generate_until"))
 
 
+@pytest.mark.slow
 def test_settings_of_generation(model, harness):
     """Nothing is drawn unless it is asked for; what is drawn depends on the seed, and differs between requests."""
     greedy = until(harness, "the 3 times", max_gen_toks=8)
@@ -277,7 +278,7 @@ def test_uniform_process(uniform):
     assert [first, second] == until(uniform, "the", max_gen_toks=4, seed=2)
 
 
-@pytest.mark.parametrize("padding", ["ignored", "scored"])
+@pytest.mark.parametrize("padding", ["scored", pytest.param("ignored", marks=pytest.mark.slow)])
 def test_models_of_padded_documents(corpus, padding):
     """What is generated is what greedy decoding gives, and no other text; the longest that fits is a block."""
     padded = Harness(scattered(corpus, layout=Layout("padded", padding, (0,) * BLOCK + (1,))), method="margin")

@@ -88,7 +88,7 @@ def test_asking_for_positions_is_asking_for_all(noisy, process, prediction):
     np.testing.assert_allclose(jnp.exp(some).sum(-1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("prediction", ["denoiser", "score"])
+@pytest.mark.parametrize("prediction", ["denoiser", pytest.param("score", marks=pytest.mark.slow)])
 def test_head_at_masked_positions_only(prediction):
     """Pairs that mask L + 1 of 2 L positions: the same loss and gradient as with the head everywhere."""
     network = dataclasses.replace(NETWORK, prediction=prediction)

@@ -104,6 +104,7 @@ def test_a_mesh_of_all_three_axes(corpus, alone):
     np.testing.assert_allclose(found, alone[paper_config][0][:3], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_ragged_rows_on_devices_and_in_microbatches(corpus):
     """Lengths travel with their rows: the shown loss is that of a token that counts, log V of an untrained network."""
     config = default_config(corpus)

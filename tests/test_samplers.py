@@ -99,7 +99,7 @@ def test_trapezoidal_is_closer_than_tweedie_at_equal_calls(process, joint):
     assert tweedie < 1.3 * distance(Plain, 32)
 
 
-@every_sampler
+@pytest.mark.parametrize("kind", [Tweedie, Trapezoidal, pytest.param(Euler, marks=pytest.mark.slow)])
 def test_the_jitted_loop_draws_the_law(process, kind, joint):
     """The float32 production path, with other given positions in each row.
 

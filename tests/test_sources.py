@@ -153,6 +153,7 @@ def test_names():
     assert open_source("builtin:names").joiner == "\n" and "GREEK SMALL LETTER OMEGA WITH TONOS\n" in names
 
 
+@pytest.mark.slow
 def test_functions():
     functions = [text.removesuffix("\n\n\n") for text in documents("builtin:functions")]
     assert 4000 < len(functions) < 9000  # 6626 of Python 3.11.7

@@ -54,7 +54,9 @@ class Same:
 
     dropout, process, observed = 0.0, sedd.Absorbing(2), False
 
-    def stats(self, params, keys, lengths, masked_pairs):
+    def stats(self, params, keys, lengths, given, masked_pairs):
+        assert given is None
+
         def denoiser(x, sigma, positions):
             seen = (jnp.arange(x.shape[1]) < lengths[:, None]) & (x != self.process.mask)
             ones = jnp.sum(seen & (x == 1), axis=1) + 1e-9

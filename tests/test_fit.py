@@ -210,6 +210,7 @@ def test_a_damaged_config_of_a_run(corpus, tmp_path):
             fit(small_config(corpus), tmp_path)
 
 
+@pytest.mark.slow
 def test_more_steps_continue_a_run(corpus, tmp_path):
     """And the record of a call is that of its own steps; another seed is refused."""
     first = fit(small_config(corpus, *CONSTANT), tmp_path / "run")

@@ -36,6 +36,7 @@ def test_levels(corpus):
     np.testing.assert_array_equal(np.bincount(pairs[:, 0], minlength=length + 1)[1:], 100)
 
 
+@pytest.mark.slow
 def test_noise_does_not_depend_on_the_batch_around_a_row(corpus):
     """Any slice of the batch, told its global rows, has the losses that it has in the whole."""
     for levels in ("counts", "times"):

@@ -7,6 +7,7 @@
 A new rule is a small class and a line in `RULES`.
 """
 
+import abc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -31,7 +32,7 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(abc.ABC):
     """How a source is split. numbers: what follows the colon, of one split each, in the order of `SPLITS`."""
 
     name: ClassVar[str]
@@ -43,13 +44,13 @@ class Rule:
         """The rule as it is written, every digit of it: two rules are one if their specs are."""
         return f"{self.name}:{','.join(str(number).removesuffix('.0') for number in self.numbers)}"
 
+    @abc.abstractmethod
     def sizes(self, counted: Survey) -> dict[str, int]:
         """How much of the source each split gets."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def segments(self, pieces: Iterable[Piece], counted: Survey, seed: int) -> Iterator[Segment]:
         """Says to which split each piece belongs."""
-        raise NotImplementedError
 
 
 class Documents(Rule):

@@ -25,6 +25,7 @@ tightly that at little noise no change of one token is likely: on an almost dete
 Denoiser that is told what is given has no such bias (below .01 at 64 steps).
 """
 
+import abc
 import dataclasses
 from typing import Any
 
@@ -40,7 +41,7 @@ _APART = 4  # free positions from one that Gibbs redraws to the next, at least
 
 
 @dataclasses.dataclass(frozen=True)
-class Corrector:
+class Corrector(abc.ABC):
     """One round of correction: one network call. Frozen and hashable, as samplers are."""
 
     def check(self, process: Process) -> None:
@@ -50,11 +51,11 @@ class Corrector:
         """What one round draws beforehand. Key[B], Bool[B L] -> a pytree."""
         return ()
 
+    @abc.abstractmethod
     def correct(
         self, process: Process, keys: jax.Array, denoiser: Denoiser, x: jax.Array, sigma: jax.Array, entry: Any
     ) -> jax.Array:
         """One round at noise sigma > 0. Key[B], Int[B L], Float[] -> Int[B L]."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

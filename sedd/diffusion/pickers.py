@@ -3,6 +3,7 @@
 A picker sees what has been revealed and never what is about to be drawn: a position is chosen, then its token is drawn.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ Picker = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class MostCertain:
+class MostCertain(abc.ABC):
     """Picks the `count` masked positions of each row that are the most certain, all if there are fewer."""
 
     count: int = 1
@@ -24,9 +25,9 @@ class MostCertain:
         if self.count < 1:
             raise ValueError(f"{type(self).__name__}: count must be at least 1, not {self.count}")
 
+    @abc.abstractmethod
     def uncertainty(self, log_clean: jax.Array) -> jax.Array:
         """Small where the Denoiser is certain. Float[B L V] -> Float[B L]."""
-        raise NotImplementedError
 
     def __call__(self, log_clean: jax.Array, masked: jax.Array) -> jax.Array:
         return masked & (_ranks(self.uncertainty(log_clean), masked) < self.count)

@@ -11,6 +11,7 @@ All methods are pointwise: x is Int[...], log_clean is Float[... V], sigma broad
 of log_clean or sigma. Tokens are 0 .. V - 1; the mask, where there is one, is V.
 """
 
+import abc
 import dataclasses
 import math
 from typing import NamedTuple
@@ -30,7 +31,7 @@ class Jump(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Process:
+class Process(abc.ABC):
     """What both processes share. vocab_size: V, the number of clean tokens."""
 
     vocab_size: int
@@ -40,13 +41,13 @@ class Process:
             raise ValueError(f"{type(self).__name__}: vocab_size must be at least 2, not {self.vocab_size}")
 
     @property
+    @abc.abstractmethod
     def num_states(self) -> int:
         """S, the number of states of a token."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stationary(self) -> jax.Array:
         """pi, the law in which the noise ends. Float[S]."""
-        raise NotImplementedError
 
     def rate_matrix(self) -> jax.Array:
         """Q, for tests and teaching; columns sum to 0. Float[S S]."""
@@ -66,13 +67,13 @@ class Process:
         """A draw from the law in which the noise ends. Key[B] -> Int32[B length]."""
         return self._noise(draws.sites(keys, jnp.arange(length)))
 
+    @abc.abstractmethod
     def log_noised(self, log_clean: jax.Array, sigma: jax.Array) -> jax.Array:
         """log m, the law of a noisy token given the others. Float[... V] -> Float[... S]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _noise(self, sites: jax.Array) -> jax.Array:
         """Draws from pi. Key[B L] -> Int32[B L]."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ networks (by counts, by times; 32 tokens) that cost .001 to .005 nats a token le
 more with all free (benchmarks/told_noise.py). A mask may be given: it stays, and is in no call.
 """
 
+import abc
 import dataclasses
 import functools
 import math
@@ -52,16 +53,16 @@ class Reveal(Sampler):
     def __post_init__(self):
         _needs_masks(self)
 
+    @abc.abstractmethod
     def bucket(self, keys: jax.Array, free: jax.Array) -> jax.Array:
         """Which call uncovers each free position, up to empty ones: smaller is earlier. Key[B], Bool[B L] -> Int[B L].
 
         From one draw a position, with its own key.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def most(self, length: int) -> tuple[int, int]:
         """The most calls that a row can take, and the most positions of a row that a call can uncover."""
-        raise NotImplementedError
 
     def plan(self, keys, free):
         return _calls(self.bucket(keys, free), free, *self.most(free.shape[-1]))

@@ -5,6 +5,7 @@ beforehand; its step takes one entry of the plan. Steps are factorised over the 
 token, drawn by `move`.
 """
 
+import abc
 import dataclasses
 import functools
 import math
@@ -22,18 +23,18 @@ _PRIOR, _PLAN, _STEPS = 0, 1, 2  # what the rows' keys are folded with; step k t
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampler:
+class Sampler(abc.ABC):
     """Frozen and hashable, so that it can be a static argument of jit."""
 
     process: Process
 
+    @abc.abstractmethod
     def plan(self, keys: jax.Array, free: jax.Array) -> Any:
         """What can be settled before the first step. Key[B], Bool[B L] -> a pytree with a leading axis of steps."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def step(self, keys: jax.Array, denoiser: Denoiser, x: jax.Array, entry: Any) -> jax.Array:
         """One step. Key[B], Int[B L] -> Int[B L]."""
-        raise NotImplementedError
 
     def finished(self, x: jax.Array) -> jax.Array:
         """The rows that no step will change any more. Int[B L] -> Bool[B]."""

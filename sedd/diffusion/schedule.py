@@ -4,6 +4,7 @@ sigma is dimensionless; a token is still untouched at time t with probability al
 All methods are pointwise and compute in the dtype they are given.
 """
 
+import abc
 import dataclasses
 import math
 
@@ -11,20 +12,20 @@ import jax
 import jax.numpy as jnp
 
 
-class Schedule:
+class Schedule(abc.ABC):
     """An increasing sigma(t), its derivative and its inverse."""
 
+    @abc.abstractmethod
     def sigma(self, t: jax.Array) -> jax.Array:
         """The total noise at time t."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def rate(self, t: jax.Array) -> jax.Array:
         """d sigma / dt at time t."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def time(self, sigma: jax.Array) -> jax.Array:
         """The time at which the total noise is sigma."""
-        raise NotImplementedError
 
     def alpha(self, t: jax.Array) -> jax.Array:
         """The probability that a token is untouched at time t."""

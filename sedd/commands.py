@@ -16,6 +16,7 @@ from sedd.evaluation.protocols import get_protocol
 
 
 def prepare(args, _):
+    """Tokenises a source into a corpus directory, and says what is in it."""
     from sedd.data.prepare import prepare
 
     given = {split: getattr(args, split) for split in SPLITS if getattr(args, split) is not None}
@@ -31,6 +32,7 @@ def prepare(args, _):
 
 
 def train(args, settings):
+    """Trains, or goes on with a run; or estimates what a run would take."""
     from sedd import config as configs
     from sedd.loading import load
     from sedd.training.fit import fit
@@ -65,6 +67,7 @@ def _estimate(config):
 
 
 def evaluate(args, _):
+    """Scores text with a model, or two, or measures samples."""
     from sedd.data.corpus import open_corpus
     from sedd.loading import load, with_tokenizer
 
@@ -149,6 +152,7 @@ def _own(model, name):
 
 
 def sweep(args, _):
+    """Measures samples by several samplers in several numbers of steps."""
     from sedd.evaluation.pictures import plot_sweep
     from sedd.evaluation.scoring import out_folder
     from sedd.evaluation.sweep import sweep, table, to_json
@@ -180,10 +184,12 @@ def _picture(plot, what, path, *more):
 
 
 def sample(args, _):
+    """Draws texts."""
     _draw(args, lambda model: model.sample, 1)
 
 
 def infill(args, _):
+    """Fills in the blanks of texts."""
     where = dict(prefix=args.prefix, suffix=args.suffix)
     _draw(args, lambda model: functools.partial(model.infill, args.template or None, **where), len(args.template) or 1)
 
@@ -233,6 +239,7 @@ def _print_texts(drawn, args):
 
 
 def quickstart(args, settings):
+    """Trains, evaluates, samples and infills, from nothing."""
     from sedd.quickstart import quickstart
 
     quickstart(args.source, args.workdir, settings)

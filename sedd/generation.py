@@ -7,11 +7,9 @@ from typing import NamedTuple, TypedDict
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from sedd import prompts
+from sedd import parallel, prompts
 from sedd.data.layout import Layout
 from sedd.data.splits import philox
 from sedd.data.tokenizers import Tokenizer
@@ -147,7 +145,7 @@ class Generator:
             count = free.sum(axis=1)
             row = int(np.argmax(count))
             if count[row] > most[0]:
-                known = np.sum(~free[row] & (at[row] < laid.lengths[row]))
+                known = np.sum(~free[row] & laid.within[row, at[row]])
                 length = laid.lengths[row] if self.layout.binds_lengths else self.block_length
                 most = int(count[row]), int(known), int(length)
         return most
@@ -156,8 +154,7 @@ class Generator:
         """Whether the network will take given tokens, or those of the block before, for noisy ones."""
         if isinstance(self.network.process, Absorbing) or self.network.observed:
             return False
-        within = np.arange(laid.free.shape[1]) < laid.lengths[:, None]
-        return bool(np.any(~laid.free & within) or laid.lengths.max() > self.block_length)
+        return bool(np.any(~laid.free & laid.within) or laid.lengths.max() > self.block_length)
 
     def _check_length(self, length: int):
         most = self.block_length if self.layout.padded else None
@@ -169,21 +166,21 @@ class Generator:
 
     def _collected(self, drawn: list["_Drawn"], rows: list[Prompt], laid: Laid) -> Samples:
         width = laid.lengths.max()
-        beyond = np.arange(width) >= laid.lengths[:, None]
+        within = laid.within[:, :width]
         tokens = np.concatenate([group.tokens for group in drawn])[: len(rows), :width]
-        tokens = np.where(beyond, -1, tokens)
+        tokens = np.where(within, tokens, -1)
         trace = None
         if drawn[0].trace is not None:
             most = max(len(group.trace) for group in drawn)
             # Rows of groups that end early repeat their last state.
             states = [np.concatenate([group.trace, group.tokens[None]]) for group in drawn]
             states = [state[np.minimum(np.arange(most), len(state) - 1)] for state in states]
-            trace = np.where(beyond, -1, np.concatenate(states, axis=1)[:, : len(rows), :width])
+            trace = np.where(within, np.concatenate(states, axis=1)[:, : len(rows), :width], -1)
         kept = np.array([self._length(row, ids[: len(row.tokens)]) for row, ids in zip(rows, tokens)], np.int32)
         texts = None
         if self.tokenizer is not None:
             texts = [self.tokenizer.decode(ids[:length]) for ids, length in zip(tokens, kept)]
-        given = ~laid.free[:, :width] & ~beyond
+        given = ~laid.free[:, :width] & within
         return Samples(texts, tokens, kept, given, max(group.calls for group in drawn), trace)
 
     def _length(self, row: Prompt, ids: np.ndarray) -> int:
@@ -230,10 +227,9 @@ class _Loop(NamedTuple):
                 return state
 
             def look(x, steps):
-                width = laid.lengths.max()
-                there = (np.arange(width) < lengths[:, None])[rows < count]
-                state, known = (array[rows < count, :width] for array in (whole(x), given))
-                self.watch(rows[rows < count], np.where(there, state, -1), known & there, steps)
+                shown, width = rows < count, laid.lengths.max()
+                within, state, known = (array[shown, :width] for array in (laid.within[row], whole(x), given))
+                self.watch(rows[shown], np.where(within, state, -1), known & within, steps)
 
             key = jax.random.fold_in(self.key, _WINDOWS + number) if number else self.key
             start = np.take_along_axis(tokens, at, axis=1)
@@ -254,10 +250,9 @@ class _Loop(NamedTuple):
         """One window of one group, from its first step to its last."""
         generator = self.generator
         bound = lengths if generator.layout.binds_lengths else None
-        beside = getattr(jax.tree.leaves(generator.params)[0], "sharding", None)
-        beside = NamedSharding(beside.mesh, P()) if isinstance(beside, NamedSharding) else beside
         # Where the parameters are, as the next state will be: the first step is then not compiled for itself.
-        task, state = jax.device_put(_begin(self.sampler, self.trace, key, tokens, free, rows), beside)
+        where = parallel.beside(generator.params)
+        task, state = jax.device_put(_begin(self.sampler, self.trace, key, tokens, free, rows), where)
         fixed = (generator.network, self.sampler, generator.block_length, self.reshaped is not None)
         stride = 1 if looks else -(-task.steps // _LOOKS)
         self.bar.total = task.steps * runs

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -97,6 +97,12 @@ def shardings(mesh: Mesh | AbstractMesh, tree) -> object:
         return NamedSharding(mesh, P(*fits))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def beside(params) -> Sharding | None:
+    """Whole on each of the devices that hold the parameters; None where these are on no device."""
+    where = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else where
 
 
 def placed(shapes, shardings) -> object:

@@ -111,6 +111,11 @@ class Laid(NamedTuple):
     free: np.ndarray  # Bool[N L]
     lengths: np.ndarray  # Int32[N]
 
+    @property
+    def within(self) -> np.ndarray:
+        """Which positions are the rows', and do not follow their ends. Bool[N L]."""
+        return np.arange(self.tokens.shape[1]) < self.lengths[:, None]
+
 
 def laid_out(rows: list[Prompt], process: Process, block: int, layout: Layout) -> Laid:
     """Rows of any lengths.

@@ -30,18 +30,22 @@ class Wanted(NamedTuple):
     unaware: bool = False  # tokens are given, and the network takes them for noisy ones
 
 
-def _grid(kind):
-    """Goes down a grid of noises, and resamples on its way where the network is unaware of what is given."""
-
-    def make(wanted):
-        sampler = kind(wanted.process, wanted.schedule, wanted.steps)
-        return _gibbs(sampler, wanted) if wanted.unaware else sampler
-
-    return make
+def _on_grid(kind):
+    """Goes down the grid of noises of the schedule in so many steps."""
+    return lambda wanted: kind(wanted.process, wanted.schedule, wanted.steps)
 
 
-def _gibbs(sampler, wanted):
-    return Corrected(sampler, Gibbs(max(1, wanted.tokens // _REDRAWN)))
+def _aware(make):
+    """Resamples on its way where the network is unaware of what is given."""
+    return lambda wanted: _gibbs(make)(wanted) if wanted.unaware else make(wanted)
+
+
+def _gibbs(make):
+    return lambda wanted: Corrected(make(wanted), Gibbs(max(1, wanted.tokens // _REDRAWN)))
+
+
+def _corrected(corrector):
+    return lambda wanted: Corrected(_on_grid(Tweedie)(wanted), corrector)
 
 
 def _adaptive(picker):
@@ -49,27 +53,23 @@ def _adaptive(picker):
     return lambda wanted: Adaptive(wanted.process, picker(max(1, -(-wanted.tokens // wanted.steps))))
 
 
-def _tweedie(wanted):
-    return Tweedie(wanted.process, wanted.schedule, wanted.steps)
-
-
 _GAMMA = 0.1  # nats that entropy_bounded may lose in a call, roughly
 _REDRAWN = 8  # a round of Gibbs redraws one position of so many: neighbours redrawn together are worse than none
 
 SAMPLERS: dict[str, Callable[[Wanted], Sampler]] = {
-    "euler": _grid(Euler),
-    "tweedie": _grid(Tweedie),
-    "trapezoidal": _grid(Trapezoidal),
+    "euler": _aware(_on_grid(Euler)),
+    "tweedie": _aware(_on_grid(Tweedie)),
+    "trapezoidal": _aware(_on_grid(Trapezoidal)),
     "first_hitting": lambda wanted: FirstHitting(wanted.process),
-    "counts": lambda wanted: Counts(wanted.process, wanted.schedule, wanted.steps),
+    "counts": _on_grid(Counts),
     "even": lambda wanted: FixedCounts(wanted.process, (1.0,) * wanted.steps),
     "cosine": lambda wanted: FixedCounts(wanted.process, cosine(wanted.steps)),
     "margin": _adaptive(Margin),
     "entropy": _adaptive(Entropy),
     "entropy_bounded": _adaptive(lambda count: EntropyBounded(_GAMMA, count)),
-    "gibbs": lambda wanted: _gibbs(_tweedie(wanted), wanted),
-    "renoise": lambda wanted: Corrected(_tweedie(wanted), Renoise()),
-    "barker": lambda wanted: Corrected(_tweedie(wanted), Barker()),
+    "gibbs": _gibbs(_on_grid(Tweedie)),
+    "renoise": _corrected(Renoise()),
+    "barker": _corrected(Barker()),
 }
 PLANNED = "planned:REPORT"  # and this one, from the information profile in a report of `sedd eval --out`
 
@@ -78,12 +78,16 @@ def named_sampler(name: str, wanted: Wanted) -> Sampler:
     """The sampler of a name. UserError if there is none, or it is not for this process."""
     if wanted.steps < 1:
         raise UserError(f"steps must be at least 1, not {wanted.steps}")
-    planned = name == "planned" or name.startswith("planned:")
-    if name not in SAMPLERS and not planned:
+    kind, _, report = name.partition(":")
+    if kind == "planned":
+        counts = _planned(wanted, report)
+        make = lambda wanted: FixedCounts(wanted.process, counts)  # noqa: E731
+    elif name in SAMPLERS:
+        make = SAMPLERS[name]
+    else:
         raise UserError(f"there is no sampler {name!r}; there are {', '.join(SAMPLERS)} and {PLANNED}")
-    weights = _planned(wanted, name.partition(":")[2]) if planned else None
     try:
-        return FixedCounts(wanted.process, weights) if planned else SAMPLERS[name](wanted)
+        return make(wanted)
     except ValueError as error:
         usable = ", ".join(other for other in SAMPLERS if _makes(other, wanted))
         raise UserError(f"the sampler {name} is not for this model; use one of {usable} ({error})") from None

@@ -73,7 +73,7 @@ class Reveal(Sampler):
 
 
 def _calls(bucket: jax.Array, free: jax.Array, calls: int, width: int) -> Call:
-    """The buckets of each row as calls, the empty ones left out; of a larger one the first `width` positions."""
+    """The buckets of each row, of at most `width` positions, as calls; the empty ones are left out."""
     rows, length = jnp.arange(len(free))[:, None], free.shape[-1]
     order = jnp.lexsort((bucket, ~free), axis=-1)  # the free positions by bucket, then the others
     bucket = jnp.where(free, bucket, 0)[rows, order]
@@ -122,7 +122,7 @@ class Counts(Reveal):
 
     def __post_init__(self):
         super().__post_init__()
-        self.tweedie  # noqa: B018, which checks the steps
+        Tweedie(self.process, self.schedule, self.steps)  # has the check of the steps
 
     @property
     def tweedie(self) -> Tweedie:

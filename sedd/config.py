@@ -12,6 +12,7 @@ from sedd.diffusion.process import Absorbing, Process, Uniform
 from sedd.diffusion.schedule import Geometric, LogLinear, Schedule
 from sedd.errors import UserError
 from sedd.network.network import PREDICTIONS, Network
+from sedd.network.trunk import ATTENTION, REMAT
 
 PROCESSES = {"absorbing": Absorbing, "uniform": Uniform}
 SCHEDULES = {
@@ -36,7 +37,8 @@ _DEFAULT = {
         "dropout": 0.0,
         "dtype": "float32",  # of the trunk's linear maps and attention; all else is float32
         "scan": False,  # compile one layer and loop over it
-        "remat": False,  # recompute a layer in the backward pass instead of keeping it
+        "remat": "none",  # recompute in the backward pass nothing, "full" layers, or all of a layer but its "dots"
+        "attention": "xla",  # on GPUs also "cudnn", on TPUs "splash"
         "observed": False,  # uniform: a flag a position says which tokens are given, so that infilling is exact
     },
     "data": {
@@ -78,6 +80,8 @@ _CHOICES = {
     "schedule.name": tuple(SCHEDULES),
     "network.prediction": PREDICTIONS,
     "network.dtype": ("float32", "bfloat16"),
+    "network.remat": tuple(REMAT),
+    "network.attention": tuple(ATTENTION),
     "training.levels": ("times", "counts"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.decay": ("constant", "linear"),

@@ -50,7 +50,7 @@ def test_the_states_bytes_are_those_of_real_arrays(optimizer):
     assert sum(size for _, size in found.layout.values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
 
 
-@pytest.mark.parametrize("setting", ["training.levels=counts", "training.levels=times", "network.remat=true"])
+@pytest.mark.parametrize("setting", ["training.levels=counts", "training.levels=times", "network.remat=full"])
 def test_flops_are_those_of_the_traced_gradient(setting):
     """Of an unrolled network; the compiler counts what is done element by element too."""
     config = config_of(setting)
@@ -69,7 +69,7 @@ def test_flops_are_those_of_the_traced_gradient(setting):
     "settings",
     [
         ("network.scan=true", "training.batch_size=32"),
-        ("network.scan=true", "training.batch_size=32", "network.remat=true", "network.layers=6"),
+        ("network.scan=true", "training.batch_size=32", "network.remat=full", "network.layers=6"),
         ("training.levels=times", "data.block_length=128", "network.prediction=score", "training.accumulation=2"),
     ],
     ids=["scan", "remat", "accumulation"],
@@ -84,15 +84,15 @@ def test_memory_within_a_factor_of_two(settings):
     total = needs.argument_size_in_bytes + needs.temp_size_in_bytes
     found = estimate(config, VOCABULARY, 1)
     assert 0.5 < found.total_bytes / total < 2
-    if config.network.remat:
-        config.network.remat = False
+    if config.network.remat == "full":
+        config.network.remat = "none"
         assert estimate(config, VOCABULARY, 1).total_bytes > 2 * total
 
 
 def test_the_papers_medium_network_takes_no_time():
     """Nothing is compiled and nothing lies on a device; the numbers that are known come out."""
     config = configs.paper()
-    config.network.update(width=1024, layers=24, heads=16, remat=True)
+    config.network.update(width=1024, layers=24, heads=16, remat="full")
     config.mesh.fsdp = 8
     held, begin = len(jax.live_arrays()), time.monotonic()
     found = estimate(config, 50257, 64)

@@ -152,7 +152,7 @@ SAME = [
     "evaluation.samples=0",
     "checkpoint.every=2",
     "metrics.tensorboard=true",
-    "network.remat=true",
+    "network.remat=full",
 ]
 
 

@@ -41,7 +41,7 @@ def stacked(params):
     return {**params, "trunk": {**trunk, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}}
 
 
-@pytest.mark.parametrize("scan, remat", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("scan, remat", [(True, "full"), (True, "dots"), (True, "none"), (False, "full")])
 @pytest.mark.slow
 def test_scanned_and_rematerialised_layers_are_the_same_function(noisy, scan, remat):
     """Values and gradients, with dropout: its masks must not depend on how the layers are compiled."""

@@ -43,7 +43,8 @@ class Network:
     dropout: float = 0.0
     dtype: str = "float32"
     scan: bool = False
-    remat: bool = False
+    remat: str = "none"
+    attention: str = "xla"
     observed: bool = False
 
     def __post_init__(self):
@@ -67,6 +68,7 @@ class Network:
             dtype=self.dtype,
             scan=self.scan,
             remat=self.remat,
+            attention=self.attention,
             observed=self.observed,
         )
 

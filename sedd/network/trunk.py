@@ -14,6 +14,12 @@ import jax.numpy as jnp
 
 ROWS = 128  # embedding rows and head columns are padded to a multiple of this, so that a mesh can split them
 FREQUENCIES = 256  # sine and cosine features of sigma
+ATTENTION = ("xla",)
+REMAT = {  # what of a layer is recomputed in the backward pass -> the policy of what is kept
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # all of it but the linear maps' results
+}
 
 
 def padded(states: int) -> int:
@@ -111,7 +117,8 @@ class Trunk(nn.Module):
     dropout: float
     dtype: str
     scan: bool
-    remat: bool
+    remat: str
+    attention: str
     observed: bool = False
 
     @nn.compact
@@ -133,7 +140,9 @@ class Trunk(nn.Module):
         condition = nn.silu(Linear(self.condition, name="sigma_out")(hidden))
         mask = None if lengths is None else (jnp.arange(tokens.shape[1]) < lengths[:, None])[:, None, None, :]
 
-        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=not self.scan, policy=REMAT[self.remat])
         sizes = dict(heads=self.heads, dropout=self.dropout, dtype=self.dtype)
         if self.scan:
             inputs = (0, nn.broadcast, nn.broadcast, nn.broadcast)

@@ -14,7 +14,7 @@ from sedd.errors import UserError
 from sedd.training.checkpoint import any_saved
 
 # What may change between the start of a run and its continuation without making it another run.
-_FREE = {"training.steps", "training.accumulation", "data.corpus", "network.scan", "network.remat"}
+_FREE = {"training.steps", "training.accumulation", "data.corpus", "network.scan", "network.remat", "network.attention"}
 _FREE_GROUPS = {"mesh", "checkpoint", "evaluation", "metrics"}
 
 

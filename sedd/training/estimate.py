@@ -125,7 +125,7 @@ def step_flops(network: Network, rows: int, length: int, paired: bool) -> int:
     blocks = network.layers * rows * (length * block + 12 * condition * width)  # with the modulation of a row
     told = 2 * rows * condition * (FREQUENCIES + condition)
     head = 2 * sites * width * (padded(network.process.num_states) + 2 * condition)
-    return 3 * (blocks + told + head) + network.remat * blocks
+    return 3 * (blocks + told + head) + (network.remat == "full") * blocks
 
 
 def activation_bytes(network: Network, rows: int, length: int, paired: bool, model: int = 1) -> int:
@@ -138,7 +138,7 @@ def activation_bytes(network: Network, rows: int, length: int, paired: bool, mod
     whole = (2 * 4 * 4 + 2 * bool(network.dropout) + 2 * size) * width
     split = (5 + 1 + 8) * size * width + network.heads * length * (8 + size)
     layer = tokens * (whole + split // model)
-    trunk = layer + network.layers * tokens * 4 * width if network.remat else network.layers * layer
+    trunk = layer + network.layers * tokens * 4 * width if network.remat == "full" else network.layers * layer
     # The head: what it takes, in float32, and three arrays of the size of the logits.
     head = sites * (4 * (3 * width + network.condition) + 3 * 4 * padded(network.process.num_states) // model)
     return trunk + head

@@ -20,12 +20,13 @@ from sedd.errors import UserError
 AXES = ("data", "fsdp", "model")
 WHOLE = 1 << 20  # bytes below which an array is not split
 
-# The last two axes of a parameter, by its path; what stands before them (scanned layers) is not split. fsdp splits the
+# The last axes of a parameter, by its path; what stands before them (scanned layers) is not split. fsdp splits the
 # width, model splits the padded vocabulary, the attention's heads and the MLP's hidden units.
 _TABLE = (
     (r"trunk/embedding$", ("model", "fsdp")),
     (r"head/out/kernel$", ("fsdp", "model")),
-    (r"(qkv|up)/kernel$", ("fsdp", "model")),
+    (r"qkv/kernel$", ("fsdp", None, "model")),  # of queries, keys and values, so that heads stay whole
+    (r"up/kernel$", ("fsdp", "model")),
     (r"block\w*/(out|down)/kernel$", ("model", "fsdp")),
     (r"modulation/kernel$", (None, "fsdp")),
 )
@@ -92,17 +93,68 @@ def shardings(mesh: Mesh | AbstractMesh, tree) -> object:
         axes = next((axes for pattern, axes in _TABLE if re.search(pattern, name)), None)
         if axes is None or leaf.ndim < 2 or leaf.size * np.dtype(leaf.dtype).itemsize < WHOLE:
             return NamedSharding(mesh, P())
-        axes = (None,) * (leaf.ndim - 2) + axes
+        axes = (None,) * (leaf.ndim - len(axes)) + axes
         fits = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape)]
         return NamedSharding(mesh, P(*fits))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def beside(params) -> Sharding | None:
-    """Whole on each of the devices that hold the parameters; None where these are on no device."""
+def row_parts(params) -> int:
+    """Over how many devices the rows of a batch can be split beside these parameters."""
     where = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    return NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else where
+    return where.mesh.shape["data"] * where.mesh.shape["fsdp"] if isinstance(where, NamedSharding) else 1
+
+
+def beside(params, rows: int) -> tuple[dict, Sharding | None]:
+    """The parameters, and where so many rows lie beside them: split over their devices, or whole where they are few.
+
+    Few rows of one process take the parameters of one device, where these are whole. None: wherever that is.
+    """
+    where, parts = getattr(jax.tree.leaves(params)[0], "sharding", None), row_parts(params)
+    if parts == 1 or rows >= parts:
+        return params, batch_sharding(where.mesh) if isinstance(where, NamedSharding) else None
+    if jax.process_count() == 1 and all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params)):
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), params), None
+    return params, NamedSharding(where.mesh, P())
+
+
+def on_host(tree):
+    """Arrays on the host, whole, whatever devices they are split over. All processes have to call it."""
+    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(tree) if isinstance(leaf.sharding, NamedSharding))
+    return jax.device_get(jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))(tree))
+
+
+def local_rows(mesh: Mesh, count: int) -> np.ndarray:
+    """Which rows of a batch of `count` lie on devices of this process, in their order. Int[R]."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((count,))
+    return np.unique(np.concatenate([np.arange(count)[index] for index in places.values()]))
+
+
+def spread(mesh: Mesh, batch, rows: np.ndarray, count: int) -> object:
+    """A batch of `count` rows over the mesh, of which this process has these. batch: a tree of arrays [R ...]."""
+
+    def one(local):
+        def of_device(index):
+            return local[np.searchsorted(rows, np.arange(count)[index[0]])]
+
+        return jax.make_array_from_callback((count, *local.shape[1:]), batch_sharding(mesh), of_device)
+
+    return jax.tree.map(one, batch)
+
+
+def put(tree, shardings) -> object:
+    """Arrays that every process has whole, laid out as told; a sharding for each leaf."""
+
+    def one(leaf, where):
+        if where.is_fully_addressable:
+            return jax.device_put(leaf, where)
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+
+    return jax.tree.map(one, tree, shardings)
 
 
 def placed(shapes, shardings) -> object:

@@ -73,6 +73,9 @@ def _params(tensors: dict[str, np.ndarray], config: ConfigDict, directory: Path)
         kernel = {"kernel": take(f"{name}.weight").T}
         return {**kernel, "bias": take(f"{name}.bias")} if bias else kernel
 
+    def heads(name):  # queries, keys and values, of which we keep an axis
+        return {"kernel": take(f"{name}.weight").T.reshape(network.width, 3, network.width)}
+
     def norm(name):
         return {"scale": take(f"{name}.weight")}
 
@@ -80,7 +83,7 @@ def _params(tensors: dict[str, np.ndarray], config: ConfigDict, directory: Path)
         return {
             "modulation": linear(f"{name}.adaLN_modulation"),
             "norm_attention": norm(f"{name}.norm1"),
-            "qkv": linear(f"{name}.attn_qkv", bias=False),
+            "qkv": heads(f"{name}.attn_qkv"),
             "out": linear(f"{name}.attn_out", bias=False),
             "norm_mlp": norm(f"{name}.norm2"),
             "up": linear(f"{name}.mlp.0"),

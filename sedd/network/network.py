@@ -196,15 +196,17 @@ def _masked_of_pairs(masked: jax.Array):
     masked: Bool[B L]. Returns take: [B L ...] -> [B/2 L+1 ...], and its inverse put, 0 elsewhere. A pair with fewer
     masks is filled up with positions that hold none.
     """
+    # Sorted, taken and put pair by pair, all by `vmap`: then no device needs the pairs of another one.
     batch, length = masked.shape
-    _, where = jax.lax.top_k(masked.reshape(batch // 2, 2 * length).astype(jnp.int32), length + 1)
+    where = jnp.argsort(~masked.reshape(batch // 2, 2 * length), axis=-1, stable=True)[:, : length + 1]
 
     def take(values):
         return jax.vmap(lambda row, at: row[at])(values.reshape(batch // 2, 2 * length, *values.shape[2:]), where)
 
     def put(found):  # [... B/2 L+1], with or without an axis in front
-        pair = jnp.arange(batch // 2)[:, None]
-        rows = jnp.zeros((*found.shape[:-1], 2 * length), found.dtype).at[..., pair, where].set(found)
-        return rows.reshape(*found.shape[:-2], batch, length)
+        def one(row, at):
+            return jnp.zeros((*row.shape[:-1], 2 * length), row.dtype).at[..., at].set(row)
+
+        return jax.vmap(one, (-2, 0), -2)(found, where).reshape(*found.shape[:-2], batch, length)
 
     return take, put

@@ -12,7 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-ROWS = 128  # embedding rows and head columns are padded to a multiple of this, so that a mesh can split them
+from sedd.network.layout import ROWS, SPLIT, laid
+
+MULTIPLE = 128  # embedding rows and head columns are padded to a multiple of this, so that a mesh can split them
 FREQUENCIES = 256  # sine and cosine features of sigma
 ATTENTION = ("xla",)
 REMAT = {  # what of a layer is recomputed in the backward pass -> the policy of what is kept
@@ -24,7 +26,7 @@ REMAT = {  # what of a layer is recomputed in the backward pass -> the policy of
 
 def padded(states: int) -> int:
     """The number of states as it is stored."""
-    return states + -states % ROWS
+    return states + -states % MULTIPLE
 
 
 def _like_torch(fan_in: int):
@@ -34,22 +36,30 @@ def _like_torch(fan_in: int):
 
 
 class Linear(nn.Module):
-    """x W + b over the last axis. Zero-initialised on demand."""
+    """x W + b over the last axis. Zero-initialised on demand.
 
-    features: int
+    features: of the result, or several axes of them. split: which features a mesh splits over `layout.SPLIT`, those of
+    the result ("out", the last axis) or those of x ("in"); None: neither.
+    """
+
+    features: int | tuple[int, ...]
     use_bias: bool = True
     zero: bool = False
     dtype: str = "float32"
+    split: str | None = None
 
     @nn.compact
     def __call__(self, x):
+        features = self.features if isinstance(self.features, tuple) else (self.features,)
         init = nn.initializers.zeros if self.zero else _like_torch(x.shape[-1])
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        flat = x.reshape(-1, x.shape[-1])  # on CPUs the gradient of a 3-D product takes twice as long
-        y = jnp.dot(flat.astype(self.dtype), kernel.astype(self.dtype))
+        kernel = self.param("kernel", init, (x.shape[-1], *features)).astype(self.dtype)
+        taken, made = SPLIT if self.split == "in" else None, SPLIT if self.split == "out" else None
+        made = (*(None,) * (len(features) - 1), made)
+        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # on CPUs the gradient of a 3-D product takes twice as long
+        y = jnp.tensordot(laid(flat, ROWS, taken), laid(kernel, taken, *made), 1)
         if self.use_bias:
-            y = y + self.param("bias", init, (self.features,)).astype(self.dtype)
-        return y.reshape(*x.shape[:-1], self.features)
+            y = y + self.param("bias", init, features).astype(self.dtype)
+        return laid(y, ROWS, *made).reshape(*x.shape[:-1], *features)
 
 
 def _norm(name: str) -> nn.LayerNorm:
@@ -92,15 +102,15 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
 
         x = _modulated(_norm("norm_attention")(h), shift_a, scale_a)
-        x = Linear(3 * width, use_bias=False, dtype=self.dtype, name="qkv")(x)
+        x = Linear((3, width), use_bias=False, dtype=self.dtype, split="out", name="qkv")(x)
         q, k, v = jnp.moveaxis(x.reshape(batch, length, 3, self.heads, width // self.heads), 2, 0)
         x = jax.nn.dot_product_attention(_rotated(q), _rotated(k), v, mask=mask).reshape(batch, length, width)
-        x = Linear(width, use_bias=False, dtype=self.dtype, name="out")(x)
+        x = Linear(width, use_bias=False, dtype=self.dtype, split="in", name="out")(x)
         h = h + gate_a * _dropout(x.astype(jnp.float32), self.dropout, keys, 2 * layer)
 
         x = _modulated(_norm("norm_mlp")(h), shift_m, scale_m)
-        x = Linear(4 * width, dtype=self.dtype, name="up")(x)
-        x = Linear(width, dtype=self.dtype, name="down")(nn.gelu(x, approximate=True))
+        x = Linear(4 * width, dtype=self.dtype, split="out", name="up")(x)
+        x = Linear(width, dtype=self.dtype, split="in", name="down")(nn.gelu(x, approximate=True))
         h = h + gate_m * _dropout(x.astype(jnp.float32), self.dropout, keys, 2 * layer + 1)
         return h, None
 
@@ -129,7 +139,7 @@ class Trunk(nn.Module):
         Returns hidden: Float32[B L D] and condition: Float32[B C].
         """
         table = self.param("embedding", nn.initializers.normal(self.embedding_std), (padded(self.states), self.width))
-        h = table[tokens]
+        h = laid(laid(table, SPLIT)[tokens], ROWS)
         if self.observed:
             flag = self.param("given", nn.initializers.normal(self.embedding_std), (self.width,))
             h = h if given is None else jnp.where(given[..., None], h + flag, h)
@@ -166,4 +176,4 @@ class Head(nn.Module):
         """hidden: Float[... P D]; condition: Float[... P C] or Float[... 1 C]. Returns Float32[... P S]."""
         shift, scale = jnp.split(Linear(2 * hidden.shape[-1], zero=True, name="modulation")(condition), 2, axis=-1)
         x = _modulated(_norm("norm")(hidden), shift, scale)
-        return Linear(padded(self.states), zero=True, name="out")(x)[..., : self.states]
+        return Linear(padded(self.states), zero=True, split="out", name="out")(x)[..., : self.states]

@@ -44,13 +44,15 @@ def learning_rate(config: ConfigDict, peak: float, steps: int) -> Callable[[jax.
 def _matrices(params: dict) -> dict:
     """The kernels of the trunk, which Muon takes, layer by layer where they are scanned; None for what Adam takes.
 
-    Without this, optax would give every 2-D array to Muon, the embedding too, and every scanned kernel to Adam.
+    Without this, optax would give every 2-D array to Muon, the embedding too, and every scanned kernel to Adam. That of
+    queries, keys and values is one matrix, [W, 3 W], though it is stored with the 3 as an axis of its own.
     """
 
     def one(path, leaf):
         name = name_of(path)
         if not name.endswith("kernel") or name == "head/out/kernel":
             return None
-        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+        columns = 2 if name.endswith("qkv/kernel") else 1
+        return optax.contrib.MuonDimensionNumbers(-columns - 1, tuple(range(-columns, 0)))
 
     return jax.tree_util.tree_map_with_path(one, params)

@@ -48,7 +48,9 @@ def make_step(
 
     The first takes the parameters to start from, or nothing. The step takes the state, which is donated, and the whole
     batch; it returns the new state and the metrics: loss (nats per token that is scored), gradient_norm (of the loss
-    summed over positions, averaged over rows) and learning_rate.
+    summed over positions, averaged over rows), learning_rate, tokens (that count), and `parts`: loss and noise of each
+    row, Float[B], and the norm of each gradient by its path. Where loss or gradient_norm are not finite nothing
+    changes but the step.
     """
     training = config.training
     rate = learning_rate(config.optimizer, config.optimizer.learning_rate, training.steps)
@@ -56,22 +58,29 @@ def make_step(
     def loss_and_gradient(params, batch, key):
         def of_rows(params, batch, rows):
             loss = objective(params, batch.tokens, rows, key, batch.lengths)
-            return jnp.sum(loss) / training.batch_size
+            return jnp.sum(loss) / training.batch_size, loss
 
         def add(total, microbatch):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(of_rows)(params, *microbatch)), None
+            (loss, of_each), gradient = jax.value_and_grad(of_rows, has_aux=True)(params, *microbatch)
+            return jax.tree.map(jnp.add, total, (loss, gradient)), of_each
 
         whole = (batch, jnp.arange(training.batch_size))
         if training.accumulation == 1:
-            return jax.value_and_grad(of_rows)(params, *whole)
+            (loss, of_each), gradient = jax.value_and_grad(of_rows, has_aux=True)(params, *whole)
+            return loss, gradient, of_each
         parts = jax.tree.map(lambda array: array.reshape(training.accumulation, -1, *array.shape[1:]), whole)
         parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, P(None, ("data", "fsdp"))))
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(add, zero, parts)[0]
+        (loss, gradient), of_each = jax.lax.scan(add, zero, parts)
+        return loss, gradient, of_each.reshape(-1)
 
     def step(state, batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the network lays out what it computes
+            return advanced(state, batch)
+
+    def advanced(state, batch):
         key = jax.random.fold_in(jax.random.key(training.seed), state.step)
-        loss, gradient = loss_and_gradient(state.params, batch, key)
+        loss, gradient, of_each = loss_and_gradient(state.params, batch, key)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else averaged(state.ema, params, state.step + 1, training.ema_decay)
@@ -79,8 +88,17 @@ def make_step(
             "loss": loss / _scored_per_row(objective, batch, key),
             "gradient_norm": optax.tree.norm(gradient),
             "learning_rate": rate(state.step),
+            "tokens": batch.tokens.size if batch.lengths is None else jnp.sum(batch.lengths),
+            "parts": {
+                "rows": of_each,
+                "sigma": objective.sigma(jnp.arange(training.batch_size), key, batch.tokens.shape[1], batch.lengths),
+                "gradients": jax.tree.map(jnp.linalg.norm, parallel.named(gradient)),
+            },
         }
-        return TrainState(state.step + 1, params, ema, moments), metrics
+        finite = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])
+        old, new = (state.params, state.ema, state.optimizer), (params, ema, moments)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        return TrainState(state.step + 1, *kept), metrics
 
     def init(params=None):
         return init_state(config, objective, optimizer, params)

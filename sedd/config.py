@@ -176,6 +176,8 @@ def _set(config: ConfigDict, key: str, value: Any):
     kind = _OPTIONAL.get(key, type(config[group][name]))
     if kind is float and type(value) is int:
         value = float(value)
+    if kind is str and value is None:
+        value = "none"  # the name of a choice, given as text
     if type(value) is not kind and not (value is None and key in _OPTIONAL):
         raise UserError(f"config: {key} must be of type {kind.__name__}, not {value!r}")
     config[group][name] = value

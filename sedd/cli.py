@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from sedd import commands
+from sedd import commands, processes
 from sedd.data import sources, tokenizers
 from sedd.data.splits import SPLITS
 from sedd.errors import UserError
@@ -23,7 +23,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 2 for a mistake of the user's."""
+    """Runs one command; returns the exit status: 0, or 2 for a mistake of the user's.
+
+    With several processes every one of them runs it, process 0 prints, and a mistake of one ends all.
+    """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     settings = [text.removeprefix("--config.") for text in rest if text.startswith("--config.")]
@@ -36,12 +39,14 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args, settings)
     except UserError as error:
         print(f"sedd: error: {error}", file=sys.stderr)
+        processes.leave_others(2, str(error))
         return 2
     except Interrupted as stopped:
         print(f"sedd: {stopped}", file=sys.stderr)
     except KeyboardInterrupt:
         if args.command == "prepare":
             print("sedd: stopped; what is done is kept, and the same command continues", file=sys.stderr)
+        processes.leave_others(130, "Ctrl-C")
         return 130
     except BrokenPipeError:  # the reader of stdout, such as head, has had enough
         sys.stderr.close()

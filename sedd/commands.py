@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from sedd import processes, storage
 from sedd.data import sources, tokenizers
 from sedd.data.splits import SPLITS
 from sedd.errors import UserError
@@ -44,6 +45,7 @@ def train(args, settings):
         return
     if args.workdir is None:
         raise UserError("train needs a --workdir, the folder where the run goes")
+    _join()
     weights = load(args.init_from).params if args.init_from else None
     summary = fit(config, args.workdir, weights, args.init_from)
     print(f"{summary}\nthe run is in {args.workdir}; next:")
@@ -53,6 +55,16 @@ def train(args, settings):
         f"sedd infill --model={args.workdir} 'some text <blank:8> more text'",
     ):
         print(f"  {line}")
+
+
+def _join():
+    """Joins the other processes of the job, of which process 0 alone prints results."""
+    processes.initialize()
+    if processes.are_many():
+        results = os.dup(1) if processes.is_first() else os.open(os.devnull, os.O_WRONLY)
+        sys.stdout.flush()
+        os.dup2(2, 1)  # what the collectives' library prints is no result
+        sys.stdout = os.fdopen(results, "w")
 
 
 def _estimate(config):
@@ -83,6 +95,7 @@ def evaluate(args, _):
     protocols = [get_protocol(name.strip()).name for name in args.protocol.split(",")]
     if args.against and len(protocols) > 1:
         raise UserError("--against takes one protocol")
+    _join()
     models = [load(path) for path in (args.model, args.against) if path]
     if args.tokenizer:
         lacking = [model for model in models if model.tokenizer is None] or models
@@ -104,14 +117,14 @@ def _eval_protocols(args, model, text, protocols, settings):
 
     reports = []
     for name in protocols:
-        out = args.out and Path(args.out) / (name if len(protocols) > 1 else "")
+        out = args.out and storage.folder_of(args.out) / (name if len(protocols) > 1 else "")
         try:
             reports.append(model.perplexity(text, protocol=name, out=out, **settings))
         except UserError:
             if reports:  # what is done is not lost
                 print(table(reports))
             raise
-        if out:
+        if out and processes.is_first():
             _picture(plot_profile, reports[-1].profile, out / "profile.png", reports[-1].noise)
     if len(reports) == 1:
         print(reports[0].to_json() if args.json else reports[0])
@@ -162,17 +175,19 @@ def sweep(args, _):
         steps = [int(number) for number in args.steps.split(",")]
     except ValueError:
         raise UserError(f"--steps takes numbers, as in 8,16,32, not {args.steps!r}") from None
+    _join()
     model = load(args.model, args.tokenizer)
     judge = _judge(args.judge) if args.judge else model.tokenizer and _own(model, args.model)
-    if args.out:
+    if args.out and processes.is_first():
         out_folder(args.out)
     samplers = [name.strip() for name in args.samplers.split(",")]
     drawing = {name: getattr(args, name) for name in ("length", "temperature", "top_p", "batch_size")}
     points = sweep(model.generator, samplers, steps, args.num_samples, judge, args.seed, **drawing)
     print(table(points))
-    if args.out:
-        (Path(args.out) / "sweep.json").write_text(to_json(points) + "\n", encoding="utf-8")
-        _picture(plot_sweep, points, Path(args.out) / "sweep.png")
+    if args.out and processes.is_first():
+        folder = storage.folder_of(args.out)
+        (folder / "sweep.json").write_text(to_json(points) + "\n", encoding="utf-8")
+        _picture(plot_sweep, points, folder / "sweep.png")
 
 
 def _picture(plot, what, path, *more):
@@ -201,17 +216,18 @@ def _draw(args, method, templates: int):
 
     if args.html and (Path(args.html).is_dir() or not os.access(Path(args.html).resolve().parent, os.W_OK)):
         raise UserError(f"--html={args.html} cannot be written; name a file in a folder that is there")
+    _join()
     model = load(args.model, args.tokenizer)
     shown = model.tokenizer, getattr(model.process, "mask", None)
     names = ("num_samples", "length", "steps", "sampler", "temperature", "top_p", "seed", "batch_size")
     settings = {name: getattr(args, name) for name in names} | {"trace": bool(args.html)}
-    if args.watch:
+    if args.watch and processes.is_first():
         with Terminal(*shown, args.num_samples * templates) as terminal:
             drawn = method(model)(**settings, watch=terminal)
     else:
         drawn = method(model)(**settings)
     _print_texts(drawn, args)
-    if args.html:
+    if args.html and processes.is_first():
         about = {name: getattr(args, name) for name in ("model", "sampler", "steps", "temperature", "top_p", "seed")}
         about["network calls"] = drawn.network_calls
         Path(args.html).write_text(page(drawn.trace, drawn.given, *shown, about), encoding="utf-8")
@@ -242,4 +258,5 @@ def quickstart(args, settings):
     """Trains, evaluates, samples and infills, from nothing."""
     from sedd.quickstart import quickstart
 
+    _join()
     quickstart(args.source, args.workdir, settings)

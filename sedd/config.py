@@ -2,6 +2,8 @@
 
 import ast
 import difflib
+import hashlib
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from ml_collections import ConfigDict
 from sedd.diffusion.process import Absorbing, Process, Uniform
 from sedd.diffusion.schedule import Geometric, LogLinear, Schedule
 from sedd.errors import UserError
+from sedd.network.attention import ATTENTION, check_sizes
 from sedd.network.network import PREDICTIONS, Network
-from sedd.network.trunk import ATTENTION, REMAT
+from sedd.network.trunk import REMAT
 
 PROCESSES = {"absorbing": Absorbing, "uniform": Uniform}
 SCHEDULES = {
@@ -54,6 +57,7 @@ _DEFAULT = {
         "ema_decay": 0.0,  # 0: no average of the parameters is kept
         "levels": "counts",  # noise by counts of masked tokens in antithetic pairs, or by "times" as in the paper
         "min_time": 1e-3,  # times: the earliest
+        "skips": 0,  # steps whose loss or gradient is not finite that are left out, before one stops the run
     },
     "optimizer": {
         "name": "muon",  # for the matrices of the trunk, Adam for the rest; or "adamw" for all, as in the paper
@@ -67,13 +71,21 @@ _DEFAULT = {
         "clip_norm": 32.0,  # of the gradient of the loss summed over positions and averaged over rows
     },
     "mesh": {"data": -1, "fsdp": 1, "model": 1},  # devices along each axis; -1: all that are left
-    "checkpoint": {"every": 500, "keep": 2},  # steps between checkpoints; the newest that stay
+    "checkpoint": {
+        "every": 500,  # steps between checkpoints
+        "keep": 2,  # the newest that stay
+        "keep_every": 0,  # those of every so many steps stay too; 0: none
+        "keep_best": False,  # and the one with the best bound; each time there is one, a checkpoint is written
+    },
     "evaluation": {
         "every": 0,  # steps between bounds on the validation split, and samples, during training; 0: none
         "draws": 16,  # noise levels a block
         "samples": 2,  # texts drawn each time during training
     },
-    "metrics": {"tensorboard": False},  # write event files for TensorBoard too (pip install 'sedd[tensorboard]')
+    "metrics": {
+        "tensorboard": False,  # write event files for TensorBoard too (pip install 'sedd[tensorboard]')
+        "profile": 0,  # steps to trace, after the first ten, for the profiler's viewers; 0: none
+    },
 }
 _CHOICES = {
     "process.name": tuple(PROCESSES),
@@ -95,7 +107,15 @@ _POSITIVE = {
     "checkpoint": ("every", "keep"),
     "evaluation": ("draws",),
 }
-_NOT_NEGATIVE = ("training.seed", "optimizer.weight_decay", "evaluation.every", "evaluation.samples")
+_NOT_NEGATIVE = (
+    "training.seed",
+    "training.skips",
+    "optimizer.weight_decay",
+    "checkpoint.keep_every",
+    "evaluation.every",
+    "evaluation.samples",
+    "metrics.profile",
+)
 
 
 def default() -> ConfigDict:
@@ -121,6 +141,13 @@ def paper() -> ConfigDict:
     config.checkpoint.every = 5000
     config.evaluation.every = 10_000
     return config
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """A hash of all settings but the path of the corpus, which goes by its own; in hexadecimal."""
+    values = config.to_dict()
+    values["data"] = {**values["data"], "corpus": None}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_config(path: str | Path) -> ConfigDict:
@@ -210,10 +237,16 @@ def validate(config: ConfigDict) -> ConfigDict:
     training, network = config.training, config.network
     if not 0 < training.min_time < 1:
         raise UserError(f"config: training.min_time must lie in (0, 1), not {training.min_time}")
+    if config.checkpoint.keep_best and not config.evaluation.every:
+        raise UserError("config: checkpoint.keep_best needs bounds to choose by; set evaluation.every")
     if training.batch_size % training.accumulation:
         raise UserError("config: training.batch_size must be a multiple of training.accumulation")
     if network.width % (2 * network.heads):
         raise UserError("config: network.width must be a multiple of twice network.heads")
+    try:
+        check_sizes(network.attention, network.dtype, network.width // network.heads, config.data.block_length)
+    except ValueError as error:
+        raise UserError(f"config: {error}, or choose xla") from None
     if network.observed and config.process.name != "uniform":
         raise UserError(
             "config: network.observed is for process.name=uniform; the absorbing process needs no flag, as a given "

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from typing import NamedTuple, TypedDict
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from tqdm import tqdm
 
-from sedd import parallel, prompts
+from sedd import parallel, processes, prompts
 from sedd.data.layout import Layout
 from sedd.data.splits import philox
 from sedd.data.tokenizers import Tokenizer
 from sedd.diffusion.process import Absorbing
-from sedd.diffusion.samplers import Sampler, advance, begin
+from sedd.diffusion.samplers import Sampler, State, advance, begin
 from sedd.diffusion.schedule import Schedule
 from sedd.diffusion.score import edited, in_block, nucleus, temperature, told_share
 from sedd.errors import UserError
@@ -114,10 +116,15 @@ class Generator:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
         if not -(2**63) <= seed < 2**63:
             raise UserError(f"seed must be a number of 64 bits, not {seed}")
-        group = min(len(rows), batch_size or self.network.rows_at_once(self.block_length))
+        parts = parallel.row_parts(self.params)
+        group = min(len(rows), batch_size or parts * self.network.rows_at_once(self.block_length))
+        params, where = parallel.beside(self.params, group)
+        group += -group % (parts if group >= parts else 1)  # each device takes as many rows
         reshaped = (temperature, top_p) if (temperature, top_p) != (1.0, 1.0) else None
-        with tqdm(desc="sampling", unit="step", delay=2, total=0, disable=watch is not None) as bar:
-            loop = _Loop(self, sampler, reshaped, jax.random.key(seed), trace, watch, bar)
+        hidden = watch is not None or not processes.is_first()
+        with tqdm(desc="sampling", unit="step", delay=2, total=0, disable=hidden) as bar:
+            generator = dataclasses.replace(self, params=params)
+            loop = _Loop(generator, where, sampler, reshaped, jax.random.key(seed), trace, watch, bar)
             starts = range(0, len(rows), group)
             drawn = [loop(laid, np.arange(start, start + group), len(starts)) for start in starts]
         return self._collected(drawn, rows, laid)
@@ -205,6 +212,7 @@ class _Loop(NamedTuple):
     """Runs the sampling loop for groups of rows, window after window, and shows on the host how far it is."""
 
     generator: Generator
+    where: Sharding | None  # of rows
     sampler: Sampler
     reshaped: tuple[float, float] | None  # temperature and top_p, where they change anything
     key: jax.Array
@@ -250,31 +258,41 @@ class _Loop(NamedTuple):
         """One window of one group, from its first step to its last."""
         generator = self.generator
         bound = lengths if generator.layout.binds_lengths else None
-        # Where the parameters are, as the next state will be: the first step is then not compiled for itself.
-        where = parallel.beside(generator.params)
-        task, state = jax.device_put(_begin(self.sampler, self.trace, key, tokens, free, rows), where)
-        fixed = (generator.network, self.sampler, generator.block_length, self.reshaped is not None)
+        task, state = _begin(self.sampler, self.trace, self.where, key, tokens, free, rows)
+        fixed = (generator.network, self.sampler, generator.block_length, self.reshaped is not None, self.where)
         stride = 1 if looks else -(-task.steps // _LOOKS)
         self.bar.total = task.steps * runs
         steps, done = 0, bool(state.done)
         while not done:
             until = steps + stride
             state = _advance(*fixed, generator.params, task, state, until, self.reshaped or (1.0, 1.0), bound)
-            before, steps, done = steps, *map(int, jax.device_get((state.steps, state.done)))
+            before, steps, done = steps, *map(int, (state.steps, state.done))
             self.bar.update(steps - before)
             if looks:
-                looks(np.asarray(state.tokens), steps)
+                looks(parallel.on_host(state.tokens), steps)
         self.bar.update(task.steps - steps)
-        return jax.device_get(state)
+        return parallel.on_host(state)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _begin(sampler, trace, key, tokens, free, rows):
-    return begin(key, sampler, tokens, free, rows, trace)
+@functools.partial(jax.jit, static_argnums=range(3))
+def _begin(sampler, trace, where, key, tokens, free, rows):
+    tokens, free, rows = (_laid(array, where) for array in (jnp.asarray(tokens), jnp.asarray(free), jnp.asarray(rows)))
+    task, state = begin(key, sampler, tokens, free, rows, trace)
+    return task, _rows_laid(state, where)
 
 
-@functools.partial(jax.jit, static_argnums=range(4), donate_argnums=6)
-def _advance(network, sampler, block, reshaped, params, task, state, until, heat, lengths):
+def _rows_laid(state: State, where: Sharding | None) -> State:
+    """The state with its rows where they are to be: so it is the same program for the first step and the next ones."""
+    trace = None if state.trace is None else jnp.moveaxis(_laid(jnp.moveaxis(state.trace, 1, 0), where), 0, 1)
+    return state._replace(tokens=_laid(state.tokens, where), trace=trace)
+
+
+def _laid(array: jax.Array, where: Sharding | None) -> jax.Array:
+    return array if where is None else jax.lax.with_sharding_constraint(array, where)
+
+
+@functools.partial(jax.jit, static_argnums=range(5), donate_argnums=7)
+def _advance(network, sampler, block, reshaped, where, params, task, state, until, heat, lengths):
     """Some steps of one group of rows. Compiled once a shape; `reshaped` says whether heat, an argument, matters."""
     denoiser = network.denoiser(params, lengths, ~task.free if network.observed else None)
     if isinstance(network.process, Absorbing):
@@ -284,4 +302,4 @@ def _advance(network, sampler, block, reshaped, params, task, state, until, heat
     if reshaped:
         denoiser = edited(denoiser, lambda log_clean: temperature(log_clean, heat[0]))
         denoiser = edited(denoiser, lambda log_clean: nucleus(log_clean, heat[1]))
-    return advance(task, state, denoiser, sampler, until)
+    return _rows_laid(advance(task, state, denoiser, sampler, until), where)

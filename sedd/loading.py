@@ -5,24 +5,27 @@ import json
 from pathlib import Path
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load as load_arrays
 
 from sedd import config as configs
-from sedd import pretrained
+from sedd import parallel, pretrained, storage
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import given_tokenizer, load_tokenizer
 from sedd.errors import UserError
 from sedd.model import Model
 from sedd.parallel import named, placed
-from sedd.training.checkpoint import Checkpoints
+from sedd.training.checkpoint import restore_params
 from sedd.training.fit import fit
 
 
 def load(path: str | Path, tokenizer: str | None = None) -> Model:
     """A model from a run directory, an exported model or a published SEDD checkpoint directory.
 
+    path: a folder, or gs://BUCKET/FOLDER; of a run it means the newest checkpoint, and RUN/checkpoints/STEP that one.
+    The parameters are whole on each device; with several processes, all of them call it.
     tokenizer: for a model that comes without, as a published one does; as `sedd prepare` takes it, "gpt2:FOLDER".
     UserError if there is no model, if it is damaged, or if the tokenizer does not fit.
     """
@@ -31,18 +34,18 @@ def load(path: str | Path, tokenizer: str | None = None) -> Model:
 
 
 def _load(path: str | Path) -> Model:
-    directory = Path(path)
+    directory, step = _run_and_step(storage.folder_of(path))
     if not directory.is_dir():
-        raise UserError(f"there is no folder {directory}; train a model there, or give another")
+        raise UserError(f"there is no folder {path}; train a model there, or give another")
     if not (directory / "config.json").is_file():
-        raise UserError(f"{directory} holds no model: it has no config.json")
+        raise UserError(f"{path} holds no model: it has no config.json")
     try:
         about = json.loads((directory / "config.json").read_text())
     except ValueError:
         raise UserError(f"{directory / 'config.json'} is damaged: it is no JSON") from None
     if pretrained.is_published(about):
         config, params = pretrained.load(directory)
-        return Model(config, jax.device_put(params), None, *configs.build(config, config.data.vocab_size))
+        return Model(config, _everywhere(params), None, *configs.build(config, config.data.vocab_size))
     if "config" not in about:
         raise UserError(f"{directory} holds no model: its config.json is of another kind")
     config = configs.from_dict(about["config"])
@@ -50,9 +53,22 @@ def _load(path: str | Path) -> Model:
     process, schedule, network = configs.build(config, about["vocab_size"])
     like = jax.eval_shape(network.init, jax.random.key(0))
     weights = directory / "weights.safetensors"
-    params = _exported(weights, like) if weights.is_file() else _trained(directory, config, like)
+    params = _exported(weights, like) if weights.is_file() else _trained(directory, step, config, like)
     layout = Layout.from_json(about["layout"]) if "layout" in about else Layout()  # of 0.1.0, all of them packed
-    return Model(config, jax.device_put(params), tokenizer, process, schedule, network, layout)
+    return Model(config, _everywhere(params), tokenizer, process, schedule, network, layout)
+
+
+def _run_and_step(directory: epath.Path) -> tuple[epath.Path, int | None]:
+    """RUN/checkpoints/STEP taken apart; any other folder is itself."""
+    if directory.parent.name == "checkpoints" and directory.name.isdigit() and directory.is_dir():
+        return directory.parent.parent, int(directory.name)
+    return directory, None
+
+
+def _everywhere(params: dict) -> dict:
+    """The parameters whole on each device: rows of evaluation and sampling are split, and their networks are not."""
+    mesh = parallel.data_mesh()
+    return parallel.put(params, parallel.shardings(mesh, params))
 
 
 def train(config: ConfigDict, workdir: str | Path, init_from: str | Path | None = None) -> Model:
@@ -78,18 +94,16 @@ def with_tokenizer(model: Model, spec: str) -> Model:
     return dataclasses.replace(model, tokenizer=tokenizer)
 
 
-def _trained(directory: Path, config: ConfigDict, like: dict) -> dict:
+def _trained(directory: epath.Path, step: int | None, config: ConfigDict, like: dict) -> dict:
     if not (directory / "checkpoints").is_dir():
         raise UserError(f"{directory} holds no checkpoint yet; train a little longer")
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = placed(like, jax.tree.map(lambda _: device, like))
-    with Checkpoints(directory / "checkpoints") as checkpoints:
-        return checkpoints.restore_params(like, ema=bool(config.training.ema_decay))
+    like = placed(like, parallel.shardings(parallel.data_mesh(), like))
+    return restore_params(directory / "checkpoints", like, bool(config.training.ema_decay), step)
 
 
-def _exported(file: Path, like: dict) -> dict:
+def _exported(file: epath.Path, like: dict) -> dict:
     try:
-        arrays = load_file(file)
+        arrays = load_arrays(file.read_bytes())
     except SafetensorError as error:
         raise UserError(f"{file} is damaged ({error}); export the model again") from None
     expected = {name: (leaf.shape, leaf.dtype) for name, leaf in named(like).items()}

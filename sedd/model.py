@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
+from safetensors.numpy import save as save_arrays
 
-from sedd import prompts
+from sedd import processes, prompts, storage
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.data.source import Source
@@ -160,14 +160,15 @@ class Model:
         if self.tokenizer and other.tokenizer and self.tokenizer.fingerprint != other.tokenizer.fingerprint:
             raise UserError("the models cannot be compared row by row: they have different tokenizers")
         out = settings.pop("out", None)
-        folders = (None, None) if out is None else (Path(out) / "first", Path(out) / "second")
+        out = None if out is None else storage.folder_of(out)
+        folders = (None, None) if out is None else (out / "first", out / "second")
         protocol = get_protocol(settings.get("protocol", "clean"))
         if settings.get("draws") is None:
             settings["draws"] = protocol.draws or self.config.evaluation.draws
         found = [model._score(texts_or_corpus, out=at, **settings) for model, at in zip((self, other), folders)]
         comparison = make_comparison(*found)
-        if out is not None and jax.process_index() == 0:
-            (Path(out) / "comparison.json").write_text(comparison.to_json() + "\n", encoding="utf-8")
+        if out is not None and processes.is_first():
+            (out / "comparison.json").write_text(comparison.to_json() + "\n", encoding="utf-8")
         return comparison
 
     def log_likelihood(
@@ -206,9 +207,11 @@ class Model:
 
     def save(self, directory: str | Path):
         """Exports all that `load` needs: weights, config and tokenizer. UserError if the folder is not empty."""
-        directory = Path(directory)
+        directory = storage.folder_of(directory)
         if directory.exists() and any(directory.iterdir()):
             raise UserError(f"{directory} is not empty; choose another folder to export to")
+        if not processes.is_first():
+            return
         directory.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is not None:
             self.tokenizer.save(directory / "tokenizer")
@@ -218,7 +221,7 @@ class Model:
             "layout": self.layout.to_json(),
         }
         (directory / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-        save_file(named(jax.device_get(self.params)), directory / "weights.safetensors")
+        (directory / "weights.safetensors").write_bytes(save_arrays(named(jax.device_get(self.params))))
 
     def _score(
         self,
@@ -245,7 +248,7 @@ class Model:
             tokenizer = self._require_tokenizer()
         scored = laid_out(protocol, text, split or protocol.split, tokenizer, self.block_length, self.layout)
         about = {"model": fingerprint(self.params), "tokenizer": tokenizer.fingerprint, "config": self.config.to_dict()}
-        settings = dict(about=about, folder=out and Path(out), batch_size=batch_size, progress=progress)
+        settings = dict(about=about, folder=out and storage.folder_of(out), batch_size=batch_size, progress=progress)
         return perplexity(self.network, self.schedule, self.params, scored, protocol, draws, seed, **settings)
 
     def _of_texts(self, templates: Sequence[str] | None, prefix: str, suffix: str, length: int | None) -> list[Prompt]:

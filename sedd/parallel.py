@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sedd.errors import UserError
+from sedd.network.attention import check_platform
 
 AXES = ("data", "fsdp", "model")
 WHOLE = 1 << 20  # bytes below which an array is not split
@@ -39,6 +40,8 @@ def mesh_sizes(config: ConfigDict, devices: int) -> tuple[int, ...]:
         sizes[sizes.index(-1)] = max(1, devices // -math.prod(sizes))
     if math.prod(sizes) != devices or min(sizes) < 1:
         raise UserError(f"config: the mesh of {dict(config.mesh)} devices does not fit the {devices} that there are")
+    if config.network.heads % sizes[2]:
+        raise UserError(f"config: mesh.model={sizes[2]} does not divide network.heads={config.network.heads}")
     rows, parts = config.training.batch_size // config.training.accumulation, sizes[0] * sizes[1]
     if rows % parts:
         raise UserError(
@@ -50,6 +53,7 @@ def mesh_sizes(config: ConfigDict, devices: int) -> tuple[int, ...]:
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over the devices, by default over all. UserError if `config.mesh` or the batch does not fit them."""
     devices = jax.devices() if devices is None else devices
+    check_platform(config.network.attention, devices[0].platform)
     sizes = mesh_sizes(config, len(devices))
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 

@@ -35,8 +35,10 @@ class Blocks(NamedTuple):
     document: np.ndarray | None  # Int64[N], the document of each row; None where rows span documents
 
 
-def batch(corpus: Corpus, block_length: int, batch_size: int, seed: int, k: int) -> Batch:
-    """Batch k of training.
+def batch(
+    corpus: Corpus, block_length: int, batch_size: int, seed: int, k: int, rows: np.ndarray | None = None
+) -> Batch:
+    """Batch k of training, or the rows of it that are told, Int[R].
 
     Its rows are the examples k B, ..., k B + B - 1 of an endless stream of epochs. A batch may span epochs.
     packed: an epoch takes each of its blocks once, in an order of its own; the blocks follow one another from an offset
@@ -47,25 +49,27 @@ def batch(corpus: Corpus, block_length: int, batch_size: int, seed: int, k: int)
       UserError: the training text is shorter than a block.
     """
     check_block_length(corpus, "train", block_length)
-    examples = range(k * batch_size, (k + 1) * batch_size)
+    examples = (k * batch_size + (np.arange(batch_size) if rows is None else rows)).tolist()
     tokens = corpus.tokens("train")
     if corpus.layout.padded:
         starts, lengths, _ = _rows(corpus, "train", block_length)
         at = np.array([_row_index(len(starts), seed, example) for example in examples])
-        rows = _filled(tokens, starts[at], lengths[at], block_length, corpus.tokenizer.end_of_text)
-        return Batch(rows, lengths[at] if corpus.layout.binds_lengths else None)
+        filled = _filled(tokens, starts[at], lengths[at], block_length, corpus.tokenizer.end_of_text)
+        return Batch(filled, lengths[at] if corpus.layout.binds_lengths else None)
     starts = np.array([_block_start(len(tokens), block_length, seed, example) for example in examples])
     return Batch(tokens[starts[:, None] + np.arange(block_length)].astype(np.int32), None)
 
 
-def batches(corpus: Corpus, block_length: int, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-    """Training batches `start`, `start` + 1, ... without end, read ahead by one thread.
+def batches(
+    corpus: Corpus, block_length: int, batch_size: int, seed: int, start: int = 0, rows: np.ndarray | None = None
+) -> Iterator[Batch]:
+    """Training batches `start`, `start` + 1, ... without end, read ahead by one thread. rows: of `batch`.
 
     Raises:
       UserError: the training text is shorter than a block.
     """
     check_block_length(corpus, "train", block_length)
-    return _read_ahead(functools.partial(batch, corpus, block_length, batch_size, seed), start)
+    return _read_ahead(functools.partial(batch, corpus, block_length, batch_size, seed, rows=rows), start)
 
 
 def blocks(corpus: Corpus, split: str, block_length: int) -> Blocks:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from etils import epath
 
 from sedd.data.source import pieces as cut
 from sedd.data.tokenizer_bytes import Bytes
@@ -114,7 +115,7 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer.model` into a directory, which is made where it is missing."""
-        directory = Path(directory)
+        directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         about = {"kind": self.kind, "end_of_text": self.end_of_text, "fingerprint": self.fingerprint}
         (directory / "tokenizer.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -127,7 +128,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     Raises:
       UserError: there is none, or its files are damaged.
     """
-    directory = Path(directory)
+    directory = epath.Path(directory)
     try:
         about = json.loads((directory / "tokenizer.json").read_bytes())
         pieces = TOKENIZERS[about["kind"]]((directory / "tokenizer.model").read_bytes())

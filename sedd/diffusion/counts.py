@@ -31,8 +31,8 @@ def reveal_counts(profile: Sequence, calls: int, length: int | None = None) -> R
     """The counts of at most so many calls that lose least, by dynamic programming: L^2 work for each call.
 
     profile: Float[L], h_j for j = 0 .. L - 1; or the information profile of an evaluation's report, as `information`
-    takes it, with `length` L. For rows with k free tokens take the last k of an array if the others are given, the first
-    k if they stay masked. ValueError for a profile that is empty or not finite, and for calls outside 1 .. L.
+    takes it, with `length` L. For rows with k free tokens take the last k of an array if the others are given, the
+    first k if they stay masked. ValueError for a profile that is empty or not finite, and for calls outside 1 .. L.
     Hoogeboom et al., arXiv 2110.02037, after Watson et al., arXiv 2106.03802.
     """
     h = _curve(profile, length)

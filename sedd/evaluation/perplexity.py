@@ -13,15 +13,14 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sedd import parallel
+from sedd import parallel, processes
 from sedd.data.layout import Layout
 from sedd.diffusion.process import Absorbing
 from sedd.diffusion.schedule import Schedule
@@ -45,7 +44,7 @@ def perplexity(
     num_draws: int = 16,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
-    folder: Path | None = None,
+    folder: epath.Path | None = None,
     mesh: Mesh | None = None,
     batch_size: int | None = None,
     progress: bool = True,
@@ -57,19 +56,21 @@ def perplexity(
     """
     about = {**(about or {}), "data": scored.data}
     job = {} if folder is None else _job(network, schedule, scored, about, protocol, num_draws, seed)
-    record = Record(folder, job, num_values(network, num_draws))
     if mesh is None:
         mesh = parallel.data_mesh()
-        params = jax.device_put(params, parallel.shardings(mesh, params))
+        params = parallel.put(params, parallel.shardings(mesh, params))
     low, high = ends(network, schedule)
     prior = network.process.prior_divergence(high) if protocol.whole else 0.0
-    batches = score(network, schedule, params, scored, protocol, num_draws, seed, mesh, batch_size, start=len(record))
-    with _Bar(scored, prior, protocol.tightened, progress) as bar:
+    settings = (scored, protocol, num_draws, seed, mesh, batch_size)
+    with (
+        Record(folder, job, num_values(network, num_draws)) as record,
+        _Bar(scored, prior, protocol.tightened, progress and processes.is_first()) as bar,
+    ):
         bar.update(record.records())
-        for records in batches:
+        for records in score(network, schedule, params, *settings, start=len(record)):
             record.append(records)
             bar.update(records)
-    records = record.records()
+        records = record.records()
     terms = read(records, scored, prior, protocol.tightened)
     other = read(records, scored, prior, not protocol.tightened) if network.prediction == "score" else None
     report = make_report(
@@ -85,7 +86,7 @@ def perplexity(
         lengths=_how(scored.layout, network),
         about={**about, "versions": versions()},
     )
-    if folder is not None and jax.process_index() == 0:
+    if folder is not None and processes.is_first():
         (folder / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
     return report, terms
 

@@ -3,10 +3,12 @@
 Each picture has a function that makes the figure and one that saves it. No display is needed, and none is touched.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from sedd.errors import UserError
 from sedd.evaluation.sweep import Point
@@ -114,7 +116,9 @@ def _figure(width: float):
 def _save(figure, path: str | Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
+    path, picture = epath.Path(path), io.BytesIO()
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(picture, dpi=150, format=path.suffix.removeprefix(".") or None)
+        path.write_bytes(picture.getvalue())
     except (OSError, ValueError) as error:
         raise UserError(f"the picture cannot be written to {path}: {error}") from None

@@ -4,16 +4,18 @@ import functools
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sedd import parallel
+from sedd import parallel, processes, storage
 from sedd.data.workplace import write_whole
 from sedd.diffusion import draws
 from sedd.diffusion.likelihood import Draws, count_draws, level_draws, paired, time_draws
@@ -24,6 +26,8 @@ from sedd.evaluation.protocols import Protocol
 from sedd.evaluation.text import Scored
 from sedd.network.network import Network
 
+_DRAWS = "draws.f32"
+_SYNC = 60  # seconds between copies into a bucket
 UNIFORM_SIGMA = 12.0  # where the uniform bound ends at the earliest: there its prior is below 1e-5 nats a token
 
 
@@ -63,10 +67,10 @@ def score(
     bind = scored.layout.binds_lengths or not isinstance(network.process, Absorbing)
     static = (network, schedule, protocol, num_draws, bind, mesh, ends(network, schedule))
     run = functools.partial(_records, *static, params, jax.random.key(seed))
-    rows = parallel.batch_sharding(mesh)
+    here = parallel.local_rows(mesh, size)
     for first in range(start, number, size):
         at = np.arange(first, first + size) % number  # one shape for all; what is over is dropped
-        batch = jax.device_put((scored.tokens[at], scored.lengths[at], at), rows)
+        batch = parallel.spread(mesh, (scored.tokens[at[here]], scored.lengths[at[here]], at[here]), here, size)
         yield np.asarray(run(*batch))[: number - first]
 
 
@@ -103,13 +107,14 @@ def _with_axis(term: jax.Array) -> jax.Array:
     return term[:, None] if term.ndim == 2 else term
 
 
-def out_folder(path: str | Path) -> Path:
+def out_folder(path: str | Path) -> epath.Path:
     """The folder, made where it is missing. UserError if that cannot be done."""
+    folder = storage.folder_of(path)
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be a folder ({error.strerror}); choose another --out") from None
-    return Path(path)
+    return folder
 
 
 class Record:
@@ -118,23 +123,29 @@ class Record:
         job.json     all that its numbers depend on
         draws.f32    the records of its rows, little-endian, one after another
 
-    A record cut off in the middle is made again. Without a folder all is held in memory only. Where there are several
-    processes all of them have to see the folder; the first writes.
+    A record cut off in the middle is made again. Without a folder all is held in memory only. Process 0 reads and
+    writes the folder, and tells the others what is there. A context manager.
     """
 
-    def __init__(self, folder: Path | None, job: dict, shape: tuple[int, int]):
+    def __init__(self, folder: epath.Path | None, job: dict, shape: tuple[int, int]):
         """UserError if the folder holds another job."""
-        self.shape, self._file, self._parts = shape, None, []
+        self.shape, self._mirror, self._parts, self._synced = shape, None, [], time.monotonic()
         if folder is None:
             return
-        out_folder(folder)
-        _claim(folder, job)
-        self._file = folder / "draws.f32"
-        if self._file.exists():
-            whole = self._file.stat().st_size // (4 * math.prod(shape))
-            self._parts.append(np.fromfile(self._file, "<f4", whole * math.prod(shape)).reshape(-1, *shape))
-            if jax.process_index() == 0:
-                os.truncate(self._file, self._parts[0].nbytes)
+        there = np.zeros((0, *shape), np.float32)
+        with processes.together():
+            if processes.is_first():
+                _claim(out_folder(folder), job)
+                self._mirror = storage.Mirror(folder, (_DRAWS,))
+                there = self._read()
+        self._parts.append(processes.array_of_first(there))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._mirror is not None:
+            self._mirror.close()
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
@@ -142,23 +153,36 @@ class Record:
     def append(self, records: np.ndarray):
         """Float32[n M K]."""
         self._parts.append(records)
-        if self._file is not None and jax.process_index() == 0:
-            with open(self._file, "ab") as file:
-                file.write(records.astype("<f4").tobytes())
+        if self._mirror is None:
+            return
+        with open(self._mirror.local / _DRAWS, "ab") as file:
+            file.write(records.astype("<f4").tobytes())
+        if time.monotonic() - self._synced > _SYNC:
+            self._mirror.sync()
+            self._synced = time.monotonic()
 
     def records(self) -> np.ndarray:
         """Of all rows scored so far, Float32[n M K]."""
         return np.concatenate([np.zeros((0, *self.shape), np.float32), *self._parts])
 
+    def _read(self) -> np.ndarray:
+        """The whole records that are there; what is cut off behind them goes."""
+        file = self._mirror.local / _DRAWS
+        if not file.exists():
+            return np.zeros((0, *self.shape), np.float32)
+        whole = file.stat().st_size // (4 * math.prod(self.shape))
+        found = np.fromfile(file, "<f4", whole * math.prod(self.shape)).reshape(-1, *self.shape)
+        os.truncate(file, found.nbytes)
+        return found
 
-def _claim(folder: Path, job: dict):
+
+def _claim(folder: epath.Path, job: dict):
     """Writes down which job the folder is for, or holds that it is for this one."""
     file = folder / "job.json"
     if not file.exists():
         if any(other.suffix != ".part" for other in folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no evaluation; choose another --out")
-        if jax.process_index() == 0:
-            write_whole(file, job)
+        write_whole(file, job)
         return
     try:
         there = dict(json.loads(file.read_bytes()))

@@ -1,108 +1,222 @@
-"""Checkpoints: Orbax behind one file, and a digest of every file of theirs, verified before anything is read.
+"""Checkpoints: Orbax behind one file, with a digest of every array, verified on the way back.
 
-Orbax notices arrays that are cut short or missing, but restores a changed byte without a word; and it never goes back
-to an older checkpoint by itself.
+Orbax notices arrays that are cut short or missing, but restores a changed byte without a word, casts types likewise,
+and never goes back to an older checkpoint by itself. A checkpoint is a folder named by its step:
+
+    params/ ema/ optimizer/   the arrays, each by its path
+    manifest/                 the step, and the shape, type and digest of each array; without it nothing counts
+    metrics/                  the bound on held-out text, where the best is kept
 """
 
-import json
+import contextlib
+import dataclasses
+import functools
 import sys
-import zlib
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
 
+from sedd import parallel, processes
 from sedd.errors import UserError
 from sedd.parallel import named
+from sedd.training.digests import digests
 from sedd.training.step import TrainState
 
-DIGESTS = "digests.json"
+BOUND = "validation_nats_per_token"  # by which the best checkpoint is chosen
+_ITEMS = ("params", "ema", "optimizer")  # what is stored apart, so that inference reads the parameters alone
+_ASIDE = "damaged-"  # before the step of what is passed over by a run that goes on
 
 
+@dataclasses.dataclass
 class Checkpoints:
-    """The checkpoints of a run, in a folder: each is written whole or not at all. A context manager."""
+    """The checkpoints of a run, in a folder that all processes see: each is written whole or not at all.
 
-    def __init__(self, directory: Path, keep: int = 1):
-        """keep: how many of the newest stay."""
-        import orbax.checkpoint as ocp  # slow to import, and of no use to who only samples from an exported model
+    A context manager. Writing goes on in the background; the next `save`, and the end, wait for it. config: the group
+    `checkpoint`: of the newest `keep` stay, of the others those of every `keep_every` steps, and the best. All
+    processes have to call all methods.
+    """
 
-        self.directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-            enable_async_checkpointing=False,
-            cleanup_tmp_directories=True,
-        )
-        self._args = ocp.args
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+    directory: epath.Path
+    config: ConfigDict
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        self._manager.close()
+    def __exit__(self, kind, *_):
+        if kind is None or issubclass(kind, UserError):
+            self._finish(quiet=kind is not None)
 
-    def save(self, state: TrainState):
-        """Writes the state, unless its step is there already."""
-        step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        arrays = {name: self._args.StandardSave(_flat(tree)) for name, tree in _items(state).items()}
-        self._manager.save(step, args=self._args.Composite(**arrays))
-        _seal(self.directory / str(step))
+    @functools.cached_property
+    def _manager(self):
+        """Made for the first `save`: that also clears away what an interrupted one left."""
+        import orbax.checkpoint as ocp  # slow to import, and of no use to who only samples from an exported model
+
+        policies = ocp.checkpoint_managers
+        stay = [policies.LatestN(self.config.keep)]
+        if self.config.keep_every:
+            stay.append(policies.EveryNSteps(self.config.keep_every))
+        if self.config.keep_best:
+            best = dict(reverse=True, n=1, keep_checkpoints_without_metrics=False)
+            stay.append(policies.BestN(lambda metrics: metrics[BOUND], **best))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(stay),
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        )
+        # What is whole on many devices is written by one of them; Orbax would have each write, and compile, a slice.
+        types = ocp.type_handlers
+        writer = types.ArrayHandler(min_slice_bytes_for_replica_parallel=parallel.WHOLE)
+        arrays = ocp.PyTreeCheckpointHandler(
+            type_handler_registry=types.create_type_handler_registry((jax.Array, writer))
+        )
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        handlers.add("manifest", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+        for name in _ITEMS:
+            handlers.add(name, ocp.args.PyTreeSave, arrays)
+        return ocp.CheckpointManager(self.directory, options=options, handler_registry=handlers)
+
+    def save(self, state: TrainState, bound: float | None = None):
+        """Writes the state, unless its step is there already. bound: on held-out text, in nats per token.
+
+        UserError if it cannot be written, or the one before could not; those that are there stay.
+        """
+        import orbax.checkpoint as ocp
+
+        step, items = int(state.step), _items(state)
+        with self._written():
+            if step in self._manager.all_steps():
+                return
+            arrays = {name: ocp.args.PyTreeSave(_flat(tree)) for name, tree in items.items()}
+            manifest = ocp.args.JsonSave({"step": step, "arrays": _described(items, digests(items))})
+            metrics = None if bound is None else {BOUND: bound}
+            self._manager.save(
+                step, args=ocp.args.Composite(**arrays, manifest=manifest), metrics=metrics, force=True
+            )
 
     def restore(self, like: TrainState) -> TrainState | None:
-        """The newest state that verifies, or None where none was ever written.
+        """The newest state that verifies, or None where none was ever written; what is passed over is put aside.
 
         like: the shapes, types and shardings, as `jax.ShapeDtypeStruct`.
         """
-        step = self._newest()
-        if step is None:
+        found = _newest(self.directory, _items(like))
+        if found is None:
             return None
-        items = self._read(step, _items(like))
-        step = jax.device_put(np.int32(step), like.step.sharding)
+        step, items, damaged = found
+        with processes.together():
+            if processes.is_first():
+                for worse in damaged:  # the run will come to that step again
+                    _put_aside(self.directory, worse)
+        step = parallel.put(np.int32(step), like.step.sharding)
         return TrainState(step, items["params"], items.get("ema"), items["optimizer"])
 
-    def restore_params(self, like: dict, ema: bool) -> dict:
-        """The parameters to evaluate and sample with, of the newest checkpoint that verifies."""
-        step, name = self._newest(), "ema" if ema else "params"
-        if step is None:
-            raise UserError(f"{self.directory} holds no checkpoint yet; train a little longer")
-        return self._read(step, {name: like})[name]
+    def _finish(self, quiet: bool):
+        """Waits for what is being written. quiet: another mistake is on its way to the user."""
+        if "_manager" not in self.__dict__:
+            return
+        with contextlib.suppress(UserError) if quiet else contextlib.nullcontext(), self._written():
+            self._manager.wait_until_finished()
+            self._manager.close()
 
-    def _newest(self) -> int | None:
-        """The newest step that verifies. UserError where there are checkpoints, but none does."""
-        damaged = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            if _is_whole(self.directory / str(step)):
-                for worse in damaged:
-                    print(
-                        f"sedd: the checkpoint of step {worse} is damaged; going back to step {step}", file=sys.stderr
-                    )
-                return step
-            damaged.append(step)
-        if damaged:
-            raise UserError(f"the checkpoints in {self.directory} are damaged, all of them; restore them from a copy")
-        return None
-
-    def _read(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        arrays = {name: self._args.StandardRestore(_flat(tree)) for name, tree in like.items()}
-        read = self._manager.restore(step, args=self._args.Composite(**arrays))
-        return {
-            name: jax.tree.unflatten(jax.tree.structure(tree), [read[name][path] for path in _flat(tree)])
-            for name, tree in like.items()
-        }
+    @contextlib.contextmanager
+    def _written(self):
+        """What goes wrong while something is written, in a line; what it left behind goes."""
+        try:
+            yield
+        except Exception as error:  # of Orbax, of its storage, of the file system
+            if processes.is_first():
+                for part in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                    with contextlib.suppress(OSError):
+                        part.rmtree()
+            raise UserError(
+                f"a checkpoint could not be written to {self.directory} ({_cause(error)}); those that are there stay. "
+                "Mend that, and the same command continues"
+            ) from error
 
 
-def any_saved(directory: Path) -> bool:
-    """Whether a run left checkpoints there, whole or not."""
-    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
+def restore_params(directory: epath.Path, like: dict, ema: bool, step: int | None = None) -> dict:
+    """The parameters to evaluate and sample with, of the newest checkpoint that verifies, or of the one told.
+
+    Reads only, also beside a run that is writing. UserError where there is none.
+    """
+    name = "ema" if ema else "params"
+    found = _newest(directory, {name: like}, None if step is None else [step])
+    if found is None:
+        raise UserError(f"{directory} holds no checkpoint yet; train a little longer")
+    return found[1][name]
+
+
+def steps_saved(directory: epath.Path) -> list[int]:
+    """The steps of the checkpoints that are there, whole or not, from the oldest on."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def _newest(
+    directory: epath.Path, like: dict[str, Any], steps: list[int] | None = None
+) -> tuple[int, dict[str, Any], list[int]] | None:
+    """The newest step that verifies, what was asked of it, and the newer ones that do not.
+
+    None where there is none at all; UserError where none verifies. What is passed over is said.
+    """
+    passed = {}
+    steps = processes.of_first(steps_saved(directory)) if steps is None else steps
+    for step in reversed(steps):
+        items, problem = None, None
+        try:
+            items = _read(directory / str(step), step, like)
+        except _Unusable as error:
+            problem = str(error)
+        except Exception as error:  # whatever Orbax, JSON or a file system say of a damaged file
+            problem = f"is damaged ({_cause(error)})"
+        problem = processes.agreed(problem)
+        if problem is None:
+            if processes.is_first():
+                for worse, why in passed.items():
+                    print(f"sedd: the checkpoint of step {worse} {why}; going back to step {step}", file=sys.stderr)
+            return step, items, list(passed)
+        passed[step] = problem
+    if passed:
+        reasons = "; ".join(f"that of step {step} {why}" for step, why in passed.items())
+        raise UserError(f"no checkpoint in {directory} can be used: {reasons}; restore one from a copy")
+    return None
+
+
+class _Unusable(ValueError):
+    """What is wrong with a checkpoint that can be read."""
+
+
+def _read(checkpoint: epath.Path, step: int, like: dict[str, Any]) -> dict[str, Any]:
+    """Some items of one checkpoint, verified. Without Orbax's manager, which would wait for all processes."""
+    import orbax.checkpoint as ocp
+
+    if not (checkpoint / "manifest").is_dir():
+        raise _Unusable("is not whole (it has no manifest)")
+    manifest = ocp.JsonCheckpointHandler().restore(checkpoint / "manifest", args=ocp.args.JsonRestore())
+    if manifest["step"] != step:
+        raise _Unusable(f"is that of step {manifest['step']}, renamed")
+    wanted, there = _described(like), manifest["arrays"]
+    there = {name: about for name, about in there.items() if name.partition("/")[0] in like}
+    for name in (*wanted, *there):
+        found, expected = (_shown(described.get(name)) for described in (there, wanted))
+        if found != expected:
+            raise _Unusable(f"is another model's ({name} is {found} there, {expected} here)")
+    items = {}
+    for name, tree in like.items():
+        flat = _flat(tree)
+        read = ocp.StandardCheckpointHandler().restore(checkpoint / name, args=ocp.args.StandardRestore(flat))
+        items[name] = jax.tree.unflatten(jax.tree.structure(tree), [read[path] for path in flat])
+    for name, digest in digests(items).items():
+        if digest != there[name]["digest"]:
+            raise _Unusable(f"is damaged ({name} is not what was written)")
+    return items
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """What is stored apart, so that inference reads the parameters alone."""
-    items = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
-    return {name: tree for name, tree in items.items() if tree is not None}
+    return {name: getattr(state, name) for name in _ITEMS if getattr(state, name) is not None}
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -110,21 +224,32 @@ def _flat(tree: Any) -> dict[str, Any]:
     return named(tree, separator=".")  # Orbax makes files of the names
 
 
-def _seal(checkpoint: Path):
-    """Writes the digests of a finished checkpoint; without them it does not count."""
-    part = checkpoint / f"{DIGESTS}.part"
-    part.write_text(json.dumps(_digests(checkpoint), indent=2) + "\n")
-    part.rename(checkpoint / DIGESTS)
+def _described(items: dict[str, Any], digest: dict[str, str] | None = None) -> dict[str, dict]:
+    """Shape and type of each array, as the manifest has them, with its digest where that is known."""
+    return {
+        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} | ({"digest": digest[name]} if digest else {})
+        for name, leaf in named(items).items()
+    }
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        return json.loads((checkpoint / DIGESTS).read_text()) == _digests(checkpoint)
-    except (OSError, ValueError):
-        return False
+def _shown(about: dict | None) -> str:
+    return "missing" if about is None else f"{about['dtype']}{about['shape']}"
 
 
-def _digests(checkpoint: Path) -> dict[str, int]:
-    """The CRC of each file."""
-    files = (file for file in sorted(checkpoint.rglob("*")) if file.is_file() and not file.name.startswith(DIGESTS))
-    return {str(file.relative_to(checkpoint)): zlib.crc32(file.read_bytes()) for file in files}
+def _put_aside(directory: epath.Path, step: int):
+    """Renames what cannot be used, so that nothing is lost and its step is free."""
+    aside = directory / f"{_ASIDE}{step}"
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = directory / f"{_ASIDE}{step}-{number}"
+    (directory / str(step)).rename(aside)
+    print(f"sedd: it is kept as {aside.name}", file=sys.stderr)
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong at the bottom, in short: tensorstore adds its whole specification to its messages."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next(filter(None, str(error).split("\n")), type(error).__name__)
+    return line.partition(" [")[0][:160]

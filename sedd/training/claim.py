@@ -2,27 +2,35 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from sedd import config as configs
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.errors import UserError
-from sedd.training.checkpoint import any_saved
+from sedd.training.checkpoint import steps_saved
 
 # What may change between the start of a run and its continuation without making it another run.
-_FREE = {"training.steps", "training.accumulation", "data.corpus", "network.scan", "network.remat", "network.attention"}
+_FREE = {
+    "training.steps",
+    "training.accumulation",
+    "training.skips",
+    "data.corpus",
+    "network.scan",
+    "network.remat",
+    "network.attention",
+}
 _FREE_GROUPS = {"mesh", "checkpoint", "evaluation", "metrics"}
 
 
-def claim(workdir: Path, config: ConfigDict, corpus: Corpus, layout: Layout, init_from: str | None = None):
+def claim(workdir: epath.Path, config: ConfigDict, corpus: Corpus, layout: Layout, init_from: str | None = None):
     """Makes the folder this run's, or makes sure that it is. UserError if it holds another run, or something else.
 
     Leaves config.json: the config, the corpus' vocabulary and hash, its layout as `layout_of` has it, and where the
-    parameters came from that the run started with.
+    parameters came from that the run started with. For process 0; the others see what it leaves.
     """
     path = workdir / "config.json"
     mine = {
@@ -37,7 +45,7 @@ def claim(workdir: Path, config: ConfigDict, corpus: Corpus, layout: Layout, ini
         changed = [f"{key} ({old!r} there, {new!r} here)" for key, old, new in _differences(theirs, mine)]
         if changed:
             raise UserError(f"{workdir} holds another run: {', '.join(changed)}; choose another --workdir")
-        if any_saved(workdir / "checkpoints"):
+        if steps_saved(workdir / "checkpoints"):
             mine["init_from"] = theirs.get("init_from")
     elif workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty and holds no run; choose another --workdir")
@@ -48,7 +56,7 @@ def claim(workdir: Path, config: ConfigDict, corpus: Corpus, layout: Layout, ini
     part.replace(path)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: epath.Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text())
     except ValueError:

@@ -1,28 +1,37 @@
 """The fit loop: from a config and a folder to a trained run, whatever happens in between."""
 
 import contextlib
+import dataclasses
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sedd import config as configs
-from sedd import parallel
-from sedd.data.batches import Batch, batches, check_block_length
+from sedd import parallel, processes, storage
+from sedd.data.batches import batches, check_block_length
 from sedd.data.corpus import Corpus, open_corpus
+from sedd.data.layout import Layout
+from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.network.network import Network
 from sedd.training.board import Board, check_installed
-from sedd.training.checkpoint import Checkpoints, any_saved
+from sedd.training.checkpoint import BOUND, Checkpoints, steps_saved
+from sedd.training.chips import peak_flops
 from sedd.training.claim import claim
+from sedd.training.estimate import step_flops
+from sedd.training.guard import NONFINITE, Guard
 from sedd.training.held_out import HeldOut, check_split, layout_of
 from sedd.training.metrics import Metrics, Summary
 from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
-from sedd.training.step import make_step
+from sedd.training.profile import Profile
+from sedd.training.step import TrainState, make_step
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,55 +45,121 @@ class Interrupted(KeyboardInterrupt):
 def fit(config: ConfigDict, workdir: str | Path, weights: dict | None = None, init_from: str | None = None) -> Summary:
     """Trains to `config.training.steps`, from the newest checkpoint where the folder holds this run.
 
-    weights: parameters to start from instead of fresh ones, at step 0 with a new optimiser; a run that goes on has
-    its own. init_from: where they came from, for the record. Leaves config.json, the tokenizer, metrics.jsonl,
-    samples.jsonl and checkpoints in `workdir`. Raises UserError before anything is compiled if the config, the corpus,
-    the weights or the folder do not fit, and Interrupted when it was stopped.
+    workdir: a folder that all processes see, or gs://BUCKET/FOLDER. weights: parameters to start from instead of fresh
+    ones, at step 0 with a new optimiser; a run that goes on has its own. init_from: where they came from, for the
+    record. Leaves config.json, the tokenizer, metrics.jsonl, samples.jsonl and checkpoints in `workdir`. Raises
+    UserError before anything is compiled if the config, the corpus, the weights or the folder do not fit, and
+    Interrupted when it was stopped. With several processes, all of them call it.
     """
-    workdir = Path(workdir)
+    workdir = storage.folder_of(workdir)
     config = configs.validate(config)
-    training, data, every = config.training, config.data, config.evaluation.every
+    data = config.data
     corpus = open_corpus(data.corpus)
     check_block_length(corpus, "train", data.block_length)
     _, schedule, network = configs.build(config, _vocab_size(config, corpus))
     mesh = parallel.make_mesh(config)
-    if weights is not None and not any_saved(workdir / "checkpoints"):
+    if weights is not None and not steps_saved(workdir / "checkpoints"):
         weights = _fitting(weights, network, init_from or "the weights to start from")
-    if every:
+    if config.evaluation.every:
         check_split(corpus, data.block_length)
     if config.metrics.tensorboard:
         check_installed()
     layout = layout_of(corpus, data.block_length)
-    claim(workdir, config, corpus, layout, init_from)
+    with contextlib.ExitStack() as held:
+        _settle(held, workdir, config, corpus, layout, init_from)
+        run = _Run(workdir, config, corpus, layout, schedule, network, mesh)
+        return run(weights)
 
-    objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
-    init, step, where = make_step(config, objective, make_optimizer(config.optimizer, training.steps), mesh)
-    held_out = HeldOut(config, corpus, layout, schedule, network, mesh)
-    rows = parallel.batch_sharding(mesh)
-    with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, _stop_signals() as stopping:
-        state = checkpoints.restore(parallel.placed(jax.eval_shape(init), where))
-        if state is None:
-            state = init() if weights is None else init(jax.device_put(weights, where.params))
-        start = int(state.step)
-        source = batches(corpus, data.block_length, training.batch_size, training.seed, start)
-        board = Board(workdir / "tensorboard", start) if config.metrics.tensorboard else None
-        log = Metrics(workdir, start, training.steps, board)
-        with contextlib.closing(source), log:
+
+def _settle(held: contextlib.ExitStack, workdir: epath.Path, config: ConfigDict, corpus: Corpus, *about):
+    """The folder is this run's, and every process sees it, has the same corpus and was told the same."""
+    if processes.are_many():
+        storage.check_shared(workdir)
+        processes.check_same("corpus (by its hash)", corpus.hash)
+        processes.check_same("config", configs.fingerprint(config))
+    with processes.together():
+        if processes.is_first():
+            claim(workdir, config, corpus, *about)
+            held.enter_context(storage.locked(workdir))
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run whose folder is its own: all that the loop takes."""
+
+    workdir: epath.Path
+    config: ConfigDict
+    corpus: Corpus
+    layout: Layout
+    schedule: Schedule
+    network: Network
+    mesh: Mesh
+
+    def __call__(self, weights: dict | None) -> Summary:
+        """From the newest checkpoint, or the weights, or fresh parameters, to the last step."""
+        config, training = self.config, self.config.training
+        objective = Objective(self.network, self.schedule, training.batch_size, training.levels, training.min_time)
+        optimizer = make_optimizer(config.optimizer, training.steps)
+        init, step, where = make_step(config, objective, optimizer, self.mesh)
+        with (
+            Checkpoints(self.workdir / "checkpoints", config.checkpoint) as checkpoints,
+            _stop_signals() as stopping,
+            storage.Mirror(self.workdir, ("metrics.jsonl", "samples.jsonl", NONFINITE)) as mirror,
+        ):
+            state = checkpoints.restore(parallel.placed(jax.eval_shape(init), where))
+            if state is None:
+                state = init() if weights is None else init(parallel.put(weights, where.params))
+            return self._loop(state, step, checkpoints, mirror, stopping)
+
+    def _loop(self, state, step, checkpoints, mirror, stopping) -> Summary:
+        training, data = self.config.training, self.config.data
+        start, rows = int(state.step), parallel.local_rows(self.mesh, training.batch_size)
+        source = batches(self.corpus, data.block_length, training.batch_size, training.seed, start, rows)
+        profile = Profile(mirror.local / "profile", start, self.config.metrics.profile)
+        stop = asked = False
+        with contextlib.closing(source), profile, self._metrics(mirror.local, start) as log:
             for number in range(start + 1, training.steps + 1):
-                batch, last = next(source), number == training.steps
-                state, metrics = step(state, jax.device_put(batch, rows))
-                log.record(number, metrics, _num_tokens(batch))
-                if every and (number % every == 0 or last):
-                    log.bound(number, held_out.bound(state.best))
-                    log.samples(number, *held_out.samples(state.best))
-                if number % config.checkpoint.every == 0 or stopping.is_set() or last:
-                    log.settle()  # nothing is saved whose loss is not finite
-                    checkpoints.save(state)
-                if stopping.is_set():
+                with profile.step(number):
+                    batch = parallel.spread(self.mesh, next(source), rows, training.batch_size)
+                    state, metrics = step(state, batch)
+                # Whether any process was asked to stop, heard by all of them a step later.
+                stop, asked = bool(asked), processes.any_of(stopping.is_set())
+                log.record(number, metrics)
+                last = number == training.steps
+                bound = self._evaluated(number, last, state, log)
+                if number % self.config.checkpoint.every == 0 or stop or last or bound is not None:
+                    log.settle()
+                    checkpoints.save(state, bound)
+                    mirror.sync()
+                if stop:
                     break
-    if int(state.step) < training.steps:
-        raise Interrupted(int(state.step))
-    return log.summary()
+        if int(state.step) < training.steps:
+            raise Interrupted(int(state.step))
+        return log.summary()
+
+    def _metrics(self, folder: Path, start: int) -> Metrics:
+        """What process 0 writes and shows; the others look at the numbers only."""
+        config, training = self.config, self.config.training
+        if not processes.is_first():
+            return Metrics(None, start, training.steps, Guard(training.skips, None))
+        board = Board(folder / "tensorboard", start) if config.metrics.tensorboard else None
+        guard, least = Guard(training.skips, folder), None
+        rate, paired = peak_flops(jax.devices()[0].device_kind), training.levels == "counts"
+        if rate is not None:
+            flops = step_flops(self.network, training.batch_size, config.data.block_length, paired, recomputed=False)
+            least = flops / (rate * jax.device_count())
+        return Metrics(folder, start, training.steps, guard, board, least)
+
+    def _evaluated(self, number: int, last: bool, state: TrainState, log: Metrics) -> float | None:
+        """The bound and the samples of a step that has them; returns the bound where a checkpoint is to have it."""
+        every = self.config.evaluation.every
+        if not every or not (number % every == 0 or last):
+            return None
+        held_out = HeldOut(self.config, self.corpus, self.layout, self.schedule, self.network, self.mesh)
+        bound = held_out.bound(state.best)
+        log.bound(number, bound)
+        log.samples(number, *held_out.samples(state.best))
+        return bound[BOUND] if self.config.checkpoint.keep_best else None
 
 
 def _fitting(weights: dict, network: Network, what: str) -> dict:
@@ -100,11 +175,6 @@ def _fitting(weights: dict, network: Network, what: str) -> dict:
         if found != wanted:
             raise UserError(f"{what} cannot start this run: {name} is {found} there, {wanted} in the config's network")
     return jax.tree.unflatten(jax.tree.structure(like), [given[name] for name in expected])
-
-
-def _num_tokens(batch: Batch) -> int:
-    """The tokens of a batch that count."""
-    return batch.tokens.size if batch.lengths is None else int(batch.lengths.sum())
 
 
 def _vocab_size(config: ConfigDict, corpus: Corpus) -> int:

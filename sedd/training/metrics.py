@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -11,8 +10,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sedd.errors import UserError
 from sedd.training.board import Board
+from sedd.training.guard import Guard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +22,7 @@ class Summary:
     seconds: float  # of the clock, compilation and evaluation included
     tokens: int  # seen, those that count
     tokens_per_second: float | None  # without compilation and evaluation
+    utilisation: float | None  # of the devices' dense bfloat16 rate; None where that is not known
     loss: float | None  # nats per token, the mean over the last steps
     validation_nats_per_token: float | None  # the last bound on the validation split
 
@@ -30,7 +30,7 @@ class Summary:
         """A line for people."""
         if not self.steps:
             return "nothing was left to do"
-        rate = "" if self.tokens_per_second is None else f" ({self.tokens_per_second:,.0f} tokens/s)"
+        rate = "" if self.tokens_per_second is None else f" ({_rate(self.tokens_per_second, self.utilisation)})"
         bound = self.validation_nats_per_token
         return (
             f"{self.steps:,} steps, {self.tokens:,} tokens in {self.seconds:,.0f} s{rate}; "
@@ -45,19 +45,33 @@ class Metrics:
     them. The file has each step's own loss; the bar shows a running mean, and the rate without the compilation.
     """
 
-    def __init__(self, workdir: Path, start: int, steps: int, board: Board | None = None):
-        """Goes on in metrics.jsonl and samples.jsonl after step `start`, of `steps` in all."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            _forget_after(workdir / name, start)
-        self._file = (workdir / "metrics.jsonl").open("a")
-        self._samples, self._board = workdir / "samples.jsonl", board
-        self._pending: tuple[int, dict[str, jax.Array], int] | None = None
+    def __init__(
+        self,
+        folder: Path | None,
+        start: int,
+        steps: int,
+        guard: Guard,
+        board: Board | None = None,
+        least_seconds: float | None = None,
+    ):
+        """Goes on in metrics.jsonl and samples.jsonl of the folder after step `start`, of `steps` in all.
+
+        folder: None in processes that write and show nothing. least_seconds: of a step, if the devices did nothing but
+        the multiplications of the algorithm, at their full rate.
+        """
+        self._file = self._samples = None
+        if folder is not None:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                _forget_after(folder / name, start)
+            self._file, self._samples = (folder / "metrics.jsonl").open("a"), folder / "samples.jsonl"
+        self._guard, self._board, self._least = guard, board, least_seconds
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._begin, self._clock = time.monotonic(), None
-        self._loss = self._seconds_per_token = None  # running means
-        self._taken = self._tokens = self._timed_tokens = 0
+        self._loss = self._seconds = self._seconds_per_token = None  # running means
+        self._taken = self._tokens = self._timed_steps = self._timed_tokens = 0
         self._timed, self._bound = 0.0, None
-        interval = 0.1 if sys.stderr.isatty() else 10
-        self._bar = tqdm(initial=start, total=steps, desc="compiling", unit="step", mininterval=interval)
+        shown = dict(disable=folder is None, mininterval=0.1 if sys.stderr.isatty() else 10)
+        self._bar = tqdm(initial=start, total=steps, desc="compiling", unit="step", **shown)
 
     def __enter__(self):
         return self
@@ -66,32 +80,30 @@ class Metrics:
         if kind is None:
             self.settle()
         self._bar.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
-    def record(self, step: int, values: dict[str, jax.Array], tokens: int):
-        """Takes the numbers of one step, over so many tokens that count, and writes those of the step before."""
+    def record(self, step: int, metrics: dict[str, jax.Array]):
+        """Takes the metrics of one step, as `make_step` has them, and writes those of the step before."""
         self.settle()
-        self._pending = step, values, tokens
+        self._pending = step, metrics
 
     def settle(self):
-        """Writes what it was last given. UserError if the loss is not finite."""
+        """Writes what it was last given. UserError if the guard lets it not pass."""
         if self._pending is None:
             return
-        step, values, tokens = self._pending
-        values = {name: float(value) for name, value in values.items()}
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"the loss of step {step} is not finite; the last checkpoint stays. Lower optimizer.learning_rate"
-            )
-        self._pending = None
-        self._write(step, {**values, **self._rate(tokens)})
+        (step, metrics), self._pending = jax.device_get(self._pending), None
+        passes, tokens = self._guard.passes(step, metrics), int(metrics["tokens"])
+        values = {name: float(metrics[name]) for name in ("loss", "gradient_norm", "learning_rate")}
         self._taken, self._tokens = self._taken + 1, self._tokens + tokens
-        self._loss = _running(self._loss, values["loss"])
-        rate = "" if self._seconds_per_token is None else f", {1 / self._seconds_per_token:,.0f} tokens/s"
+        self._write(step, {**(values if passes else {"skipped": True}), **self._speed(tokens)})
+        self._loss = _running(self._loss, values["loss"]) if passes else self._loss
+        loss = "" if self._loss is None else f"loss {self._loss:.3f} nats/token"
+        rate = "" if self._seconds is None else f", {_rate(1 / self._seconds_per_token, self._share(self._seconds))}"
         self._bar.set_description("training", refresh=False)
-        self._bar.set_postfix_str(f"loss {self._loss:.3f} nats/token{rate}", refresh=False)
+        self._bar.set_postfix_str(loss + rate, refresh=False)
         self._bar.update()
 
     def bound(self, step: int, values: dict[str, float]):
@@ -105,6 +117,8 @@ class Metrics:
     def samples(self, step: int, texts: list[str], tokens: list[np.ndarray]):
         """Texts drawn from the model as it is, and their tokens, Int[L] each."""
         self.settle()
+        if self._samples is None:
+            return
         with self._samples.open("a") as file:
             for text, ids in zip(texts, tokens):
                 file.write(json.dumps({"step": step, "text": text, "tokens": ids.tolist()}) + "\n")
@@ -116,28 +130,43 @@ class Metrics:
 
     def summary(self) -> Summary:
         """All of it, in short."""
-        rate = self._timed_tokens / self._timed if self._timed else None
-        seconds = time.monotonic() - self._begin
-        return Summary(self._taken, seconds, self._tokens, rate, self._loss, self._bound)
+        seconds, timed = time.monotonic() - self._begin, self._timed or None
+        rate, share = timed and self._timed_tokens / timed, timed and self._share(timed / self._timed_steps)
+        return Summary(self._taken, seconds, self._tokens, rate, share, self._loss, self._bound)
 
-    def _rate(self, tokens: int) -> dict[str, int]:
-        """The tokens per second since the step before, where that is known."""
+    def _speed(self, tokens: int) -> dict[str, float]:
+        """The tokens per second since the step before, and the share of the devices' rate, where these are known."""
         before, self._clock = self._clock, time.monotonic()
         if before is None:
             return {}
         seconds = self._clock - before
         self._timed, self._timed_tokens = self._timed + seconds, self._timed_tokens + tokens
+        self._timed_steps += 1
+        self._seconds = _running(self._seconds, seconds)
         self._seconds_per_token = _running(self._seconds_per_token, seconds / max(1, tokens))
-        return {"tokens_per_second": round(tokens / seconds)}
+        share = self._share(seconds)
+        return {"tokens_per_second": round(tokens / seconds)} | ({} if share is None else {"utilisation": share})
+
+    def _share(self, seconds: float) -> float | None:
+        """The utilisation of the devices in a step of so many seconds."""
+        return self._least and round(self._least / seconds, 4)
 
     def _say(self, text: str):
-        self._bar.write(text, file=sys.stderr)
+        if self._file is not None:
+            self._bar.write(text, file=sys.stderr)
 
     def _write(self, step: int, values: dict[str, float]):
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._board is not None:
             self._board.numbers(step, values)
+
+
+def _rate(tokens_per_second: float, utilisation: float | None) -> str:
+    share = "" if utilisation is None else f", {utilisation:.1%} utilisation"
+    return f"{tokens_per_second:,.0f} tokens/s{share}"
 
 
 def _running(mean: float | None, value: float) -> float:

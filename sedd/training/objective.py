@@ -114,6 +114,15 @@ class Objective:
         below = jnp.minimum((level * lengths).astype(jnp.int32), lengths - 1)
         return jnp.where(rows % 2 == 0, 1 + below, lengths - below)
 
+    def sigma(
+        self, rows: jax.Array, key: jax.Array, length: int, lengths: jax.Array | None = None
+    ) -> jax.Array:
+        """The noise of each row, as a network is told it. Int[B] -> Float[B]. lengths: Int[B]."""
+        if self.levels == "times":
+            return self.schedule.sigma(self.times(rows, key))
+        lengths = jnp.maximum(length if lengths is None else lengths, 1)
+        return -jnp.log1p(-(self.counts(rows, key, lengths) - 0.5) / lengths)
+
     def _level(self, index, key, count):
         """U[0, 1) in the stratum of each index among `count`. Int[B] -> Float[B]."""
         own = draws.uniform(draws.fold(draws.row_keys(key, index), _LEVEL))

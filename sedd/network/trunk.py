@@ -6,21 +6,23 @@ attention of the trunk run in `dtype`. Dropout masks come from the key of each e
 how a batch is laid out over devices.
 """
 
+import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from sedd.network.attention import attend
 from sedd.network.layout import ROWS, SPLIT, laid
 
 MULTIPLE = 128  # embedding rows and head columns are padded to a multiple of this, so that a mesh can split them
 FREQUENCIES = 256  # sine and cosine features of sigma
-ATTENTION = ("xla",)
 REMAT = {  # what of a layer is recomputed in the backward pass -> the policy of what is kept
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # all of it but the linear maps' results
+    "dots": jax.checkpoint_policies.save_only_these_names("dot"),  # all of it but the linear maps' results
 }
 
 
@@ -33,6 +35,31 @@ def _like_torch(fan_in: int):
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initialisation of the published models."""
     bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x, kernel, taken, made):
+    """x W, in the dtype of x. x: Float[N D]; kernel: Float32[D ...]; taken, made: what splits D, and the other axes.
+
+    The gradient is JAX's own; but the kernel is gathered and cast anew for it, where JAX would keep each one whole.
+    """
+    return laid(jnp.tensordot(laid(x, ROWS, taken), laid(kernel.astype(x.dtype), taken, *made), 1), ROWS, *made)
+
+
+def _product_forward(x, kernel, taken, made):
+    return _product(x, kernel, taken, made), (x, kernel)
+
+
+def _product_backward(taken, made, kept, gradient):
+    x, kernel = kept
+    gradient = laid(gradient, ROWS, *made)
+    whole = laid(jax.lax.optimization_barrier(kernel).astype(x.dtype), taken, *made)  # else XLA takes the first one
+    columns = tuple(range(1, kernel.ndim))
+    to_x = laid(jnp.tensordot(gradient, whole, (columns, columns)), ROWS, taken)
+    return to_x, jnp.tensordot(x, gradient, (0, 0)).astype(kernel.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nn.Module):
@@ -52,14 +79,13 @@ class Linear(nn.Module):
     def __call__(self, x):
         features = self.features if isinstance(self.features, tuple) else (self.features,)
         init = nn.initializers.zeros if self.zero else _like_torch(x.shape[-1])
-        kernel = self.param("kernel", init, (x.shape[-1], *features)).astype(self.dtype)
+        kernel = self.param("kernel", init, (x.shape[-1], *features))
         taken, made = SPLIT if self.split == "in" else None, SPLIT if self.split == "out" else None
-        made = (*(None,) * (len(features) - 1), made)
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # on CPUs the gradient of a 3-D product takes twice as long
-        y = jnp.tensordot(laid(flat, ROWS, taken), laid(kernel, taken, *made), 1)
+        y = checkpoint_name(_product(flat, kernel, taken, (*(None,) * (len(features) - 1), made)), "dot")
         if self.use_bias:
             y = y + self.param("bias", init, features).astype(self.dtype)
-        return laid(y, ROWS, *made).reshape(*x.shape[:-1], *features)
+        return y.reshape(*x.shape[:-1], *features)
 
 
 def _norm(name: str) -> nn.LayerNorm:
@@ -94,9 +120,10 @@ class Block(nn.Module):
     heads: int
     dropout: float
     dtype: str
+    attention: str
 
     @nn.compact
-    def __call__(self, h, layer, condition, keys, mask):
+    def __call__(self, h, layer, condition, keys, lengths):
         batch, length, width = h.shape
         modulation = Linear(6 * width, zero=True, name="modulation")(condition)[:, None]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
@@ -104,7 +131,7 @@ class Block(nn.Module):
         x = _modulated(_norm("norm_attention")(h), shift_a, scale_a)
         x = Linear((3, width), use_bias=False, dtype=self.dtype, split="out", name="qkv")(x)
         q, k, v = jnp.moveaxis(x.reshape(batch, length, 3, self.heads, width // self.heads), 2, 0)
-        x = jax.nn.dot_product_attention(_rotated(q), _rotated(k), v, mask=mask).reshape(batch, length, width)
+        x = attend(self.attention, _rotated(q), _rotated(k), v, lengths).reshape(batch, length, width)
         x = Linear(width, use_bias=False, dtype=self.dtype, split="in", name="out")(x)
         h = h + gate_a * _dropout(x.astype(jnp.float32), self.dropout, keys, 2 * layer)
 
@@ -148,21 +175,20 @@ class Trunk(nn.Module):
         features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
         hidden = nn.silu(Linear(self.condition, name="sigma_in")(features))
         condition = nn.silu(Linear(self.condition, name="sigma_out")(hidden))
-        mask = None if lengths is None else (jnp.arange(tokens.shape[1]) < lengths[:, None])[:, None, None, :]
 
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=not self.scan, policy=REMAT[self.remat])
-        sizes = dict(heads=self.heads, dropout=self.dropout, dtype=self.dtype)
+        sizes = dict(heads=self.heads, dropout=self.dropout, dtype=self.dtype, attention=self.attention)
         if self.scan:
             inputs = (0, nn.broadcast, nn.broadcast, nn.broadcast)
             layers = nn.scan(
                 block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=inputs, length=self.layers
             )
-            h, _ = layers(name="blocks", **sizes)(h, jnp.arange(self.layers), condition, keys, mask)
+            h, _ = layers(name="blocks", **sizes)(h, jnp.arange(self.layers), condition, keys, lengths)
         else:
             for layer in range(self.layers):
-                h, _ = block(name=f"block_{layer}", **sizes)(h, layer, condition, keys, mask)
+                h, _ = block(name=f"block_{layer}", **sizes)(h, layer, condition, keys, lengths)
         return h, condition
 
 

@@ -12,6 +12,9 @@ Commands   sedd prepare --train=csv:data/raw/e2e/trainset.csv:ref --validation=c
            sedd eval --model=runs/e2e --split=test
            sedd infill --model=runs/e2e --num_samples=4 "The Punter is a<blank:6> near<blank:4>."
            sedd sample --model=runs/e2e --num_samples=4 --top_p=0.9
+Launch     python tpu_launch/launch.py up --name=e2e --zone=us-central1-a --type=v5litepod-4 --spot \
+               --push=data/e2e -- sedd train --config=experiments/e2e.py \
+               --workdir=gs://BUCKET/runs/e2e
 Hardware   two CPU cores.
 Time       a quarter of an hour, estimated from 278 measured steps at 0.9 seconds of CPU time each.
 Result     none is known to compare with: published numbers on this data are of texts written to a given meaning.

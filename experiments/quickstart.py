@@ -5,6 +5,10 @@ Commands   sedd prepare --source=builtin:names --tokenizer=sentencepiece:1280 --
            sedd train --config=experiments/quickstart.py --workdir=runs/quickstart
            sedd eval --model=runs/quickstart
            (`sedd quickstart` does all of it, then samples and infills)
+Launch     python tpu_launch/launch.py up --name=quickstart --zone=us-central1-a --type=v5litepod-4 --spot \
+               --push=data/names -- sedd train --config=experiments/quickstart.py \
+               --workdir=gs://BUCKET/runs/quickstart
+           (the smallest there is, and too large for this: a rehearsal)
 Hardware   two CPU cores.
 Time       three to four and a half minutes for everything, measured.
 Result     a bound of 1.316 ± 0.015 bits per byte of the test split (36,253 bytes), as `sedd quickstart` printed it; the

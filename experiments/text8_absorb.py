@@ -6,6 +6,9 @@ Data       http://mattmahoney.net/dc/text8.zip (31,344,016 bytes) holds one file
 Commands   sedd prepare --source=text:data/raw/text8 --tokenizer=characters --split=position:90,5,5 --out=data/text8
            sedd train --config=experiments/text8_absorb.py --workdir=runs/text8_absorb
            sedd eval --model=runs/text8_absorb --split=test
+Launch     python tpu_launch/launch.py up --name=text8-absorb --zone=us-central1-a --type=v5litepod-16 --spot \
+               --push=data/text8 -- sedd train --config=experiments/text8_absorb.py \
+               --workdir=gs://BUCKET/runs/text8_absorb
 Hardware   8 devices of 40 GB: --dry_run estimates 17 GiB each. On fewer, --config.training.accumulation=2, 4, ...
 Time       not run here. 7.1e19 FLOPs, as --dry_run counts them: 20 hours at 1e15 a second, which is 40% of the
            peak of 8 A100s.

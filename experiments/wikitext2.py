@@ -9,6 +9,9 @@ Commands   sedd prepare --train=text:data/raw/wikitext-2/wiki.train.tokens \
                --test=text:data/raw/wikitext-2/wiki.test.tokens --tokenizer=sentencepiece:8000 --out=data/wikitext2
            sedd train --config=experiments/wikitext2.py --workdir=runs/wikitext2
            sedd eval --model=runs/wikitext2 --split=test
+Launch     python tpu_launch/launch.py up --name=wikitext2 --zone=us-central1-a --type=v5litepod-4 --spot \
+               --push=data/wikitext2 -- sedd train --config=experiments/wikitext2.py \
+               --workdir=gs://BUCKET/runs/wikitext2
 Hardware   one GPU of 8 GB or less, or two CPU cores: --dry_run estimates 2 GiB.
 Time       not run here. 3.0e15 FLOPs, as --dry_run counts them: minutes on a GPU; on two CPU cores half a day at
            7e10 a second, about what the quickstart reaches there.

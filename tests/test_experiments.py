@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from launching import launch
 
 from sedd import cli, parallel
 from sedd import config as configs
@@ -24,7 +25,7 @@ from sedd.training.step import make_step
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "experiments").glob("*.py"))
-LABELS = ["Data", "Commands", "Hardware", "Time", "Result"]
+LABELS = ["Data", "Commands", "Launch", "Hardware", "Time", "Result"]
 COLUMN = 11  # where the text of each part begins
 SPECS = ("source", *SPLITS)
 
@@ -43,9 +44,9 @@ def parts(file):
     return {label: "\n".join(text) for label, text in found.items()}
 
 
-def commands(file):
+def commands(file, label="Commands"):
     """The header's commands, a line each, whatever stands in brackets left out."""
-    lines = parts(file)["Commands"].replace("\\\n", " ").splitlines()
+    lines = parts(file)[label].replace("\\\n", " ").splitlines()
     return [line for line in lines if not line.startswith("(")]
 
 
@@ -112,6 +113,20 @@ def test_commands(file):
     assert (found["eval"].split or "test") in splits_made(prepare)
     for key, value in re.findall(r"--config\.([\w.]+)=(\w+)", "".join(parts(file).values())):
         configs.override(config, [f"{key}={value}"])
+
+
+@each_experiment
+def test_launch(file):
+    """It trains as the command does, on the corpus that it copies, into a bucket."""
+    (command,), train = commands(file, "Launch"), by_name(file)["train"]
+    python, program, *words = shlex.split(command)
+    options = launch.parse(words)
+    launched = parsed(shlex.join(options.command))
+    assert (python, program, options.step) == ("python", "tpu_launch/launch.py", "up")
+    assert launched.command == "train" and launched.config == train.config
+    assert launched.workdir == f"gs://BUCKET/{train.workdir}"
+    assert [source.there for source in options.push] == [configs.load_config(file).data.corpus]
+    assert re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", options.name)
 
 
 @pytest.mark.parametrize(

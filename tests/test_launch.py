@@ -1,0 +1,238 @@
+"""Launching: every step against a stand-in for Google's command line, which runs two workers on this machine, and what
+goes wrong on purpose."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+
+import pytest
+from launching import PYTHON, SAVES, STAND_IN, TWICE, Cloud, calls, eventually, python
+from small import SETTINGS, small_corpus
+
+
+@pytest.fixture
+def cloud(tmp_path, monkeypatch):
+    """First on the PATH. The working directory has something to push."""
+    monkeypatch.setenv("PATH", f"{STAND_IN}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("STAND_IN", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    here = tmp_path / "here"
+    (here / "data/mine").mkdir(parents=True)
+    (here / "data/mine/meta.json").write_text("{}")
+    monkeypatch.chdir(here)
+    cloud = Cloud(tmp_path)
+    cloud.python.parent.mkdir()
+    cloud.python.write_text(PYTHON.format(python=sys.executable))
+    cloud.python.chmod(0o755)
+    yield cloud
+    subprocess.run(["gcloud", "delete"], capture_output=True)
+
+
+@pytest.fixture
+def beside(cloud):
+    """Runs a step while the test goes on; the exit status is in the list that it returns, once there is one."""
+    threads = []
+
+    def start(*words, command=()):
+        statuses = []
+        threads.append(threading.Thread(target=lambda: statuses.append(cloud(*words, command=command)), daemon=True))
+        threads[-1].start()
+        return statuses
+
+    yield start
+    for thread in threads:
+        thread.join(60)
+
+
+def test_all_of_it(cloud, capfd):
+    """From nothing to a result; then once more on the machines that are there."""
+    hello = python("print('hello from', me, os.environ['A'], os.environ['JAX_PLATFORMS'], os.getcwd())")
+    for number in (1, 2):
+        assert cloud("up", "--push=data/mine", "--env=A=b 'c", command=hello) == 0
+        out, err = capfd.readouterr()
+        assert out == f"hello from 0 b 'c tpu,cpu {cloud.folder(0)}\n"
+        assert "WAITING_FOR_RESOURCES" in err or number == 2
+        assert err.endswith("tpu is paid for until: python tpu_launch/launch.py delete --name=tpu --zone=zone-a\n")
+        assert len(cloud.calls("create")) == 1 and cloud.said("setup") == cloud.said("run") == number
+        assert sum("data/mine" in argv for argv in cloud.calls("scp")) == number
+    for index in range(2):
+        assert (cloud.folder(index) / "data/mine/meta.json").read_text() == "{}"
+        assert f"hello from {index}" in (cloud.folder(index) / ".job/log").read_text()
+
+
+def test_steps_may_be_repeated(cloud, capfd):
+    """Each by itself, twice."""
+    sleep = python("print('here', me, flush=True); time.sleep(60)")
+    assert cloud("create") == cloud("create") == 0 and len(cloud.calls("create")) == 1
+    assert cloud("push", "--push=data/mine") == 0
+    (cloud.folder(1) / "sedd/stale.py").touch()
+    assert cloud("push") == 0
+    assert not (cloud.folder(1) / "sedd/stale.py").exists() and (cloud.folder(1) / "data/mine/meta.json").exists()
+    assert cloud("setup") == cloud("setup") == 0
+    assert cloud("run", command=sleep) == cloud("run", command=sleep) == 0
+    assert "worker 1: runs already" in capfd.readouterr().err
+    assert cloud("run", command=python("pass")) == 1 and cloud("push") == 1 and cloud("setup") == 1
+    err = capfd.readouterr().err
+    assert "is running; end it with stop first" in err and "again in" not in err
+    eventually(lambda: cloud("logs") == 0 and "worker 1 | here 1\n" in capfd.readouterr().out)
+    assert cloud("logs", "--worker=1") == 0 and capfd.readouterr().out == "here 1\n"
+    assert cloud("status") == 0 and capfd.readouterr().out == "tpu: READY\n" + "".join(
+        f"worker {index} running: here {index}\n" for index in range(2)
+    )
+    assert cloud("stop", "--grace=10") == cloud("stop") == 0
+    assert cloud("status") == 0 and capfd.readouterr().out.count("halted") == 2
+    assert cloud("run", command=sleep) == 0
+    assert cloud("delete") == cloud("delete") == 0 and len(cloud.calls("delete")) == 1
+    assert cloud("status") == 0 and capfd.readouterr().out == "tpu: not there\n"
+
+
+def test_stopping(cloud, capfd):
+    """SIGTERM comes once, and what does not end then is killed."""
+    stubborn = "import signal; signal.signal(signal.SIGTERM, lambda *_: print('told')); print('up', flush=True)"
+    waits = "; end = time.time() + 60\nwhile time.time() < end: time.sleep(0.1)"
+    assert cloud("create") == cloud("push") == cloud("setup") == cloud("run", command=python(stubborn + waits)) == 0
+    logs = [cloud.folder(index) / ".job/log" for index in range(2)]
+    eventually(lambda: all("up" in log.read_text() for log in logs))
+    assert cloud("stop", "--grace=1") == 0 and "worker 1: killed after 1 s" in capfd.readouterr().err
+    assert [log.read_text() for log in logs] == ["up\ntold\n"] * 2
+
+
+def test_what_fails_is_tried_again(cloud, capfd, monkeypatch):
+    """With pauses that double."""
+    pauses = []
+    monkeypatch.setattr(calls.Calls, "sleep", lambda self, seconds: pauses.append(seconds))
+    cloud.plan(create=1, list=1, ssh=3, scp=1, delete=1)
+    assert cloud("create") == cloud("push") == cloud("delete") == 0
+    assert [pause for pause in pauses if pause != 0.05] == [0.01, 0.01, 0.01, 0.02, 0.04, 0.01, 0.01]
+    err = capfd.readouterr().err
+    assert all(f"stand-in: {step} fails as planned" in err for step in ("list", "create", "ssh", "scp", "delete"))
+
+
+@pytest.mark.parametrize("step", ["list", "create", "ssh", "scp", "delete"])
+def test_but_not_for_ever(cloud, capfd, step):
+    """Then the exit status says so, and one line what failed."""
+    cloud.plan(**{step: 1000})
+    assert 1 in [cloud(name, "--retries=1") for name in ("create", "push", "delete")]
+    assert "launch: error: exit status 1 of gcloud compute tpus" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("dead", ["FAILED", "SUSPENDED"])
+def test_the_dead_are_deleted_first(cloud, dead):
+    """Of another day."""
+    cloud.plan(states=["ACCEPTED", dead])
+    subprocess.run(["gcloud", "create", "tpu"], check=True)
+    cloud.plan()
+    assert cloud("create") == 0
+    assert len(cloud.calls("delete")) == 1 and len(cloud.calls("create")) == 2
+
+
+def test_machines_that_cannot_be_had(cloud, capfd):
+    cloud.plan(states=["FAILED"])
+    assert cloud("up", "--retries=2", command=python("pass")) == 1
+    assert "error: tpu could not be had; see its zone" in capfd.readouterr().err
+    assert len(cloud.calls("create")) == 3
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
+def test_preempted_and_launched_again(cloud, beside, capfd, number):
+    """Whether it had time to save or not. Everything is set up anew, and with the code of the first time."""
+    done = beside("up", "--push=data/mine", command=python(SAVES + TWICE))
+    eventually(lambda: all((cloud.place / f"left{index}").exists() for index in range(2)))
+    cloud.preempt(number)
+    eventually(lambda: done)
+    out, err = capfd.readouterr()
+    assert done == [0] and out.endswith("again\n") and "tpu is SUSPENDED" in err
+    assert len(cloud.calls("create")) == 2 and cloud.said("setup") == cloud.said("run") == 2
+    assert sum("data/mine" in argv for argv in cloud.calls("scp")) == 2
+
+
+def test_a_worker_that_saves_and_ends_is_not_done(cloud, beside, capfd):
+    """It was told to end, though the machine is still there; the other one waits for it in vain."""
+    done = beside("up", command=python(SAVES + TWICE))
+    eventually(lambda: all((cloud.place / f"left{index}").exists() for index in range(2)))
+    os.killpg(int((cloud.folder(1) / ".job/pid").read_text()), 15)
+    eventually(lambda: done)
+    assert done == [0] and "worker 0 running, worker 1 stopped" in capfd.readouterr().err
+    assert cloud.said("run") == 2 and cloud.said("setup") == 1 and len(cloud.calls("create")) == 1
+
+
+def test_a_command_that_fails(cloud, capfd):
+    """Started again so often, then given up; its log is shown."""
+    fails = python("print('line of the log'); sys.exit(5 if me == '1' else 0)")
+    assert cloud("up", "--retries=2", command=fails) == 1
+    out, err = capfd.readouterr()
+    assert cloud.said("run") == 3 and out == 3 * "line of the log\n"
+    assert "error: worker 0 done, worker 1 failed (exit status 5)" in err and "paid for" in err
+
+
+def test_a_mistake_is_not_repeated(cloud, capfd):
+    """Status 2 is what sedd says of a user's mistake. What is to be deleted at the end is."""
+    assert cloud("up", "--then_delete", command=python("sys.exit(2)")) == 1
+    assert cloud.said("run") == 1 and len(cloud.calls("delete")) == 1
+    assert "paid for" not in capfd.readouterr().err
+
+
+def test_machines_that_do_not_answer_are_kept(cloud, capfd):
+    """They may be at work; the fault may be here."""
+    assert cloud("up", "--retries=1", command=python("pass")) == 0
+    cloud.plan(ssh=1000)
+    assert cloud("watch", "--then_delete", "--retries=1", command=python("pass")) == 1
+    assert cloud.calls("delete") == [] and "tpu is paid for until" in capfd.readouterr().err
+
+
+def test_stopped_while_watched(cloud, beside, capfd):
+    """By a person, from another terminal: it stays so, until he says up."""
+    done = beside("up", command=python(SAVES + TWICE))
+    eventually(lambda: all((cloud.place / f"left{index}").exists() for index in range(2)))
+    assert cloud("stop") == 0
+    eventually(lambda: done)
+    assert done == [1] and cloud.said("run") == 1 and "somebody stopped the command" in capfd.readouterr().err
+    assert cloud("up", command=python(SAVES + TWICE)) == 0
+
+
+def test_deleted_while_watched(cloud, beside, capfd):
+    """Nothing is made anew that somebody no longer wants to pay for."""
+    done = beside("up", command=python("left.touch(); time.sleep(60)"))
+    eventually(lambda: (cloud.place / "left0").exists())
+    assert cloud("delete") == 0
+    eventually(lambda: done)
+    assert done == [1] and len(cloud.calls("create")) == 1 and "somebody deleted tpu" in capfd.readouterr().err
+
+
+def test_watching_what_runs(cloud, beside, capfd):
+    """By up too, which then starts nothing; another command is refused."""
+    waits = python("left.touch()\nwhile not pathlib.Path('../../go').exists(): time.sleep(0.1)")
+    assert cloud("create") == cloud("push") == cloud("setup") == cloud("run", command=waits) == 0
+    assert cloud("up", command=python("pass")) == 1 and "is running; end it" in capfd.readouterr().err
+    done = [beside(step, command=waits) for step in ("up", "watch")]
+    eventually(lambda: "2 of 2 run" in capfd.readouterr().err)
+    (cloud.place / "go").touch()
+    eventually(lambda: all(done))
+    assert done == [[0], [0]] and cloud.said("run") == cloud.said("setup") == 1
+
+
+@pytest.mark.slow
+def test_training_survives_a_preemption(cloud, beside, capfd):
+    """Two real processes, killed half-way; then they evaluate. No step is lost or done twice."""
+    shutil.move(small_corpus(cloud.place / "small").path, "data/tiny")
+    cloud.python, run = sys.executable, cloud.place / "shared/run"
+    flags = ["--push=data/tiny", "--env=JAX_PLATFORMS=cpu", "--env=XLA_FLAGS=--xla_backend_optimization_level=0"]
+    settings = ("data.corpus=data/tiny", *SETTINGS, "training.steps=200", "checkpoint.every=5")
+    train = ["sedd", "train", f"--workdir={run}", *(f"--config.{setting}" for setting in settings)]
+    done = beside("up", *flags, command=train)
+    metrics = run / "metrics.jsonl"
+    eventually(lambda: metrics.exists() and metrics.read_text().count("\n") >= 12, seconds=300)
+    cloud.preempt()
+    eventually(lambda: done, seconds=300)
+    assert done == [0] and cloud.said("run") == len(cloud.calls("create")) == 2
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 201))
+    score = ["sedd", "eval", f"--model={run}", "--data=data/tiny", f"--out={run.parent}/scores"]
+    assert cloud("up", *flags, command=score) == 0
+    assert 0 < json.loads((run.parent / "scores/report.json").read_text())["bits_per_byte"] < 8
+    assert "bits per byte" in capfd.readouterr().out  # of worker 0, who prints
+    assert "process 1 of 2" in (cloud.folder(1) / ".job/log").read_text() and len(cloud.calls("create")) == 2

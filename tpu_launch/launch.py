@@ -1,0 +1,172 @@
+r"""Runs one command of sedd on all workers of a TPU slice, and keeps it running.
+
+    python tpu_launch/launch.py up --name=text8 --zone=us-central1-a --type=v5litepod-16 --spot --push=data/text8 \
+        -- sedd train --config=experiments/text8_absorb.py --workdir=gs://BUCKET/runs/text8
+
+`up` does all of it, and may be repeated: create, push, setup, run, watch, each of which is a step of its own. README.md
+says what to do when one fails.
+"""
+
+import argparse
+import sys
+from pathlib import Path, PurePosixPath
+
+from calls import MISTAKE, Calls, Failed, say
+from gcloud import Gcloud
+from job import Job, Source
+from keep import Ended, up
+
+BACKENDS = {"gcloud": Gcloud}
+PLATFORMS = {"JAX_PLATFORMS": "tpu,cpu"}  # so that a TPU that is not found is an error
+STEPS = {
+    "create": lambda job: job.create(),
+    "push": lambda job: job.push(),
+    "setup": lambda job: job.setup(),
+    "run": lambda job: job.run(),
+    "watch": lambda job: up(job, start=False),
+    "up": up,
+    "status": lambda job: job.status(),
+    "logs": lambda job: job.log(job.options.worker, job.options.lines, job.options.follow),
+    "stop": lambda job: job.stop(),
+    "delete": lambda job: job.delete(),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs one step; returns the exit status: 0, 1 for what failed, 2 for a mistake, 130 after Ctrl-C."""
+    options = parse(argv)
+    for source in getattr(options, "push", []):
+        if not source.remote and not Path(source.here).exists():
+            say(f"error: --push={source.here}: there is none here; gs://BUCKET/{source.here} takes it from a bucket")
+            return MISTAKE
+    job = Job(BACKENDS[options.backend](options), Calls(options.retries, options.backoff, options.dry_run), options)
+    try:
+        STEPS[options.step](job)
+        return _after(job, ended=True, status=0)
+    except Failed as failed:
+        say(f"error: {failed}")
+        return _after(job, ended=isinstance(failed, Ended), status=1)
+    except KeyboardInterrupt:
+        return _after(job, ended=False, status=130)
+
+
+def _after(job: Job, ended: bool, status: int) -> int:
+    """Sees to it that nobody pays for what he has forgotten."""
+    if job.options.step in ("up", "watch") and not job.options.dry_run:
+        if ended and job.options.then_delete:
+            job.delete()
+        else:
+            here = f"--name={job.name} --zone={job.options.zone}"
+            say(f"{job.name} is paid for until: python tpu_launch/launch.py delete {here}")
+    return status
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options; `step` is which, `command` what follows `--`."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = _parser()
+    options = parser.parse_args(argv[:cut])
+    options.command = argv[cut + 1 :]
+    if options.takes_command != bool(options.command):
+        end = "takes no command" if options.command else "needs a command at its end: -- sedd train --config=..."
+        parser.error(f"{options.step} {end}")
+    if options.takes_command:
+        options.env = PLATFORMS | dict(options.env)
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+
+    def step(name, text, *parts, command=False):
+        made = steps.add_parser(name, help=text, description=text, allow_abbrev=False)
+        made.set_defaults(takes_command=command)
+        for part in (_add_place, *parts):
+            part(made)
+        return made
+
+    whole = (_add_machines, _add_poll, _add_ssh, _add_push, _add_setup, _add_command, _add_grace)
+    for name, text in (
+        ("up", "All of it, until the command is done; again after a preemption or a failure."),
+        ("watch", "The same, from a command that runs."),
+    ):
+        made = step(name, text, *whole, command=True)
+        made.add_argument("--then_delete", action="store_true", help="delete the machines when the command has ended")
+    step("create", "Get the machines, or wait for those that are there.", _add_machines, _add_poll)
+    step("push", "Copy the code and data to all workers.", _add_ssh, _add_push)
+    step("setup", "Install sedd on all workers.", _add_ssh, _add_setup)
+    step("run", "Start the command on all workers.", _add_ssh, _add_command, command=True)
+    step("status", "What machines and workers do.", _add_ssh)
+    logs = step("logs", "What the workers print.", _add_ssh)
+    logs.add_argument("--worker", default="all", help="0, 1, ... (%(default)s)")
+    logs.add_argument("--lines", type=int, default=20, help="from the end of each log (%(default)s)")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until Ctrl-C")
+    step("stop", "End the command on all workers, for good; training saves first.", _add_ssh, _add_grace)
+    step("delete", "Delete the machines.")
+    return parser
+
+
+def _add_place(parser):
+    parser.add_argument("--name", required=True, help="of the machines, yours to choose")
+    parser.add_argument("--zone", required=True)
+    parser.add_argument("--project", help="(gcloud's own)")
+    parser.add_argument("--backend", choices=BACKENDS, default="gcloud", help="(%(default)s)")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, run none")
+    parser.add_argument("--retries", type=int, default=5, help="of each command, and of the job (%(default)s)")
+    parser.add_argument("--backoff", type=float, default=10, help="seconds before one, then doubled (%(default)s)")
+
+
+def _add_machines(parser):
+    parser.add_argument("--type", required=True, help="v5litepod-16, v6e-8, v5p-32, ...")
+    parser.add_argument("--runtime", help="image of the machines (that of the type)")
+    parser.add_argument("--spot", action="store_true", help="cheaper, and may be taken away")
+    parser.add_argument("--create_arg", action="append", default=[], metavar="ARG", help="one more, as --reserved")
+
+
+def _add_poll(parser):
+    parser.add_argument("--poll", type=float, default=60, help="seconds between looks (%(default)s)")
+
+
+def _add_ssh(parser):
+    parser.add_argument("--ssh_arg", action="append", default=[], metavar="ARG", help="one more, as --internal-ip")
+
+
+def _add_push(parser):
+    text = "a file or folder below this one, or of a bucket: data/text8, gs://BUCKET/data/text8; may be repeated"
+    parser.add_argument("--push", type=_source, action="append", default=[], metavar="PATH", help=text)
+
+
+def _add_setup(parser):
+    parser.add_argument("--extras", default="tpu,gcs", help="of sedd, to install (%(default)s)")
+    parser.add_argument("--python", help="of an image that has all that sedd needs; nothing is installed")
+
+
+def _add_command(parser):
+    text = f"an environment variable for the command (JAX_PLATFORMS={PLATFORMS['JAX_PLATFORMS']}); may be repeated"
+    parser.add_argument("--env", type=_setting, action="append", default=[], metavar="KEY=VALUE", help=text)
+
+
+def _add_grace(parser):
+    parser.add_argument("--grace", type=int, default=300, help="seconds to save in, before it is killed (%(default)s)")
+
+
+def _source(text: str) -> Source:
+    place = text.partition("://")[2].partition("/")[2] if "://" in text else text
+    path = PurePosixPath(place)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise argparse.ArgumentTypeError(f"{text} is no path below this folder, nor gs://BUCKET/PATH")
+    return Source(text, str(path))
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, found, value = text.partition("=")
+    if not found or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text} is not KEY=VALUE")
+    return key, value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

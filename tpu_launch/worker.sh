@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# A machine's side of a job: installs sedd, runs one command at a time that outlives the connection, shows it, ends it.
+#
+#     bash tpu_launch/worker.sh setup EXTRAS [PYTHON]    # PYTHON has all that sedd needs: nothing is installed
+#     bash tpu_launch/worker.sh run COMMAND...           # the same again is fine; another is refused while it runs
+#     bash tpu_launch/worker.sh same COMMAND...          # refused if another one is there
+#     bash tpu_launch/worker.sh state                    # in one line
+#     bash tpu_launch/worker.sh log LINES WORKER [-F]    # with the worker's name before each line where WORKER is "all"
+#     bash tpu_launch/worker.sh stop SECONDS             # SIGTERM, so that training saves; after so long SIGKILL
+#     bash tpu_launch/worker.sh end SECONDS              # the same, by who will start it again
+#
+# launch.py calls it on every worker, a person may call it on a machine with GPUs. It works in the folder above its own.
+# There, in .job/: path (where the programs are), command, pid (and process group), log, exit (the exit status), asked
+# (to end), halted (for good). A job is alive as long as one of its processes holds the lock. Exit status 3: refused.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+mkdir -p .job
+LOCK=.job/lock
+worker=${HOSTNAME##*-w-}  # TPU machines are called NAME-w-0, NAME-w-1, ...
+
+say() { echo "worker $worker: $*"; }
+idle() { flock --shared --nonblock "$LOCK" true; }
+refuse() { say "$* is running; end it with stop first" >&2; exit 3; }
+
+setup() {
+  idle || refuse "$(cat .job/command)"
+  local python=${2:-$PWD/.venv/bin/python}
+  if [ -z "${2:-}" ]; then
+    PATH=$HOME/.local/bin:$PATH
+    command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+    [ -x "$python" ] || uv venv --python 3.11 .venv
+    uv pip install --quiet --python "$python" --constraint tpu_launch/constraints.txt --editable ".[$1]"
+  fi
+  dirname "$python" > .job/path
+  say "$("$python" -c 'import sys, jax, sedd.version as sedd
+print(f"sedd {sedd.__version__}, JAX {jax.__version__}, Python {sys.version.split()[0]}")')"
+}
+
+same() { [ "$(cat .job/command)" = "$*" ] || refuse "$(cat .job/command)"; }
+
+run() {
+  exec 9> "$LOCK"  # the job inherits it
+  if ! flock --wait 1 9; then  # longer than anybody takes to look
+    same "$@"
+    say "runs already"
+    return
+  fi
+  rm -f .job/exit .job/asked .job/halted
+  [ ! -f .job/log ] || mv .job/log .job/log.old
+  echo "$*" > .job/command
+  setsid bash tpu_launch/worker.sh job "$@" > .job/log 2>&1 < /dev/null &
+  echo $! > .job/pid
+  say "started"
+}
+
+job() {
+  local status=0
+  trap : TERM  # which is meant for the command
+  export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+  [ ! -f .job/path ] || PATH=$(cat .job/path):$PATH
+  python3 tpu_launch/attempt.py "$@" || status=$?
+  echo "$status" > .job/exit.part
+  mv .job/exit.part .job/exit
+}
+
+state() {
+  local word=none
+  if ! idle; then
+    word=running
+  elif [ "$(cat .job/exit 2> /dev/null)" = 0 ]; then
+    word=done
+  elif [ -f .job/halted ]; then
+    word=halted
+  elif [ -f .job/exit ]; then
+    word="failed $(cat .job/exit)"
+    [ "$word" != "failed 75" ] || word=stopped  # attempt.py says so
+  elif [ -f .job/command ]; then
+    word=lost
+  fi
+  local last
+  last=$(tail -c 4000 .job/log 2> /dev/null | tr '\r' '\n' | grep -v '^ *$' | tail -n 1 | cut -c 1-160) || true
+  say "$word | $last"
+}
+
+log() {
+  local mark=""
+  [ "$2" != all ] || mark="worker $worker | "
+  tail -n "$1" "${@:3}" .job/log | sed -u "s/^/$mark/"
+}
+
+end() {
+  if idle; then
+    say "nothing runs"
+    return
+  fi
+  local group
+  group=$(cat .job/pid)
+  # Once: a second signal would end sedd before it has saved.
+  [ -f .job/asked ] || { touch .job/asked; kill -TERM -- "-$group"; }
+  if flock --shared --wait "$1" "$LOCK" true; then
+    say "ended"
+  else
+    kill -KILL -- "-$group"
+    say "killed after $1 s"
+  fi
+}
+
+stop() {
+  touch .job/halted
+  end "$1"
+}
+
+# In one line, which is read before anything runs: the file may be replaced meanwhile.
+case ${1:-} in setup | run | same | job | state | log | end | stop) "$@"; exit ;; *) sed -n 4,10p "$0"; exit 2 ;; esac

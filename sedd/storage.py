@@ -2,6 +2,8 @@
 
 import contextlib
 import fcntl
+import functools
+import logging
 import os
 import secrets
 import tempfile
@@ -14,11 +16,12 @@ from etils import epath
 from sedd import processes
 from sedd.errors import UserError
 
-_PATIENCE = 20  # seconds that a network file system may take to show others what was written
+_PATIENCE = 20  # seconds that a network file system may take to show others what was written, or a bucket to answer
+os.environ.setdefault("EPATH_USE_TF", "false")  # buckets are reached in one way, whether or not TensorFlow is there
 
 
 def folder_of(path: str | os.PathLike) -> epath.Path:
-    """The path, absolute where it is on a disk. UserError for a place that cannot be written to."""
+    """The path, absolute where it is on a disk. UserError where there is no such place, or no way to it."""
     text = os.fspath(path)
     scheme, found, _ = text.partition("://")
     if not found:
@@ -29,7 +32,9 @@ def folder_of(path: str | os.PathLike) -> epath.Path:
         import gcsfs  # noqa: F401
     except ImportError:
         raise UserError(f"{text}: gs:// needs gcsfs; pip install 'sedd[gcs]'") from None
-    return epath.Path(text)
+    path = epath.Path(text)
+    _ask(_bucket(path), "b/{}/o", maxResults=1)
+    return path
 
 
 def is_bucket(path: epath.Path) -> bool:
@@ -37,16 +42,77 @@ def is_bucket(path: epath.Path) -> bool:
     return "://" in os.fspath(path)
 
 
+def _bucket(path: epath.Path) -> str:
+    """The name of the bucket that it lies in."""
+    name = os.fspath(path).partition("://")[2].partition("/")[0]
+    if not name:
+        raise UserError(f"{path} names no bucket; write gs://BUCKET/FOLDER")
+    return name
+
+
+@functools.cache
+def _files():
+    """Buckets as epath sees them: it takes the same object of fsspec's."""
+    import fsspec
+    import google.auth
+
+    logging.getLogger("gcsfs").addFilter(_is_news)
+    logging.getLogger("google.auth._default").setLevel(logging.ERROR)  # that there are no credentials, `_ask` says
+    try:
+        google.auth.default()
+    except google.auth.exceptions.DefaultCredentialsError:  # of this machine neither; gcsfs would look for them again
+        os.environ.setdefault("NO_GCE_CHECK", "true")
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)  # others write there too
+    return fsspec.filesystem("gcs", finalize_on_close=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """gcsfs logs what it raises as well; and what kind of bucket it is, it can do without."""
+    return not record.exc_info and "bucket type" not in record.getMessage()
+
+
+@functools.cache
+def _ask(bucket: str, what: str, **parameters):
+    """Asks Google Cloud Storage something of the bucket. UserError where that fails, with what to do about it."""
+    try:
+        _files().call("GET", what, bucket, timeout=_PATIENCE, **parameters)
+    except FileNotFoundError:
+        make = f"gcloud storage buckets create gs://{bucket}"
+        raise UserError(f"there is no bucket gs://{bucket}; choose another, or make it with {make}") from None
+    except Exception as error:  # of the network, of credentials, of rights
+        reason = f"no answer in {_PATIENCE} seconds" if isinstance(error, TimeoutError) else _reason(error)
+        mend = "check the network, and renew the credentials with gcloud auth application-default login"
+        if str(error).startswith("Forbidden"):
+            mend = "the roles storage.objectUser and storage.legacyBucketReader are needed"
+        elif _files().credentials.credentials is None:
+            mend = "there are no credentials; gcloud auth application-default login makes some"
+        raise UserError(f"gs://{bucket} cannot be used ({reason}): {mend}") from None
+
+
+def check_writable(folder: epath.Path):
+    """Makes the folder. UserError where it cannot be written to."""
+    name = f".probe-{secrets.token_hex(8)}"
+    _leave(folder, name)
+    (folder / name).unlink()
+
+
+def _leave(folder: epath.Path, name: str):
+    """Makes the folder, and a file in it that contains its own name."""
+    if is_bucket(folder):
+        _ask(_bucket(folder), "b/{}")  # as Orbax does, but only when it first removes a checkpoint
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    except Exception as error:  # whatever a file system says
+        raise UserError(f"{folder} cannot be written to ({_reason(error)}); choose another") from None
+
+
 def check_shared(folder: epath.Path):
     """UserError, in every process, unless all see in the folder what process 0 writes there. All have to call it."""
     name = processes.gathered(f".probe-{secrets.token_hex(8)}")[0]
     with processes.together():
         if processes.is_first():
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_text(name)
-            except Exception as error:  # whatever a file system says
-                raise UserError(f"{folder} cannot be written to ({_reason(error)}); choose another") from None
+            _leave(folder, name)
     with processes.together():
         if not _appears(folder / name):
             raise UserError(
@@ -70,8 +136,9 @@ def _appears(file: epath.Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line."""
-    return getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or type(error).__name__
+    """What went wrong, in one line: the first, or the last of gcsfs', which begins with the address."""
+    said = getattr(error, "strerror", None) or str(error).strip()
+    return said.split("\n")[-1 if said.startswith("Forbidden") else 0] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -101,7 +168,7 @@ class Mirror:
 
     def __init__(self, folder: epath.Path, names: tuple[str, ...]):
         """names: of the files to go on with, where they are there."""
-        self._folder, self._temporary, self._sizes = folder, None, {}
+        self._folder, self._temporary, self._stamps = folder, None, {}
         if not is_bucket(folder):
             self.local = Path(folder)
             return
@@ -110,7 +177,7 @@ class Mirror:
         for name in names:
             if (folder / name).exists():
                 (self.local / name).write_bytes((folder / name).read_bytes())
-                self._sizes[Path(name)] = (self.local / name).stat().st_size
+                self._stamps[Path(name)] = _stamp(self.local / name)
 
     def __enter__(self):
         return self
@@ -119,18 +186,29 @@ class Mirror:
         self.close()
 
     def sync(self):
-        """Uploads what has grown or shrunk since the last time."""
+        """Uploads what has changed since the last time. UserError where that fails."""
         if self._temporary is None:
             return
         for file in sorted(path for path in self.local.rglob("*") if path.is_file()):
-            name, size = file.relative_to(self.local), file.stat().st_size
-            if self._sizes.get(name) != size:
-                (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (self._folder / name).write_bytes(file.read_bytes())
-                self._sizes[name] = size
+            name, stamp = file.relative_to(self.local), _stamp(file)
+            if self._stamps.get(name) != stamp:
+                try:
+                    (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (self._folder / name).write_bytes(file.read_bytes())
+                except Exception as error:  # of the network, of credentials that have run out
+                    reason = _reason(error)
+                    raise UserError(
+                        f"{name} could not be written to {self._folder} ({reason}); the same command continues"
+                    ) from error
+                self._stamps[name] = stamp
 
     def close(self):
         """The last `sync`."""
         self.sync()
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """What tells whether a file has changed."""
+    return file.stat().st_size, file.stat().st_mtime_ns

@@ -212,7 +212,7 @@ class Model:
             raise UserError(f"{directory} is not empty; choose another folder to export to")
         if not processes.is_first():
             return
-        directory.mkdir(parents=True, exist_ok=True)
+        storage.check_writable(directory)
         if self.tokenizer is not None:
             self.tokenizer.save(directory / "tokenizer")
         about = {

@@ -136,7 +136,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         if tokenizer.fingerprint == about["fingerprint"]:
             return tokenizer
     except FileNotFoundError as error:
-        raise UserError(f"there is no tokenizer in {directory}: {Path(error.filename).name} is missing") from error
+        missing = Path(error.filename or str(error)).name  # in a bucket it has no filename
+        raise UserError(f"there is no tokenizer in {directory}: {missing} is missing") from error
     except (ValueError, KeyError, TypeError):
         pass
     raise UserError(f"the tokenizer in {directory} is damaged; prepare the corpus or export the model again")

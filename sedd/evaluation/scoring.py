@@ -110,6 +110,9 @@ def _with_axis(term: jax.Array) -> jax.Array:
 def out_folder(path: str | Path) -> epath.Path:
     """The folder, made where it is missing. UserError if that cannot be done."""
     folder = storage.folder_of(path)
+    if storage.is_bucket(folder):
+        storage.check_writable(folder)
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

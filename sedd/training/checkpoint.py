@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sedd import parallel, processes
+from sedd import parallel, processes, storage
 from sedd.errors import UserError
 from sedd.parallel import named
 from sedd.training.digests import digests
@@ -27,6 +27,7 @@ from sedd.training.step import TrainState
 
 BOUND = "validation_nats_per_token"  # by which the best checkpoint is chosen
 _ITEMS = ("params", "ema", "optimizer")  # what is stored apart, so that inference reads the parameters alone
+_COMMITTED = "commit_success.txt"  # what Orbax writes last in a bucket, where it can rename no folder at once
 _ASIDE = "damaged-"  # before the step of what is passed over by a run that goes on
 
 
@@ -64,7 +65,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(stay),
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not storage.is_bucket(self.directory),  # there it would take what is put aside
         )
         # What is whole on many devices is written by one of them; Orbax would have each write, and compile, a slice.
         types = ocp.type_handlers
@@ -126,7 +127,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # of Orbax, of its storage, of the file system
-            if processes.is_first():
+            if processes.is_first() and not storage.is_bucket(self.directory):
                 for part in self.directory.glob("*.orbax-checkpoint-tmp*"):
                     with contextlib.suppress(OSError):
                         part.rmtree()
@@ -193,6 +194,8 @@ def _read(checkpoint: epath.Path, step: int, like: dict[str, Any]) -> dict[str, 
     """Some items of one checkpoint, verified. Without Orbax's manager, which would wait for all processes."""
     import orbax.checkpoint as ocp
 
+    if storage.is_bucket(checkpoint) and not (checkpoint / _COMMITTED).is_file():
+        raise _Unusable("is not whole (its writing was cut off, or goes on)")
     if not (checkpoint / "manifest").is_dir():
         raise _Unusable("is not whole (it has no manifest)")
     manifest = ocp.JsonCheckpointHandler().restore(checkpoint / "manifest", args=ocp.args.JsonRestore())

@@ -73,8 +73,9 @@ def fit(config: ConfigDict, workdir: str | Path, weights: dict | None = None, in
 
 def _settle(held: contextlib.ExitStack, workdir: epath.Path, config: ConfigDict, corpus: Corpus, *about):
     """The folder is this run's, and every process sees it, has the same corpus and was told the same."""
-    if processes.are_many():
+    if processes.are_many() or storage.is_bucket(workdir):
         storage.check_shared(workdir)
+    if processes.are_many():
         processes.check_same("corpus (by its hash)", corpus.hash)
         processes.check_same("config", configs.fingerprint(config))
     with processes.together():
@@ -129,8 +130,8 @@ class _Run:
                 bound = self._evaluated(number, last, state, log)
                 if number % self.config.checkpoint.every == 0 or stop or last or bound is not None:
                     log.settle()
+                    mirror.sync()  # first: records that a checkpoint is ahead of would be lost with this process
                     checkpoints.save(state, bound)
-                    mirror.sync()
                 if stop:
                     break
         if int(state.step) < training.steps:

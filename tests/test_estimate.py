@@ -1,5 +1,6 @@
 """The estimate of a run: exact where it says so, within a factor of two elsewhere, and made of shapes alone."""
 
+import dataclasses
 import time
 
 import jax
@@ -10,7 +11,8 @@ from sedd import config as configs
 from sedd import parallel
 from sedd.data.batches import Batch
 from sedd.errors import UserError
-from sedd.training.estimate import estimate
+from sedd.training.chips import CHIPS, peak_flops
+from sedd.training.estimate import estimate, step_flops
 from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
 from sedd.training.step import make_step
@@ -50,7 +52,9 @@ def test_the_states_bytes_are_those_of_real_arrays(optimizer):
     assert sum(size for _, size in found.layout.values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
 
 
-@pytest.mark.parametrize("setting", ["training.levels=counts", "training.levels=times", "network.remat=full"])
+@pytest.mark.parametrize(
+    "setting", ["training.levels=counts", "training.levels=times", "network.remat=full", "network.remat=dots"]
+)
 def test_flops_are_those_of_the_traced_gradient(setting):
     """Of an unrolled network; the compiler counts what is done element by element too."""
     config = config_of(setting)
@@ -59,7 +63,12 @@ def test_flops_are_those_of_the_traced_gradient(setting):
     params = jax.eval_shape(objective.network.init, key)
     tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32)
     lowered = jax.jit(jax.grad(lambda p, t: jnp.sum(objective(p, t, rows, key)))).lower(params, tokens)
-    assert estimate(config, VOCABULARY, 1).step_flops == pytest.approx(lowered.cost_analysis()["flops"], rel=0.15)
+    found = estimate(config, VOCABULARY, 1).step_flops
+    assert found == pytest.approx(lowered.cost_analysis()["flops"], rel=0.15)
+    once = step_flops(objective.network, 8, 64, config.training.levels == "counts", recomputed=False)
+    plain = dataclasses.replace(objective.network, remat="none")
+    assert once == step_flops(plain, 8, 64, config.training.levels == "counts")
+    assert (found > once) == ("remat" in setting)
     twice = estimate(config_of(setting, "training.accumulation=2"), VOCABULARY, 1)
     assert twice.step_flops == estimate(config, VOCABULARY, 1).step_flops
 
@@ -70,9 +79,10 @@ def test_flops_are_those_of_the_traced_gradient(setting):
     [
         ("network.scan=true", "training.batch_size=32"),
         ("network.scan=true", "training.batch_size=32", "network.remat=full", "network.layers=6"),
+        ("network.scan=true", "data.block_length=256", "network.remat=dots", "network.layers=6"),
         ("training.levels=times", "data.block_length=128", "network.prediction=score", "training.accumulation=2"),
     ],
-    ids=["scan", "remat", "accumulation"],
+    ids=["scan", "remat", "dots", "accumulation"],
 )
 def test_memory_within_a_factor_of_two(settings):
     """Of what the compiled step needs; without recomputation the second would be far out."""
@@ -84,7 +94,7 @@ def test_memory_within_a_factor_of_two(settings):
     total = needs.argument_size_in_bytes + needs.temp_size_in_bytes
     found = estimate(config, VOCABULARY, 1)
     assert 0.5 < found.total_bytes / total < 2
-    if config.network.remat == "full":
+    if config.network.remat != "none":
         config.network.remat = "none"
         assert estimate(config, VOCABULARY, 1).total_bytes > 2 * total
 
@@ -106,3 +116,14 @@ def test_the_papers_medium_network_takes_no_time():
     assert "estimate" in text and "424,477,010" in text and "8 rows a device at once" in text
     with pytest.raises(UserError, match="does not fit the 6 that there are"):
         estimate(config, 50257, 6)
+
+
+def test_chips_go_by_their_whole_names():
+    """Dense numbers; what is not known, or only a part of a chip, has none."""
+    assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5") == 459e12 and peak_flops("TPU v4") == 275e12
+    assert peak_flops("NVIDIA A10") == 125e12 and peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA L4") == 121e12 and peak_flops("NVIDIA L40S") == 362e12
+    for kind in ("cpu", "TPU v4 lite", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM-64GB", "Tesla V100"):
+        assert peak_flops(kind) is None
+    for chip in CHIPS.values():  # an operation has to be bought with bytes: none is out by a factor of a thousand
+        assert 50 < chip.flops / chip.bandwidth < 600 and 1e9 < chip.links < chip.bandwidth < 1e13 and chip.memory > 1e10

@@ -118,14 +118,19 @@ def estimate(config: ConfigDict, vocab_size: int, devices: int) -> Estimate:
     )
 
 
-def step_flops(network: Network, rows: int, length: int, paired: bool) -> int:
-    """FLOPs of one update over so many rows. paired: the head runs at the masked positions of antithetic pairs."""
+def step_flops(network: Network, rows: int, length: int, paired: bool, recomputed: bool = True) -> int:
+    """FLOPs of one update over so many rows. paired: the head runs at the masked positions of antithetic pairs.
+
+    recomputed: with what `network.remat` computes a second time. Without it they are the model's FLOPs, whose share of
+    a chip's peak is the utilisation that papers report.
+    """
     width, condition, sites = network.width, network.condition, _sites(rows, length, paired)
-    block = 24 * width**2 + 4 * length * width  # a token: qkv, out, up and down; then scores and values
-    blocks = network.layers * rows * (length * block + 12 * condition * width)  # with the modulation of a row
+    attention = network.layers * rows * length * 4 * length * width  # scores and values
+    maps = network.layers * rows * (length * 24 * width**2 + 12 * condition * width)  # qkv, out, up, down; modulation
     told = 2 * rows * condition * (FREQUENCIES + condition)
     head = 2 * sites * width * (padded(network.process.num_states) + 2 * condition)
-    return 3 * (blocks + told + head) + (network.remat == "full") * blocks
+    again = {"none": 0, "dots": attention, "full": attention + maps}[network.remat]
+    return 3 * (attention + maps + told + head) + (again if recomputed else 0)
 
 
 def activation_bytes(network: Network, rows: int, length: int, paired: bool, model: int = 1) -> int:
@@ -135,10 +140,14 @@ def activation_bytes(network: Network, rows: int, length: int, paired: bool, mod
     # A layer, by the token: in float32 the residual stream, its norm, and the branch before and after its gate, each
     # twice, with dropout's masks; in the trunk's dtype the inputs of all matrices, q, k and v, and q and k rotated; and
     # the attention's logits and weights, in float32 and in the trunk's dtype.
+    # The kernels that are not XLA's never hold the last two.
     whole = (2 * 4 * 4 + 2 * bool(network.dropout) + 2 * size) * width
-    split = (5 + 1 + 8) * size * width + network.heads * length * (8 + size)
+    split = (5 + 1 + 8) * size * width + (network.attention == "xla") * network.heads * length * (8 + size)
     layer = tokens * (whole + split // model)
-    trunk = layer + network.layers * tokens * 4 * width if network.remat == "full" else network.layers * layer
+    # Recomputed layers keep the residual stream, or the results of their linear maps too, and one of them all of it.
+    maps = tokens * (2 + 7 / model) * size * width
+    kept = {"none": layer, "dots": tokens * 4 * width + int(maps), "full": tokens * 4 * width}[network.remat]
+    trunk = network.layers * kept + (layer if network.remat != "none" else 0)
     # The head: what it takes, in float32, and three arrays of the size of the logits.
     head = sites * (4 * (3 * width + network.condition) + 3 * 4 * padded(network.process.num_states) // model)
     return trunk + head

@@ -59,12 +59,17 @@ def train(args, settings):
 
 def _join():
     """Joins the other processes of the job, of which process 0 alone prints results."""
-    processes.initialize()
+    sys.stdout.flush()
+    results = os.dup(1)
+    os.dup2(2, 1)  # what the library of the collectives prints is no result
+    try:
+        processes.initialize()
+    finally:
+        if not processes.are_many():
+            os.dup2(results, 1)
+            os.close(results)
     if processes.are_many():
-        results = os.dup(1) if processes.is_first() else os.open(os.devnull, os.O_WRONLY)
-        sys.stdout.flush()
-        os.dup2(2, 1)  # what the collectives' library prints is no result
-        sys.stdout = os.fdopen(results, "w")
+        sys.stdout = os.fdopen(results if processes.is_first() else os.open(os.devnull, os.O_WRONLY), "w")
 
 
 def _estimate(config):

@@ -218,8 +218,7 @@ def _look_at_devices():
         devices, here = jax.devices(), jax.local_devices()
     except RuntimeError as error:
         raise UserError(f"JAX finds no device to run on: {str(error).splitlines()[0]}") from None
-    wanted = jax.config.jax_platforms or ""
-    if devices[0].platform == "cpu" and "cpu" not in wanted.split(","):
+    if devices[0].platform == "cpu" and "cpu" not in _platforms().split(","):
         unused = unused_accelerator()
         if unused:
             kind, extra = unused
@@ -232,6 +231,11 @@ def _look_at_devices():
         print(f"sedd: {where}{len(here)} of {len(devices)} devices ({here[0].device_kind})", file=sys.stderr)
     elif len(devices) > 1 or devices[0].platform != "cpu":
         print(f"sedd: {len(devices)} device(s) ({here[0].device_kind})", file=sys.stderr)
+
+
+def _platforms() -> str:
+    """What JAX was told to use (JAX_PLATFORMS)."""
+    return jax.config.jax_platforms or ""
 
 
 _TPUS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}  # PCI ids of Google's, from v2 to v7

@@ -4,14 +4,14 @@ Orbax notices arrays that are cut short or missing, but restores a changed byte 
 and never goes back to an older checkpoint by itself. A checkpoint is a folder named by its step:
 
     params/ ema/ optimizer/   the arrays, each by its path
-    manifest/                 the step, and the shape, type and digest of each array; without it nothing counts
-    metrics/                  the bound on held-out text, where the best is kept
+    manifest/                 the step, its bound, and shape, type and digest of each array; without it nothing counts
 """
 
 import contextlib
 import dataclasses
 import functools
 import sys
+import textwrap
 from typing import Any
 
 import jax
@@ -25,7 +25,6 @@ from sedd.parallel import named
 from sedd.training.digests import digests
 from sedd.training.step import TrainState
 
-BOUND = "validation_nats_per_token"  # by which the best checkpoint is chosen
 _ITEMS = ("params", "ema", "optimizer")  # what is stored apart, so that inference reads the parameters alone
 _COMMITTED = "commit_success.txt"  # what Orbax writes last in a bucket, where it can rename no folder at once
 _ASIDE = "damaged-"  # before the step of what is passed over by a run that goes on
@@ -55,15 +54,8 @@ class Checkpoints:
         """Made for the first `save`: that also clears away what an interrupted one left."""
         import orbax.checkpoint as ocp  # slow to import, and of no use to who only samples from an exported model
 
-        policies = ocp.checkpoint_managers
-        stay = [policies.LatestN(self.config.keep)]
-        if self.config.keep_every:
-            stay.append(policies.EveryNSteps(self.config.keep_every))
-        if self.config.keep_best:
-            best = dict(reverse=True, n=1, keep_checkpoints_without_metrics=False)
-            stay.append(policies.BestN(lambda metrics: metrics[BOUND], **best))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(stay),
+            preservation_policy=_Staying(self.config, self._bounds),
             enable_async_checkpointing=True,
             cleanup_tmp_directories=not storage.is_bucket(self.directory),  # there it would take what is put aside
         )
@@ -79,6 +71,17 @@ class Checkpoints:
             handlers.add(name, ocp.args.PyTreeSave, arrays)
         return ocp.CheckpointManager(self.directory, options=options, handler_registry=handlers)
 
+    @functools.cached_property
+    def _bounds(self) -> dict[int, float]:
+        """The bound of each checkpoint that has one. Orbax would forget them when another process goes on."""
+        if not self.config.keep_best:
+            return {}
+        bounds = {}
+        for step in steps_saved(self.directory):
+            with contextlib.suppress(Exception):  # a damaged one is the best of nothing
+                bounds[step] = float(_manifest(self.directory / str(step))["bound"])
+        return bounds
+
     def save(self, state: TrainState, bound: float | None = None):
         """Writes the state, unless its step is there already. bound: on held-out text, in nats per token.
 
@@ -91,11 +94,11 @@ class Checkpoints:
             if step in self._manager.all_steps():
                 return
             arrays = {name: ocp.args.PyTreeSave(_flat(tree)) for name, tree in items.items()}
-            manifest = ocp.args.JsonSave({"step": step, "arrays": _described(items, digests(items))})
-            metrics = None if bound is None else {BOUND: bound}
-            self._manager.save(
-                step, args=ocp.args.Composite(**arrays, manifest=manifest), metrics=metrics, force=True
-            )
+            manifest = {"step": step, "bound": bound, "arrays": _described(items, digests(items))}
+            if bound is not None:
+                self._bounds[step] = bound
+            args = ocp.args.Composite(**arrays, manifest=ocp.args.JsonSave(manifest))
+            self._manager.save(step, args=args, force=True)
 
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest state that verifies, or None where none was ever written; what is passed over is put aside.
@@ -137,6 +140,22 @@ class Checkpoints:
             ) from error
 
 
+@dataclasses.dataclass(frozen=True)
+class _Staying:
+    """Which checkpoints stay, as Orbax asks: the newest, those of every so many steps, and the one of the best bound."""
+
+    config: ConfigDict
+    bounds: dict[int, float]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """context: Orbax's, of no use here."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        bounds = {step: self.bounds[step] for step in steps if step in self.bounds}
+        staying = {*sorted(steps)[-self.config.keep :], *([min(bounds, key=bounds.get)] if bounds else [])}
+        every = self.config.keep_every
+        return [step in staying or bool(every and step % every == 0) for step in steps]
+
+
 def restore_params(directory: epath.Path, like: dict, ema: bool, step: int | None = None) -> dict:
     """The parameters to evaluate and sample with, of the newest checkpoint that verifies, or of the one told.
 
@@ -164,6 +183,7 @@ def _newest(
     None where there is none at all; UserError where none verifies. What is passed over is said.
     """
     passed = {}
+    _hush()
     steps = processes.of_first(steps_saved(directory)) if steps is None else steps
     for step in reversed(steps):
         items, problem = None, None
@@ -186,6 +206,19 @@ def _newest(
     return None
 
 
+def _hush():
+    """Lets one complaint pass unheard: when Orbax fails to read one array it forgets its reads of the others, and each
+    of those then finds that the event loop it reports to is closed."""
+
+    def heard(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    before, heard.hushed = sys.unraisablehook, True
+    if not hasattr(before, "hushed"):
+        sys.unraisablehook = heard
+
+
 class _Unusable(ValueError):
     """What is wrong with a checkpoint that can be read."""
 
@@ -194,11 +227,7 @@ def _read(checkpoint: epath.Path, step: int, like: dict[str, Any]) -> dict[str, 
     """Some items of one checkpoint, verified. Without Orbax's manager, which would wait for all processes."""
     import orbax.checkpoint as ocp
 
-    if storage.is_bucket(checkpoint) and not (checkpoint / _COMMITTED).is_file():
-        raise _Unusable("is not whole (its writing was cut off, or goes on)")
-    if not (checkpoint / "manifest").is_dir():
-        raise _Unusable("is not whole (it has no manifest)")
-    manifest = ocp.JsonCheckpointHandler().restore(checkpoint / "manifest", args=ocp.args.JsonRestore())
+    manifest = _manifest(checkpoint)
     if manifest["step"] != step:
         raise _Unusable(f"is that of step {manifest['step']}, renamed")
     wanted, there = _described(like), manifest["arrays"]
@@ -216,6 +245,16 @@ def _read(checkpoint: epath.Path, step: int, like: dict[str, Any]) -> dict[str, 
         if digest != there[name]["digest"]:
             raise _Unusable(f"is damaged ({name} is not what was written)")
     return items
+
+
+def _manifest(checkpoint: epath.Path) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    if storage.is_bucket(checkpoint) and not (checkpoint / _COMMITTED).is_file():
+        raise _Unusable("is not whole (its writing was cut off, or goes on)")
+    if not (checkpoint / "manifest").is_dir():
+        raise _Unusable("is not whole (it has no manifest)")
+    return ocp.JsonCheckpointHandler().restore(checkpoint / "manifest", args=ocp.args.JsonRestore())
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -255,4 +294,4 @@ def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     line = next(filter(None, str(error).split("\n")), type(error).__name__)
-    return line.partition(" [")[0][:160]
+    return textwrap.shorten(line.partition(" [")[0], 120, placeholder=" ...")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,12 +22,12 @@ from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.network.network import Network
 from sedd.training.board import Board, check_installed
-from sedd.training.checkpoint import BOUND, Checkpoints, steps_saved
+from sedd.training.checkpoint import Checkpoints, steps_saved
 from sedd.training.chips import peak_flops
 from sedd.training.claim import claim
 from sedd.training.estimate import step_flops
 from sedd.training.guard import NONFINITE, Guard
-from sedd.training.held_out import HeldOut, check_split, layout_of
+from sedd.training.held_out import BOUND, HeldOut, check_split, layout_of
 from sedd.training.metrics import Metrics, Summary
 from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
@@ -110,7 +111,15 @@ class _Run:
             state = checkpoints.restore(parallel.placed(jax.eval_shape(init), where))
             if state is None:
                 state = init() if weights is None else init(parallel.put(weights, where.params))
-            return self._loop(state, step, checkpoints, mirror, stopping)
+            try:
+                return self._loop(state, step, checkpoints, mirror, stopping)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise UserError(
+                    f"{self.workdir} is full ({error.strerror}); the last checkpoint stays. Make room, and the same "
+                    "command continues"
+                ) from error
 
     def _loop(self, state, step, checkpoints, mirror, stopping) -> Summary:
         training, data = self.config.training, self.config.data

@@ -1,0 +1,268 @@
+"""Several processes: they find one another or say who is missing, agree, and go down together, in seconds."""
+
+import json
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jobs
+import numpy as np
+import pytest
+from small import SETTINGS, small_corpus
+
+import sedd
+from sedd import processes
+from sedd.rendezvous import meet
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("small"))
+
+
+def train(corpus, workdir, *settings, layers=1):
+    """The command that trains a small model."""
+    told = (f"data.corpus={corpus.path}", *SETTINGS, f"network.layers={layers}", *settings)
+    return ["train", f"--workdir={workdir}", *(f"--config.{setting}" for setting in told)]
+
+
+def losses(workdir):
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return np.array([record["loss"] for record in records if "loss" in record])
+
+
+def meet_in_threads(indices, count, timeout, port=None):
+    """The mistake of each process, or None."""
+    port = port or jobs.free_port()
+
+    def one(index):
+        try:
+            meet(f"localhost:{port}", count, index, timeout, hint="wait")
+        except sedd.UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(indices)) as pool:
+        return list(pool.map(one, indices))
+
+
+def test_all_meet():
+    assert meet_in_threads(range(5), 5, 20) == [None] * 5
+
+
+def test_those_that_are_missing_are_named_to_all():
+    found = meet_in_threads([0, 2, 4], 5, 1.5)
+    assert len(set(found)) == 1 and "processes 1, 3 of 5 did not come" in found[0] and "\n" not in found[0]
+    (alone,) = meet_in_threads([1], 2, 1)
+    assert "process 0 at localhost" in alone and "did not answer" in alone
+
+
+def test_processes_that_do_not_fit(monkeypatch):
+    """Two with one number; and one that was told of another number of processes."""
+    found = meet_in_threads([0, 1, 1], 3, 3)
+    assert any("two processes 1" in message for message in found)
+    port = jobs.free_port()
+    def one(index, count):
+        with pytest.raises(sedd.UserError) as caught:
+            meet(f"localhost:{port}", count, index, 5, hint="wait")
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(one, (0, 1), (3, 2)))
+    assert all("was told of 2 processes, process 0 of 3" in message for message in found)
+
+
+def test_somebody_else_at_the_port():
+    """What is said there in another language is not listened to; a port that is taken is one line."""
+    port = jobs.free_port()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(meet, f"localhost:{port}", 2, 0, 30, "wait")
+        jobs.wait_for(lambda: knocks(port), 10)
+        meet(f"localhost:{port}", 2, 1, 30, hint="wait")
+        assert first.result() is None
+    with socket.create_server(("", port)):
+        (found,) = meet_in_threads([0], 2, 1, port)
+        assert f"port {port} of this host cannot be used" in found
+
+
+def knocks(port):
+    """Whether somebody listens there, who is told what is no message."""
+    try:
+        with socket.create_connection(("localhost", port)) as caller:
+            caller.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "told, message",
+    [
+        ({"SEDD_COORDINATOR": "localhost:1"}, "go together; SEDD_NUM_PROCESSES is not set"),
+        ({"SEDD_COORDINATOR": "host", "SEDD_NUM_PROCESSES": "2", "SEDD_PROCESS_ID": "0"}, "must be HOST:PORT"),
+        ({"SEDD_COORDINATOR": "h:1", "SEDD_NUM_PROCESSES": "2", "SEDD_PROCESS_ID": "2"}, "must be 0 .. 1"),
+        ({"SEDD_COORDINATOR": "h:1", "SEDD_NUM_PROCESSES": "two", "SEDD_PROCESS_ID": "0"}, "must be a whole number"),
+    ],
+)
+def test_what_the_environment_says(monkeypatch, told, message):
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(sedd.UserError, match=message) as caught:
+        processes._told()
+    assert "\n" not in str(caught.value)
+
+
+def hardware(root, *files):
+    """A root of a file system in which there are these."""
+    for file, text in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text(text)
+    return root
+
+
+def test_accelerators_that_jax_does_not_see(tmp_path, monkeypatch):
+    """A GPU, a TPU; Google's network card is no TPU. The CPU is used where that was asked for, and else refused."""
+    at = "sys/bus/pci/devices/0000:00:04.0"
+    card = hardware(tmp_path / "card", (f"{at}/vendor", "0x1ae0\n"), (f"{at}/device", "0x0042\n"))
+    tpu = hardware(tmp_path / "tpu", (f"{at}/vendor", "0x1ae0\n"), (f"{at}/device", "0x0063\n"))
+    gpu = hardware(tmp_path / "gpu", ("dev/nvidia0", ""))
+    assert processes.unused_accelerator(card) is None
+    assert processes.unused_accelerator(tpu) == ("a TPU", "tpu")
+    assert processes.unused_accelerator(gpu)[0] == "an NVIDIA GPU"
+    monkeypatch.setattr(processes, "unused_accelerator", lambda: ("a TPU", "tpu"))
+    processes._look_at_devices()  # JAX_PLATFORMS=cpu, as the tests have it
+    monkeypatch.setattr(processes, "_platforms", lambda: "")
+    with pytest.raises(sedd.UserError, match="has a TPU, but JAX sees only the CPU; pip install 'sedd\\[tpu\\]'"):
+        processes._look_at_devices()
+
+
+@pytest.fixture(scope="module")
+def pair(corpus, tmp_path_factory):
+    """A run of two processes with four devices each, and the same with one process and eight."""
+    folder = tmp_path_factory.mktemp("pair")
+    settings = ("training.ema_decay=0.9", "evaluation.every=4", "checkpoint.every=2")
+    for name, processes, devices in (("two", 2, 4), ("one", 1, 8)):
+        command = train(corpus, folder / name, *settings, layers=2)
+        jobs.run(command, processes=processes, devices=devices, folder=folder / f"at-{name}")
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(pair):
+    """Losses to 1e-6; held-out bounds; one record a step; the same samples during training."""
+    two, one = losses(pair / "two"), losses(pair / "one")
+    assert len(two) == len(one) == 6
+    np.testing.assert_allclose(two, one, rtol=1e-6)
+    texts = [(pair / name / "samples.jsonl").read_text() for name in ("two", "one")]
+    assert texts[0] == texts[1] and texts[0].count("\n") == 4
+
+
+@pytest.mark.slow
+def test_evaluation_and_sampling_in_two_processes(pair):
+    """The same number and the same texts as in one; process 0 alone prints; an interrupted evaluation goes on."""
+    evaluate = ["eval", f"--model={pair}/one", "--json", f"--out={pair}/scores"]
+    sample = ["sample", f"--model={pair}/one", "--num_samples=9", "--steps=8", "--json"]
+    infill = ["infill", f"--model={pair}/one", "the <blank:4> times", "--num_samples=3", "--steps=8", "--json"]
+    alone = [jobs.run(command, processes=1, devices=1)[0] for command in (evaluate, sample, infill)]
+    draws = pair / "scores/draws.f32"
+    draws.write_bytes(draws.read_bytes()[: draws.stat().st_size // 2 - 3])
+    for command, wanted in zip((evaluate, sample, infill), alone):
+        first, second = jobs.run(command, processes=2, devices=2)
+        assert second == ""
+        if command is evaluate:
+            found, wanted = json.loads(first), json.loads(wanted)
+            np.testing.assert_allclose(found["nats_per_token"], wanted["nats_per_token"], rtol=1e-6)
+        else:
+            assert first == wanted
+
+
+@pytest.mark.slow
+def test_other_processes_and_another_mesh_take_the_same_examples(corpus, tmp_path):
+    """Two processes, then four, then one on a mesh of its own: each example of each batch once, and in order."""
+    watched = Path(__file__).parent / "watched.py"
+
+    def go_on(steps, processes, *settings):
+        command = [str(watched), str(tmp_path / "seen"), *train(corpus, tmp_path / "run", f"training.steps={steps}",
+                   "optimizer.decay=constant", *settings)]
+        jobs.run(command, processes=processes, devices=8 // processes)
+
+    go_on(3, 2)
+    go_on(5, 4, "mesh.model=2")
+    go_on(8, 1, "mesh.fsdp=4")
+    records = [json.loads(line) for file in tmp_path.glob("seen.*") for line in file.read_text().splitlines()]
+    taken = sorted((record["k"], example) for record in records for example in record["examples"])
+    read = [example for k, example in taken if k < 8]  # a few more batches are read ahead
+    ahead = [record["k"] for record in records if record["k"] in (3, 5)]
+    assert ahead, "the control: those who went on read again what was only read ahead before"
+    assert sorted(set(read)) == list(range(8 * 8))
+    jobs.run(train(corpus, tmp_path / "whole", "training.steps=8", "optimizer.decay=constant"), processes=1)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_missing_host_is_named(corpus, tmp_path):
+    """The others end within the timeout, with one line."""
+    begin = time.monotonic()
+    ended = jobs.finish(jobs.start(train(corpus, tmp_path / "run"), processes=3, only=[0, 2], timeout=5))
+    assert time.monotonic() - begin < 60
+    for status, _, err in ended:
+        assert status == 2 and "process 1 of 3 did not come" in err and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_exception_in_one_ends_the_other_in_seconds(corpus, tmp_path):
+    """A corpus that only worker 1 lacks; and one that differs there. No time-out is waited for."""
+    folder = tmp_path / "workers"
+    for index in (0, 1):
+        (folder / f"worker{index}").mkdir(parents=True)
+    (folder / "worker0/corpus").symlink_to(corpus.path)
+    command = train(corpus, tmp_path / "run", "data.corpus=corpus")
+    began = time.monotonic()
+    first, second = jobs.finish(jobs.start(command, folder=folder))
+    assert time.monotonic() - began < 60 and (first[0], second[0]) == (1, 2)
+    assert "sedd: error: there is no folder" in second[2]
+    assert "stopped, because another process failed: process 1" in first[2] and "there is no folder" in first[2]
+    other = small_corpus(tmp_path / "other", "bytes")
+    (folder / "worker1/corpus").symlink_to(other.path)
+    first, second = jobs.finish(jobs.start(command, folder=folder))
+    assert "process 1 has another " in first[2] + second[2] and 0 not in (first[0], second[0])
+
+
+@pytest.mark.slow
+def test_a_folder_that_not_all_see(corpus, tmp_path):
+    """Each worker in its own: noticed before anything is compiled."""
+    ended = jobs.finish(jobs.start(train(corpus, "run"), folder=tmp_path))
+    assert all(status in (1, 2) for status, _, _ in ended)
+    assert any("process 1" in err and "is not the folder that process 0 writes to" in err for _, _, err in ended)
+    assert not (tmp_path / "worker0/run/config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_sigterm_to_one_of_two_saves_in_both(corpus, tmp_path, victim):
+    """Both stop at the same step and end with 0; the same command goes on to the end."""
+    command = train(corpus, tmp_path / "run", "training.steps=400", "checkpoint.every=1000")
+    started = jobs.start(command)
+    metrics = tmp_path / "run/metrics.jsonl"
+    jobs.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 5)
+    started[victim].send_signal(signal.SIGTERM)
+    ended = jobs.finish(started)
+    steps = [err.partition("sedd: stopped at step ")[2].partition(";")[0] for _, _, err in ended]
+    assert [status for status, _, _ in ended] == [0, 0] and steps[0] == steps[1] != ""
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == steps[:1]
+    assert len(losses(tmp_path / "run")) == int(steps[0])
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_other(corpus, tmp_path):
+    """Without a word: its silence is noticed."""
+    command = train(corpus, tmp_path / "run", "training.steps=100000", "checkpoint.every=100000")
+    started = jobs.start(command)
+    metrics = tmp_path / "run/metrics.jsonl"
+    jobs.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 5)
+    started[1].kill()
+    began = time.monotonic()
+    ended = jobs.finish(started, 120)
+    assert ended[0][0] != 0 and time.monotonic() - began < 90

@@ -208,7 +208,7 @@ class Model:
     def save(self, directory: str | Path):
         """Exports all that `load` needs: weights, config and tokenizer. UserError if the folder is not empty."""
         directory = storage.folder_of(directory)
-        if directory.exists() and any(directory.iterdir()):
+        if directory.is_file() or not storage.is_empty(directory):
             raise UserError(f"{directory} is not empty; choose another folder to export to")
         if not processes.is_first():
             return

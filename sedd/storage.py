@@ -17,6 +17,7 @@ from sedd import processes
 from sedd.errors import UserError
 
 _PATIENCE = 20  # seconds that a network file system may take to show others what was written, or a bucket to answer
+_PROBE = ".probe-"  # how the names begin of files that show whether they can be written
 os.environ.setdefault("EPATH_USE_TF", "false")  # buckets are reached in one way, whether or not TensorFlow is there
 
 
@@ -89,11 +90,15 @@ def _ask(bucket: str, what: str, **parameters):
         raise UserError(f"gs://{bucket} cannot be used ({reason}): {mend}") from None
 
 
+def _probe() -> str:
+    return f"{_PROBE}{secrets.token_hex(8)}"
+
+
 def check_writable(folder: epath.Path):
     """Makes the folder. UserError where it cannot be written to."""
-    name = f".probe-{secrets.token_hex(8)}"
+    name = _probe()
     _leave(folder, name)
-    (folder / name).unlink()
+    _remove(folder, name)
 
 
 def _leave(folder: epath.Path, name: str):
@@ -107,9 +112,23 @@ def _leave(folder: epath.Path, name: str):
         raise UserError(f"{folder} cannot be written to ({_reason(error)}); choose another") from None
 
 
+def _remove(folder: epath.Path, name: str):
+    """Removes the file, as older checkpoints are to be."""
+    try:
+        (folder / name).unlink(missing_ok=True)
+    except Exception as error:
+        raise UserError(f"nothing can be removed from {folder} ({_reason(error)}); choose another") from None
+
+
+def is_empty(folder: epath.Path) -> bool:
+    """Whether nothing is there but what was cut off while it was made."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return all(name.endswith(".part") or name.startswith(_PROBE) for name in names)
+
+
 def check_shared(folder: epath.Path):
     """UserError, in every process, unless all see in the folder what process 0 writes there. All have to call it."""
-    name = processes.gathered(f".probe-{secrets.token_hex(8)}")[0]
+    name = processes.gathered(_probe())[0]
     with processes.together():
         if processes.is_first():
             _leave(folder, name)
@@ -118,8 +137,9 @@ def check_shared(folder: epath.Path):
             raise UserError(
                 f"{folder} is not the folder that process 0 writes to; give one that all processes share, or gs://"
             )
-    if processes.is_first():
-        (folder / name).unlink(missing_ok=True)
+    with processes.together():
+        if processes.is_first():
+            _remove(folder, name)
 
 
 def _appears(file: epath.Path) -> bool:

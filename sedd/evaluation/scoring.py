@@ -183,7 +183,7 @@ def _claim(folder: epath.Path, job: dict):
     """Writes down which job the folder is for, or holds that it is for this one."""
     file = folder / "job.json"
     if not file.exists():
-        if any(other.suffix != ".part" for other in folder.iterdir()):
+        if not storage.is_empty(folder):
             raise UserError(f"{folder} is not empty and holds no evaluation; choose another --out")
         write_whole(file, job)
         return

@@ -8,6 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sedd import config as configs
+from sedd import storage
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.errors import UserError
@@ -47,13 +48,13 @@ def claim(workdir: epath.Path, config: ConfigDict, corpus: Corpus, layout: Layou
             raise UserError(f"{workdir} holds another run: {', '.join(changed)}; choose another --workdir")
         if steps_saved(workdir / "checkpoints"):
             mine["init_from"] = theirs.get("init_from")
-    elif workdir.exists() and any(workdir.iterdir()):
+    elif workdir.is_file() or not storage.is_empty(workdir):
         raise UserError(f"{workdir} is not empty and holds no run; choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    corpus.tokenizer.save(workdir / "tokenizer")
     part = path.with_name("config.json.part")
     part.write_text(json.dumps(mine, indent=2) + "\n")
     part.replace(path)
+    corpus.tokenizer.save(workdir / "tokenizer")  # after what tells whose it is, for who is interrupted here
 
 
 def _read(path: epath.Path) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def initialize():
             heartbeat_timeout_seconds=_HEARTBEAT,
         )
     _look_at_devices()
+    _keep_compiled()
     if are_many():
         sys.excepthook = _give_up
         threading.Thread(target=_watch, name="watch", daemon=True).start()
@@ -231,6 +232,12 @@ def _look_at_devices():
         print(f"sedd: {where}{len(here)} of {len(devices)} devices ({here[0].device_kind})", file=sys.stderr)
     elif len(devices) > 1 or devices[0].platform != "cpu":
         print(f"sedd: {len(devices)} device(s) ({here[0].device_kind})", file=sys.stderr)
+
+
+def _keep_compiled():
+    """What is compiled for an accelerator is kept on this machine, for the next start of the same command."""
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "sedd" / "compiled"))
 
 
 def _platforms() -> str:

@@ -22,6 +22,22 @@ from oracle import Joint  # noqa: E402
 from sedd.diffusion.process import Absorbing, Uniform  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--skips", metavar="WORDS", help="fail on skips whose reason holds none of these, as in torch,root")
+
+
+def pytest_sessionfinish(session):
+    """A skip that nobody expected is a failure, where that was asked for."""
+    expected, reporter = session.config.option.skips, session.config.pluginmanager.get_plugin("terminalreporter")
+    if expected is None or reporter is None:
+        return
+    reasons = [report.longrepr[2] for report in reporter.stats.get("skipped", [])]
+    unexpected = [reason for reason in reasons if not any(word in reason for word in expected.split(","))]
+    if unexpected:
+        print("\nunexpected skips: " + "; ".join(sorted(set(unexpected))))
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture
 def float64():
     """Laws are tested in float64; without this a test runs in float32, as production does."""

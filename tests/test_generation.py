@@ -1,5 +1,6 @@
 """Drawing beyond the block, from samplers by name, and what is shown on the way."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,6 +10,7 @@ from small import small_config, small_corpus
 
 import sedd
 from sedd import config as configs
+from sedd import parallel
 from sedd.data.tokenizers import make_tokenizer
 from sedd.generation import Generator
 from sedd.prompts import before_blank, windows
@@ -65,6 +67,20 @@ def test_longer_than_a_block(request, of):
     assert np.all(long.trace[0][:, BLOCK:] == nothing)  # not begun
     assert len(long.trace) <= 4 * 4  # four blocks
     assert long.network_calls == len(long.trace) if of == "generator" else long.network_calls == 4 * 7
+
+
+@pytest.mark.parametrize("rows, split", [(19, True), (3, False)])
+def test_rows_over_devices(generator, rows, split):
+    """Many rows are split over the devices that hold the parameters, few are not; no sample depends on that."""
+    wanted = generator.sample(rows, steps=4, seed=2, trace=True)
+    mesh = parallel.data_mesh()
+    params = parallel.put(generator.params, parallel.shardings(mesh, generator.params))
+    beside, where = parallel.beside(params, rows)
+    assert (where is not None) == split and parallel.row_parts(params) == 8
+    assert all(len(leaf.devices()) == (8 if split else 1) for leaf in jax.tree.leaves(beside))
+    found = dataclasses.replace(generator, params=params).sample(rows, steps=4, seed=2, trace=True)
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    np.testing.assert_array_equal(found.trace, wanted.trace)
 
 
 def test_given_tokens_far_apart_in_rows_of_any_length(generator):

@@ -142,9 +142,9 @@ def pair(corpus, tmp_path_factory):
     """A run of two processes with four devices each, and the same with one process and eight."""
     folder = tmp_path_factory.mktemp("pair")
     settings = ("training.ema_decay=0.9", "evaluation.every=4", "checkpoint.every=2")
-    for name, processes, devices in (("two", 2, 4), ("one", 1, 8)):
+    for name, count, devices in (("two", 2, 4), ("one", 1, 8)):
         command = train(corpus, folder / name, *settings, layers=2)
-        jobs.run(command, processes=processes, devices=devices, folder=folder / f"at-{name}")
+        jobs.run(command, processes=count, devices=devices, folder=folder / f"at-{name}")
     return folder
 
 
@@ -182,10 +182,10 @@ def test_other_processes_and_another_mesh_take_the_same_examples(corpus, tmp_pat
     """Two processes, then four, then one on a mesh of its own: each example of each batch once, and in order."""
     watched = Path(__file__).parent / "watched.py"
 
-    def go_on(steps, processes, *settings):
-        command = [str(watched), str(tmp_path / "seen"), *train(corpus, tmp_path / "run", f"training.steps={steps}",
-                   "optimizer.decay=constant", *settings)]
-        jobs.run(command, processes=processes, devices=8 // processes)
+    def go_on(steps, count, *settings):
+        settings = (f"training.steps={steps}", "optimizer.decay=constant", *settings)
+        command = [str(watched), str(tmp_path / "seen"), *train(corpus, tmp_path / "run", *settings)]
+        jobs.run(command, processes=count, devices=8 // count)
 
     go_on(3, 2)
     go_on(5, 4, "mesh.model=2")

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -259,7 +258,7 @@ def test_a_full_disk_loses_no_checkpoint(corpus, tmp_path, capfd):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Checkpoints, "save", fill)
-            with pytest.raises(sedd.UserError, match="could not be written to .*; those that are there stay") as caught:
+            with pytest.raises(sedd.UserError, match="could not be written .*; those that are there stay") as caught:
                 fit(config, folder / "run")
         assert "No space left" in str(caught.value) and "\n" not in str(caught.value)
         assert os.listdir(folder / "run/checkpoints") == ["2"]
@@ -287,7 +286,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
     config = small_config(corpus, "checkpoint.every=2", "training.levels=times", "training.steps=7")
     with monkeypatch.context() as patch:
         patch.setattr("sedd.training.fit.Objective", poisoned(6))
-        with pytest.raises(sedd.UserError, match="the loss of step 6 is not finite .*nonfinite.jsonl.* Lower") as caught:
+        with pytest.raises(sedd.UserError, match="the loss of step 6 is not finite .*nonfinite.jsonl") as caught:
             fit(config, tmp_path / "run")
     assert "\n" not in str(caught.value)
     (record,) = map(json.loads, (tmp_path / "run" / NONFINITE).read_text().splitlines())
@@ -296,7 +295,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
     objective = parts(config, corpus)[0]
     key = jax.random.fold_in(jax.random.key(0), 5)
     assert row["example"] == 45 and row["loss"] == "nan"
-    np.testing.assert_allclose(row["sigma"], objective.schedule.sigma(objective.times(jnp.arange(8), key))[5], rtol=1e-5)
+    sigma = objective.schedule.sigma(objective.times(jnp.arange(8), key))[5]
+    np.testing.assert_allclose(row["sigma"], sigma, rtol=1e-5)
     assert steps_saved(epath.Path(tmp_path / "run/checkpoints")) == [2, 4]
     assert fit(config, tmp_path / "run").steps == 3
 
@@ -357,29 +357,33 @@ def test_killed_at_random_twenty_times(corpus, tmp_path):
     """Each time it goes on from a whole step; in the end it is, bit for bit, the run that nothing interrupted."""
     settings = ("training.steps=160", "training.ema_decay=0.9", "checkpoint.every=1", "network.layers=1")
     config = small_config(corpus, *settings)
+    keys = [f"{group}.{name}={value}" for group, members in config.items() for name, value in members.items()]
 
-    def start(workdir):
-        flags = [f"--config.{group}.{name}={value}" for group, members in config.items() for name, value in members.items()]
-        return jobs.start(["train", f"--workdir={workdir}", *flags], processes=1)[0]
+    def start(name):
+        flags = [f"--config.{key}" for key in keys]
+        return jobs.start(["train", f"--workdir={tmp_path / name}", *flags], processes=1)[0]
 
-    jobs.finish([start(tmp_path / "whole")])
-    random_moments, reached = random.Random(0), []
-    for _ in range(20):
-        process = start(tmp_path / "broken")
+    def records():
         metrics = tmp_path / "broken/metrics.jsonl"
-        before = metrics.read_text().count("\n") if metrics.exists() else 0
-        jobs.wait_for(lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") != before))
-        time.sleep(random_moments.uniform(0, 0.5))
+        return metrics.read_text() if metrics.exists() else ""
+
+    jobs.finish([start("whole")])
+    moments, reached = random.Random(0), []
+    for _ in range(20):
+        before, process = records(), start("broken")
+        jobs.wait_for(lambda: process.poll() is not None or records() != before)
+        time.sleep(moments.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         err = process.communicate()[1]
         assert "damaged" not in err and "Traceback" not in err
         reached.append(max(steps_saved(epath.Path(tmp_path / "broken/checkpoints")), default=0))
-    ((status, _, _),) = jobs.finish([start(tmp_path / "broken")])
+    ((status, _, _),) = jobs.finish([start("broken")])
     assert status == 0 and reached == sorted(reached) and 0 < reached[5] < 160
     found = [restored(tmp_path / name, config, corpus) for name in ("whole", "broken")]
     jax.tree.map(np.testing.assert_array_equal, *found)
     assert int(found[0].step) == 160
-    lines = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("whole", "broken")]
+    runs = [(tmp_path / name / "metrics.jsonl").open() for name in ("whole", "broken")]
+    lines = [[json.loads(line)["loss"] for line in run] for run in runs]
     assert lines[0] == lines[1] and len(lines[0]) == 160
 
 

@@ -142,7 +142,7 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class _Staying:
-    """Which checkpoints stay, as Orbax asks: the newest, those of every so many steps, and the one of the best bound."""
+    """Which checkpoints stay, as Orbax asks: the newest, those of every so many steps, and that of the best bound."""
 
     config: ConfigDict
     bounds: dict[int, float]

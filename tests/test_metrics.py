@@ -3,13 +3,15 @@
 import json
 import sys
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from small import small_config, small_corpus
 
 import sedd
+from sedd import config as configs
 from sedd.training.board import Board
+from sedd.training.estimate import step_flops
 from sedd.training.fit import fit
 from sedd.training.guard import Guard
 from sedd.training.metrics import Metrics
@@ -79,3 +81,31 @@ def test_records_of_steps_to_be_taken_again_are_dropped(tmp_path, name):
     with Metrics(tmp_path, 3, 9, Guard(0, None)):
         pass
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_utilisation_and_a_trace(corpus, tmp_path, monkeypatch, capsys):
+    """The share of a chip's rate that the algorithm's multiplications take; some steps traced, and no others."""
+    monkeypatch.setattr("sedd.training.fit.peak_flops", lambda kind: 1e9)
+    config = small_config(corpus, "training.steps=14", "metrics.profile=2", "network.remat=full")
+    summary = fit(config, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    _, _, network = configs.build(config, corpus.vocab_size)
+    flops = step_flops(network, 8, 16, paired=True, recomputed=False)
+    assert flops < step_flops(network, 8, 16, paired=True)
+    for record in records[1:]:
+        seconds = 8 * 16 / record["tokens_per_second"]
+        assert record["utilisation"] == pytest.approx(flops / (seconds * 1e9 * 8), rel=0.05, abs=1e-4)
+    assert summary.utilisation > 0 and "% utilisation)" in str(summary)
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+    assert "utilisation" in capsys.readouterr().err
+
+
+def test_nothing_is_said_of_a_chip_that_is_not_known(tmp_path):
+    with Metrics(tmp_path, 0, 2, Guard(0, None)) as log:
+        for step in (1, 2):
+            numbers = {"loss": 1.0, "gradient_norm": 1.0, "learning_rate": 1.0, "tokens": 8}
+            log.record(step, jax.tree.map(jnp.float32, numbers))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "tokens_per_second" in records[1] and "utilisation" not in records[1]
+    assert log.summary().utilisation is None

@@ -23,6 +23,7 @@ from sedd.evaluation.report import Comparison, Report
 from sedd.generation import Samples
 from sedd.loading import load, train
 from sedd.model import Model
+from sedd.processes import initialize
 from sedd.version import __version__
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "cosine",
     "count_loss",
     "denoising_loss",
+    "initialize",
     "load",
     "open_corpus",
     "prepare",

@@ -156,8 +156,13 @@ def _appears(file: epath.Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line: the first, or the last of gcsfs', which begins with the address."""
-    said = getattr(error, "strerror", None) or str(error).strip()
+    """What went wrong, in one line."""
+    return getattr(error, "strerror", None) or line_of(error)
+
+
+def line_of(error: BaseException) -> str:
+    """The line of a message that says most: the first, or the last where gcsfs begins with the address."""
+    said = str(error).strip()
     return said.split("\n")[-1 if said.startswith("Forbidden") else 0] or type(error).__name__
 
 

@@ -136,7 +136,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         if tokenizer.fingerprint == about["fingerprint"]:
             return tokenizer
     except FileNotFoundError as error:
-        missing = Path(error.filename or str(error)).name  # in a bucket it has no filename
+        names = ("tokenizer.json", "tokenizer.model")  # in a bucket, the error does not name the file
+        missing = next((name for name in names if not (directory / name).is_file()), names[0])
         raise UserError(f"there is no tokenizer in {directory}: {missing} is missing") from error
     except (ValueError, KeyError, TypeError):
         pass

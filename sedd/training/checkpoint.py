@@ -57,7 +57,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Staying(self.config, self._bounds),
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=not storage.is_bucket(self.directory),  # there it would take what is put aside
+            cleanup_tmp_directories=True,
         )
         # What is whole on many devices is written by one of them; Orbax would have each write, and compile, a slice.
         types = ocp.type_handlers
@@ -105,6 +105,10 @@ class Checkpoints:
 
         like: the shapes, types and shardings, as `jax.ShapeDtypeStruct`.
         """
+        if processes.is_first():
+            for step, whole in _steps(self.directory):
+                if not whole:  # what is written next replaces it
+                    print(f"sedd: the checkpoint of step {step} was cut off while it was written", file=sys.stderr)
         found = _newest(self.directory, _items(like))
         if found is None:
             return None
@@ -169,10 +173,17 @@ def restore_params(directory: epath.Path, like: dict, ema: bool, step: int | Non
 
 
 def steps_saved(directory: epath.Path) -> list[int]:
-    """The steps of the checkpoints that are there, whole or not, from the oldest on."""
+    """The steps of the checkpoints that were written to their end, from the oldest on."""
+    return [step for step, whole in _steps(directory) if whole]
+
+
+def _steps(directory: epath.Path) -> list[tuple[int, bool]]:
+    """The steps that are there, and whether each was written to its end. On a disk, others have other names."""
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    steps = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    in_bucket = storage.is_bucket(directory)
+    return [(step, not in_bucket or (directory / str(step) / _COMMITTED).is_file()) for step in steps]
 
 
 def _newest(
@@ -293,5 +304,4 @@ def _cause(error: BaseException) -> str:
     """What went wrong at the bottom, in short: tensorstore adds its whole specification to its messages."""
     while error.__cause__ is not None:
         error = error.__cause__
-    line = next(filter(None, str(error).split("\n")), type(error).__name__)
-    return textwrap.shorten(line.partition(" [")[0], 120, placeholder=" ...")
+    return textwrap.shorten(storage.line_of(error).partition(" [")[0], 120, placeholder=" ...")

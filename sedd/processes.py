@@ -63,14 +63,17 @@ def initialize():
         meet(job.coordinator, job.count, job.index, timeout, hint=f"{TIMEOUT}=SECONDS waits longer")
         with contextlib.suppress(AttributeError):  # it would take SIGTERM, which `fit` does
             jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(
-            job.coordinator,
-            job.count,
-            job.index,
-            job.devices,
-            initialization_timeout=timeout,
-            heartbeat_timeout_seconds=_HEARTBEAT,
-        )
+        try:
+            jax.distributed.initialize(
+                job.coordinator,
+                job.count,
+                job.index,
+                job.devices,
+                initialization_timeout=timeout,
+                heartbeat_timeout_seconds=_HEARTBEAT,
+            )
+        except RuntimeError as error:
+            raise UserError(f"sedd.initialize() has to come before any other use of JAX ({error})") from None
     _look_at_devices()
     _keep_compiled()
     if are_many():

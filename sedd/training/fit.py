@@ -52,6 +52,7 @@ def fit(config: ConfigDict, workdir: str | Path, weights: dict | None = None, in
     UserError before anything is compiled if the config, the corpus, the weights or the folder do not fit, and
     Interrupted when it was stopped. With several processes, all of them call it.
     """
+    processes.initialize()
     workdir = storage.folder_of(workdir)
     config = configs.validate(config)
     data = config.data

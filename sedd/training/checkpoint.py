@@ -47,7 +47,7 @@ class Checkpoints:
 
     def __exit__(self, kind, *_):
         if kind is None or issubclass(kind, UserError):
-            self._finish(quiet=kind is not None)
+            self.finish(quiet=kind is not None)
 
     @functools.cached_property
     def _manager(self):
@@ -120,8 +120,8 @@ class Checkpoints:
         step = parallel.put(np.int32(step), like.step.sharding)
         return TrainState(step, items["params"], items.get("ema"), items["optimizer"])
 
-    def _finish(self, quiet: bool):
-        """Waits for what is being written. quiet: another mistake is on its way to the user."""
+    def finish(self, quiet: bool = False):
+        """Waits for what is being written, the last of all. quiet: another mistake is on its way to the user."""
         if "_manager" not in self.__dict__:
             return
         with contextlib.suppress(UserError) if quiet else contextlib.nullcontext(), self._written():

@@ -145,6 +145,7 @@ class _Run:
                 if stop:
                     break
         if int(state.step) < training.steps:
+            checkpoints.finish()
             raise Interrupted(int(state.step))
         return log.summary()
 

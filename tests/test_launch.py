@@ -67,12 +67,15 @@ def test_all_of_it(cloud, capfd):
 def test_steps_may_be_repeated(cloud, capfd):
     """Each by itself, twice."""
     sleep = python("print('here', me, flush=True); time.sleep(60)")
+    assert cloud("push") == 1 and cloud("stop") == 0
+    err = capfd.readouterr().err
+    assert "tpu is not there; create gets it ready" in err and "nothing runs: tpu is not there" in err
     assert cloud("create") == cloud("create") == 0 and len(cloud.calls("create")) == 1
     assert cloud("push", "--push=data/mine") == 0
     (cloud.folder(1) / "sedd/stale.py").touch()
     assert cloud("push") == 0
     assert not (cloud.folder(1) / "sedd/stale.py").exists() and (cloud.folder(1) / "data/mine/meta.json").exists()
-    assert cloud("setup") == cloud("setup") == 0
+    assert cloud("setup") == cloud("setup") == 0 and cloud("setup", "--python=/bin/false", "--retries=1") == 1
     assert cloud("run", command=sleep) == cloud("run", command=sleep) == 0
     assert "worker 1: runs already" in capfd.readouterr().err
     assert cloud("run", command=python("pass")) == 1 and cloud("push") == 1 and cloud("setup") == 1
@@ -112,6 +115,13 @@ def test_what_fails_is_tried_again(cloud, capfd, monkeypatch):
     assert all(f"stand-in: {step} fails as planned" in err for step in ("list", "create", "ssh", "scp", "delete"))
 
 
+def test_what_was_done_though_it_failed(cloud, capfd):
+    """Is not done again, which would fail for ever."""
+    cloud.plan(**{"create late": 1, "delete late": 1})
+    assert cloud("create") == cloud("delete") == 0
+    assert len(cloud.calls("create")) == len(cloud.calls("delete")) == 1
+
+
 @pytest.mark.parametrize("step", ["list", "create", "ssh", "scp", "delete"])
 def test_but_not_for_ever(cloud, capfd, step):
     """Then the exit status says so, and one line what failed."""
@@ -139,15 +149,18 @@ def test_machines_that_cannot_be_had(cloud, capfd):
 
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
 def test_preempted_and_launched_again(cloud, beside, capfd, number):
-    """Whether it had time to save or not. Everything is set up anew, and with the code of the first time."""
-    done = beside("up", "--push=data/mine", command=python(SAVES + TWICE))
+    """Whether it had time to save or not, and as often as it takes: that is no failure. Everything is set up anew."""
+    done = beside("up", "--push=data/mine", "--retries=0", command=python(SAVES + TWICE))
     eventually(lambda: all((cloud.place / f"left{index}").exists() for index in range(2)))
+    packed = cloud.place / "sedd-tpu.tar.gz"
+    before = packed.stat().st_mtime_ns
     cloud.preempt(number)
     eventually(lambda: done)
     out, err = capfd.readouterr()
     assert done == [0] and out.endswith("again\n") and "tpu is SUSPENDED" in err
     assert len(cloud.calls("create")) == 2 and cloud.said("setup") == cloud.said("run") == 2
     assert sum("data/mine" in argv for argv in cloud.calls("scp")) == 2
+    assert packed.stat().st_mtime_ns == before  # the code is that of the first time, whatever became of it here
 
 
 def test_a_worker_that_saves_and_ends_is_not_done(cloud, beside, capfd):
@@ -190,8 +203,19 @@ def test_stopped_while_watched(cloud, beside, capfd):
     eventually(lambda: all((cloud.place / f"left{index}").exists() for index in range(2)))
     assert cloud("stop") == 0
     eventually(lambda: done)
-    assert done == [1] and cloud.said("run") == 1 and "somebody stopped the command" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert done == [1] and "somebody stopped the command" in err and "again in" not in err
+    assert cloud.said("run") == 1
     assert cloud("up", command=python(SAVES + TWICE)) == 0
+
+
+def test_stopped_between_two_attempts(cloud, beside, capfd):
+    """There is no third."""
+    done = beside("up", "--backoff=3", command=python("sys.exit(1)"))
+    eventually(lambda: "again in 3 s" in capfd.readouterr().err)
+    assert cloud("stop") == 0
+    eventually(lambda: done)
+    assert done == [1] and cloud.said("run") == 1 and "somebody stopped the command" in capfd.readouterr().err
 
 
 def test_deleted_while_watched(cloud, beside, capfd):
@@ -217,22 +241,23 @@ def test_watching_what_runs(cloud, beside, capfd):
 
 @pytest.mark.slow
 def test_training_survives_a_preemption(cloud, beside, capfd):
-    """Two real processes, killed half-way; then they evaluate. No step is lost or done twice."""
+    """Two real processes, told to end, and later killed; then they evaluate. No step is lost or done twice."""
     shutil.move(small_corpus(cloud.place / "small").path, "data/tiny")
     cloud.python, run = sys.executable, cloud.place / "shared/run"
     flags = ["--push=data/tiny", "--env=JAX_PLATFORMS=cpu", "--env=XLA_FLAGS=--xla_backend_optimization_level=0"]
-    settings = ("data.corpus=data/tiny", *SETTINGS, "training.steps=200", "checkpoint.every=5")
+    settings = ("data.corpus=data/tiny", *SETTINGS, "training.steps=400", "checkpoint.every=5")
     train = ["sedd", "train", f"--workdir={run}", *(f"--config.{setting}" for setting in settings)]
     done = beside("up", *flags, command=train)
     metrics = run / "metrics.jsonl"
-    eventually(lambda: metrics.exists() and metrics.read_text().count("\n") >= 12, seconds=300)
-    cloud.preempt()
+    for number, steps in (("SIGTERM", 12), ("SIGKILL", 212)):
+        eventually(lambda steps=steps: metrics.exists() and metrics.read_text().count("\n") >= steps, seconds=300)
+        cloud.preempt(number)
     eventually(lambda: done, seconds=300)
-    assert done == [0] and cloud.said("run") == len(cloud.calls("create")) == 2
+    assert done == [0] and cloud.said("run") == len(cloud.calls("create")) == 3
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 201))
+    assert steps == list(range(1, 401))
     score = ["sedd", "eval", f"--model={run}", "--data=data/tiny", f"--out={run.parent}/scores"]
     assert cloud("up", *flags, command=score) == 0
     assert 0 < json.loads((run.parent / "scores/report.json").read_text())["bits_per_byte"] < 8
     assert "bits per byte" in capfd.readouterr().out  # of worker 0, who prints
-    assert "process 1 of 2" in (cloud.folder(1) / ".job/log").read_text() and len(cloud.calls("create")) == 2
+    assert "process 1 of 2" in (cloud.folder(1) / ".job/log").read_text() and len(cloud.calls("create")) == 3

@@ -38,12 +38,13 @@ gcloud compute tpus queued-resources create tpu --node-id=tpu --zone=zone-a --ac
 --runtime-version=v2-alpha-tpuv5-lite --spot --async --quiet
 gcloud compute tpus tpu-vm ssh tpu --zone=zone-a --worker=all --quiet --ssh-flag=-oServerAliveInterval=30 \
 '--command=mkdir -p sedd/.job sedd/data sedd/more/data/b'
-tar --exclude=__pycache__ -czf TMP/sedd-tpu.tar.gz -C ROOT sedd experiments tpu_launch setup.cfg pyproject.toml \
+tar --exclude=__pycache__ -hczf TMP/sedd-tpu.tar.gz -C ROOT sedd experiments tpu_launch setup.cfg pyproject.toml \
 README.md LICENSE
 gcloud compute tpus tpu-vm scp TMP/sedd-tpu.tar.gz tpu:sedd/ --zone=zone-a --worker=all --quiet \
 --scp-flag=-oServerAliveInterval=30 --recurse
 gcloud compute tpus tpu-vm ssh tpu --zone=zone-a --worker=all --quiet --ssh-flag=-oServerAliveInterval=30 \
-'--command=flock --shared --nonblock --conflict-exit-code=3 sedd/.job/lock tar --recursive-unlink -xzf sedd/sedd-tpu.tar.gz -C sedd'
+'--command=flock --shared --nonblock --conflict-exit-code=3 sedd/.job/lock tar --recursive-unlink \
+-xzf sedd/sedd-tpu.tar.gz -C sedd'
 gcloud compute tpus tpu-vm scp data/mine tpu:sedd/data/ --zone=zone-a --worker=all --quiet \
 --scp-flag=-oServerAliveInterval=30 --recurse
 gcloud compute tpus tpu-vm ssh tpu --zone=zone-a --worker=all --quiet --ssh-flag=-oServerAliveInterval=30 \

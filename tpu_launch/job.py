@@ -53,7 +53,8 @@ class Job:
         self.backend, self.calls, self.options, self.name = backend, calls, options, options.name
         self.code = Path(tempfile.gettempdir()) / f"sedd-{self.name}.tar.gz"
         self.packed = False
-        self.there = False  # the machines, or a request for them, when last heard of
+        self.there = False  # whether the machines, or a request for them, were there when last heard of
+        self.prepared = False  # whether they have the code and what it needs
 
     def create(self) -> bool:
         """Waits for the machines: for those that are there, or for new ones in place of dead ones or none.
@@ -69,6 +70,7 @@ class Job:
                 say(f"{self.name} is {seen.word}")
                 before = seen.word
             if seen.state is State.GONE and self.there:
+                self.there = False
                 raise Failed(f"somebody deleted {self.name}; up makes it again", final=True)
             if seen.state is State.GONE:
                 self.calls.run(self.backend.create(), enough=lambda: self.seen().state is not State.GONE)
@@ -84,6 +86,11 @@ class Job:
         self.there = True
         return new
 
+    def check_ready(self):
+        """Failed, unless the machines are."""
+        if not self.calls.dry_run and (seen := self.seen()).state is not State.READY:
+            raise Failed(f"{self.name} is {seen.word}; create gets it ready", final=True)
+
     def delete(self):
         """Deletes the machines; that they are gone is fine."""
         if self.calls.dry_run or self.seen().state is not State.GONE:
@@ -95,7 +102,7 @@ class Job:
         folders = {str(PurePosixPath(LOCK).parent), *(source.folder for source in self.options.push)}
         self._on_workers(["mkdir", "-p", *sorted(folders)])
         if not self.packed:  # only once: what runs after a preemption is what ran before
-            self.calls.run(["tar", "--exclude=__pycache__", "-czf", str(self.code), "-C", str(ROOT), *CODE])
+            self.calls.run(["tar", "--exclude=__pycache__", "-hczf", str(self.code), "-C", str(ROOT), *CODE])
             self.packed = True
         self.calls.run(self.backend.copy(str(self.code), THERE))
         idle = ["flock", "--shared", "--nonblock", f"--conflict-exit-code={REFUSED}", LOCK]
@@ -127,6 +134,9 @@ class Job:
 
     def stop(self):
         """Ends what runs, for good: `up`, if it watches, does not start it again. Training saves."""
+        if not self.calls.dry_run and (seen := self.seen()).state is not State.READY:
+            say(f"nothing runs: {self.name} is {seen.word}")
+            return
         self._on_workers(_script("stop", str(self.options.grace)))
 
     def log(self, worker: str, lines: int, follow: bool = False):

@@ -18,14 +18,13 @@ def up(job: Job, start: bool = True):
 
     Ended or Failed, if it failed more often than --retries says, or there is no hope.
     """
-    failures, again = 0, not start
-    job.there = not start  # so that machines which are gone were deleted
+    failures, launched, again = 0, not start, not start
+    job.there = job.prepared = not start
     while True:
-        launched = not start
         try:
-            if start:
+            if not launched:
                 launch(job, again)
-            launched = True
+                launched = True
             watch(job)
             return
         except Failed as failed:
@@ -33,31 +32,43 @@ def up(job: Job, start: bool = True):
                 raise
             problem = failed
         say(str(problem))
-        start = again = True
         job.calls.sleep(job.options.poll)  # machines are told to go some time before one sees it
-        if launched and job.seen().state is not State.READY:
-            failures = 0
-            continue
-        failures += 1
+        taken = launched and _taken_away(job)
+        launched, again = False, True
+        failures = 0 if taken else failures + 1
         if failures > job.options.retries:
             raise problem
-        job.calls.pause(failures)
+        if failures:
+            job.calls.pause(failures)
+
+
+def _taken_away(job: Job) -> bool:
+    """As far as one can see."""
+    try:
+        return job.seen().state is not State.READY
+    except Failed:
+        return False
 
 
 def launch(job: Job, again: bool = False):
-    """Everything up to a running command, and of that only what is not done. again: the code need not be new."""
-    workers = [] if job.create() else job.workers()
+    """Everything up to a running command, and of that only what is not done. again: it was launched before."""
+    if job.create():
+        job.prepared, workers = False, []
+    else:
+        workers = job.workers()
     states = {worker.state for worker in workers}
     if again and "halted" in states:
         raise Failed("somebody stopped the command; up starts it again", final=True)
     if "running" in states and states <= _FINE:
         job.check_same()
+        job.prepared = True
         return
     if "running" in states:  # they wait for one that failed
         job.end()
-    if not again or not workers or "none" in states:
+    if not job.prepared:
         job.push()
         job.setup()
+        job.prepared = True
     job.run()
 
 

@@ -40,25 +40,39 @@ def main(argv: list[str]) -> int:
             say(f"error: --push={source.here}: there is none here; gs://BUCKET/{source.here} takes it from a bucket")
             return MISTAKE
     job = Job(BACKENDS[options.backend](options), Calls(options.retries, options.backoff, options.dry_run), options)
+    status, ended = _run(job)
+    if options.step in ("up", "watch") and not options.dry_run:
+        status = max(status, _settle(job, ended))
+    return status
+
+
+def _run(job: Job) -> tuple[int, bool]:
+    """The exit status, and whether the end of the command was seen."""
     try:
-        STEPS[options.step](job)
-        return _after(job, ended=True, status=0)
+        if job.options.step in ("push", "setup", "run", "logs"):
+            job.check_ready()
+        STEPS[job.options.step](job)
+        return 0, True
     except Failed as failed:
         say(f"error: {failed}")
-        return _after(job, ended=isinstance(failed, Ended), status=1)
+        return 1, isinstance(failed, Ended)
     except KeyboardInterrupt:
-        return _after(job, ended=False, status=130)
+        return 130, False
 
 
-def _after(job: Job, ended: bool, status: int) -> int:
+def _settle(job: Job, ended: bool) -> int:
     """Sees to it that nobody pays for what he has forgotten."""
-    if job.options.step in ("up", "watch") and not job.options.dry_run:
-        if ended and job.options.then_delete:
+    if ended and job.options.then_delete:
+        try:
             job.delete()
-        else:
-            here = f"--name={job.name} --zone={job.options.zone}"
-            say(f"{job.name} is paid for until: python tpu_launch/launch.py delete {here}")
-    return status
+        except Failed as failed:
+            say(f"error: {failed}")
+    if not job.there:
+        return 0
+    project = f" --project={job.options.project}" if job.options.project else ""
+    delete = f"python tpu_launch/launch.py delete --name={job.name} --zone={job.options.zone}{project}"
+    say(f"{job.name} is paid for until: {delete}")
+    return int(job.options.then_delete)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

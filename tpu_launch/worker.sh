@@ -31,9 +31,11 @@ setup() {
     [ -x "$python" ] || uv venv --python 3.11 .venv
     uv pip install --quiet --python "$python" --constraint tpu_launch/constraints.txt --editable ".[$1]"
   fi
+  local versions
+  versions=$("$python" -c 'import sys, jax, sedd.version as sedd
+print(f"sedd {sedd.__version__}, JAX {jax.__version__}, Python {sys.version.split()[0]}")')
   dirname "$python" > .job/path
-  say "$("$python" -c 'import sys, jax, sedd.version as sedd
-print(f"sedd {sedd.__version__}, JAX {jax.__version__}, Python {sys.version.split()[0]}")')"
+  say "$versions"
 }
 
 same() { [ "$(cat .job/command)" = "$*" ] || refuse "$(cat .job/command)"; }
@@ -96,17 +98,17 @@ end() {
   local group
   group=$(cat .job/pid)
   # Once: a second signal would end sedd before it has saved.
-  [ -f .job/asked ] || { touch .job/asked; kill -TERM -- "-$group"; }
+  [ -f .job/asked ] || { touch .job/asked; kill -TERM -- "-$group" || true; }
   if flock --shared --wait "$1" "$LOCK" true; then
     say "ended"
   else
-    kill -KILL -- "-$group"
+    kill -KILL -- "-$group" || true
     say "killed after $1 s"
   fi
 }
 
 stop() {
-  touch .job/halted
+  [ ! -f .job/command ] || touch .job/halted
   end "$1"
 }
 

@@ -1,0 +1,495 @@
+"""Runs, exports and reports in a bucket, without a network: through a stand-in for Google Cloud Storage."""
+
+import importlib.util
+import json
+import signal
+import socket
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import jobs
+import numpy as np
+import pytest
+from etils import epath
+from small import SETTINGS, parts, small_config, small_corpus
+from stand_in.bucket import Bucket, Object
+
+import sedd
+from sedd import cli, parallel, storage
+from sedd import config as configs
+from sedd.evaluation import perplexity, scoring
+from sedd.training.checkpoint import Checkpoints, restore_params, steps_saved
+from sedd.training.fit import fit
+from sedd.training.step import TrainState, make_step
+
+pytest.importorskip("gcsfs", reason="buckets need gcsfs: pip install 'sedd[gcs]'")
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory):
+    """The stand-in, which both clients are told of, here and in the processes that are started; without credentials."""
+    with Bucket() as cloud, pytest.MonkeyPatch.context() as patch:
+        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+            patch.setenv(name, cloud.url)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # so that tensorstore looks for no others
+        patch.setenv("CLOUDSDK_CONFIG", str(tmp_path_factory.mktemp("none")))
+        patch.setenv("NO_GCE_CHECK", "true")
+        patch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+        yield cloud
+
+
+@pytest.fixture
+def bucket(cloud, request):
+    """A bucket of the test's own, as gs://NAME; what it changes of the stand-in is undone."""
+    name = f"bucket{len(cloud.objects)}"
+    cloud.objects[name] = {}
+    yield f"gs://{name}"
+    cloud.page, cloud.refuse, cloud.writes = 1000, lambda method, path: None, lambda bucket, name: None
+    storage._ask.cache_clear()
+
+
+def objects(cloud, bucket):
+    return cloud.objects[bucket.removeprefix("gs://")]
+
+
+def copied(cloud, bucket, name):
+    """Another bucket with all that is in this one."""
+    cloud.objects[name] = dict(objects(cloud, bucket))
+    return f"gs://{name}"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("small"))
+
+
+def refusal(call, *args):
+    """The one line of a mistake."""
+    with pytest.raises(sedd.UserError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_stand_in(cloud, bucket):
+    """Both clients see what the other wrote; generations, conditions, ranges, pages and uploads in parts hold."""
+    import tensorstore
+
+    store = tensorstore.KvStore.open(f"{bucket}/folder/").result()
+    first = store.write("a/x", b"first").result()
+    second = store.write("a/x", b"second").result()
+    assert int(objects(cloud, bucket)["folder/a/x"].generation) > 0 and first.generation != second.generation
+    assert store.write("a/x", b"late", if_equal=first.generation).result().generation != second.generation
+    assert store.read("a/x").result().value == b"second"
+    assert store.read("a/x", if_not_equal=second.generation).result().state == "unspecified"
+    assert store["a/x"] == b"second"
+    folder = storage.folder_of(f"{bucket}/folder")
+    assert (folder / "a/x").read_bytes() == b"second" and (folder / "a").is_dir() and not (folder / "b").exists()
+    large = np.random.default_rng(0).bytes(11 * 2**20)  # gcsfs sends 5 MiB at a time
+    (folder / "large").write_bytes(large)
+    assert store.read("large").result().value == large == (folder / "large").read_bytes()
+    cloud.page = 2
+    for name in "bcdef":
+        (folder / f"{name}/x").write_text(name)
+    assert sorted(path.name for path in folder.iterdir()) == [*"abcdef", "large"]
+    assert len(store.list().result()) == 7
+    (folder / "a").rename(folder / "z")
+    (folder / "b").rmtree()
+    assert cloud.names(f"{bucket}/folder") == ["c/x", "d/x", "e/x", "f/x", "large", "z/x"]
+    assert store.read("nothing").result().state == "missing"
+
+
+def test_what_others_write_is_seen(cloud, bucket):
+    """A listing is never that of before."""
+    folder = storage.folder_of(f"{bucket}/run")
+    (folder / "1/x").write_text("mine")
+    assert [path.name for path in folder.iterdir()] == ["1"] and not (folder / "2").is_dir()
+    objects(cloud, bucket)["run/2/x"] = Object(b"another's", 1)
+    del objects(cloud, bucket)["run/1/x"]
+    assert [path.name for path in folder.iterdir()] == ["2"]
+    assert (folder / "2").is_dir() and not (folder / "1/x").exists()
+
+
+def forbidden(method, path, of=("GET", "POST", "DELETE"), end=""):
+    return 403 if method in of and path.split("?")[0].endswith(end) else None
+
+
+def test_a_bucket_that_cannot_be_used(cloud, bucket, corpus, capfd, monkeypatch):
+    """One line, before anything is compiled, whatever is wanted of it; nothing else is printed, and none is made."""
+    config, name = small_config(corpus), bucket.removeprefix("gs://")
+    monkeypatch.setattr("sedd.training.fit._Run", None)
+    for call in (lambda: fit(config, "gs://other/run"), lambda: sedd.load("gs://other/run")):
+        assert "there is no bucket gs://other; choose another, or make it" in refusal(call)
+    assert "other" not in cloud.objects
+    assert "names no bucket" in refusal(storage.folder_of, "gs://")
+    assert "s3://a/b: results go to a folder, or to a bucket as gs://" in refusal(fit, config, "s3://a/b")
+    cloud.refuse = lambda *_: 401
+    assert "Anonymous caller" in refusal(sedd.load, f"{bucket}/run")
+    assert "there are no credentials; gcloud auth application-default login" in refusal(fit, config, f"{bucket}/run")
+    cloud.refuse = forbidden
+    assert "(refused): the roles storage.objectUser and" in refusal(fit, config, f"{bucket}/run")
+    cloud.refuse = lambda *request: forbidden(*request, end=f"/b/{name}")  # what removing a checkpoint needs
+    assert "storage.legacyBucketReader are needed" in refusal(fit, config, f"{bucket}/run")
+    cloud.refuse = lambda *request: forbidden(*request, of=("POST",))
+    for call in (fit, lambda _, path: scoring.out_folder(path)):
+        assert f"{bucket}/run cannot be written to (refused); choose another" in refusal(call, config, f"{bucket}/run")
+    cloud.refuse = lambda *request: forbidden(*request, of=("DELETE",))
+    assert f"nothing can be removed from {bucket}/run (refused)" in refusal(fit, config, f"{bucket}/run")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "gcsfs", None)
+        assert "gs:// needs gcsfs; pip install 'sedd[gcs]'" in refusal(fit, config, f"{bucket}/run")
+    assert capfd.readouterr().err in ("", "sedd: 8 device(s) (cpu)\n")
+
+
+def test_a_bucket_that_does_not_answer(bucket, monkeypatch):
+    """Not for long."""
+    with socket.create_server(("localhost", 0)) as silent:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{silent.getsockname()[1]}")
+        monkeypatch.setattr(storage, "_PATIENCE", 1)
+        assert "no answer in 1 seconds): there are no credentials" in refusal(storage.folder_of, f"{bucket}/run")
+
+
+def state_of(value, step):
+    """A state of a few numbers."""
+    params = {"kernel": jnp.full((4, 3), value), "bias": jnp.arange(3.0)}
+    return TrainState(jnp.int32(step), params, None, {"count": jnp.int32(step)})
+
+
+LIKE = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state_of(0.0, 0))
+
+
+def checkpoints(folder, **settings):
+    config = configs.default().checkpoint
+    config.update(settings)
+    return Checkpoints(storage.folder_of(folder), config)
+
+
+def first_number(folder):
+    return float(restore_params(storage.folder_of(folder), LIKE.params, ema=False)["kernel"][0, 0])
+
+
+def test_older_checkpoints_are_removed(cloud, bucket):
+    with checkpoints(f"{bucket}/run", keep=2, keep_every=3) as saved:
+        for step in range(1, 7):
+            saved.save(state_of(float(step), step))
+    assert steps_saved(storage.folder_of(f"{bucket}/run")) == [3, 5, 6] and first_number(f"{bucket}/run") == 6.0
+    assert {name.split("/")[0] for name in cloud.names(f"{bucket}/run")} == {"3", "5", "6"}
+
+
+def no_marker(there):
+    del there["run/2/commit_success.txt"]
+
+
+def cut_off(there):
+    """What is there when a writer dies in the middle."""
+    no_marker(there)
+    for name in [name for name in there if name.startswith("run/2/optimizer/")]:
+        del there[name]
+
+
+def no_arrays(there):
+    for name in [name for name in there if name.startswith("run/2/params/") and "/d/" in name]:
+        del there[name]
+
+
+def changed_byte(there):
+    for name, item in list(there.items()):
+        if name.startswith("run/2/params/") and "/d/" in name:
+            middle = len(item.data) // 2
+            data = item.data[:middle] + bytes([item.data[middle] ^ 1]) + item.data[middle + 1 :]
+            there[name] = Object(data, item.generation + 1)
+
+
+@pytest.fixture(scope="module")
+def two_steps(cloud):
+    """A bucket with checkpoints of steps 1 and 2, to be copied and damaged."""
+    cloud.objects["steps"] = {}
+    with checkpoints("gs://steps/run") as saved:
+        saved.save(state_of(1.0, 1))
+        saved.save(state_of(2.0, 2))
+    return "gs://steps"
+
+
+@pytest.mark.parametrize("fault", [no_marker, cut_off], ids=lambda fault: fault.__name__)
+def test_what_was_cut_off_is_passed_over(cloud, two_steps, bucket, capfd, fault):
+    """In silence by who reads beside its writer, with a line by who goes on; and what is written next replaces it."""
+    bucket = copied(cloud, two_steps, bucket.removeprefix("gs://"))
+    fault(objects(cloud, bucket))
+    assert first_number(f"{bucket}/run") == 1.0 and capfd.readouterr().err == ""
+    with pytest.raises(sedd.UserError, match="step 2 is not whole \\(its writing was cut off, or goes on\\)"):
+        restore_params(storage.folder_of(f"{bucket}/run"), LIKE.params, ema=False, step=2)
+    with checkpoints(f"{bucket}/run") as saved:
+        assert int(saved.restore(LIKE).step) == 1
+        saved.save(state_of(3.0, 3))
+    assert capfd.readouterr().err == "sedd: the checkpoint of step 2 was cut off while it was written\n"
+    assert {name.split("/")[0] for name in cloud.names(f"{bucket}/run")} == {"1", "3"}
+
+
+def test_the_first_one_was_cut_off(cloud, two_steps, bucket):
+    """There is none to go back to, and none that is damaged: a run starts anew."""
+    bucket = copied(cloud, two_steps, bucket.removeprefix("gs://"))
+    there = objects(cloud, bucket)
+    for name in [name for name in there if name.startswith("run/1/")]:
+        del there[name]
+    cut_off(there)
+    assert checkpoints(f"{bucket}/run").restore(LIKE) is None
+    with pytest.raises(sedd.UserError, match="holds no checkpoint yet; train a little longer"):
+        first_number(f"{bucket}/run")
+
+
+@pytest.mark.parametrize("fault", [no_arrays, changed_byte], ids=lambda fault: fault.__name__)
+def test_a_fault_costs_one_line_and_one_interval(cloud, two_steps, bucket, capfd, fault):
+    """The step before is found; a run puts aside what it passes over, and keeps it when it writes that step again."""
+    bucket = copied(cloud, two_steps, bucket.removeprefix("gs://"))
+    fault(objects(cloud, bucket))
+    before = cloud.names(f"{bucket}/run")
+    assert first_number(f"{bucket}/run") == 1.0 and cloud.names(f"{bucket}/run") == before
+    assert "sedd: the checkpoint of step 2 is damaged" in capfd.readouterr().err
+    bad = cloud.names(f"{bucket}/run/2")
+    with checkpoints(f"{bucket}/run") as saved:
+        assert int(saved.restore(LIKE).step) == 1
+        saved.save(state_of(3.0, 2))
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0].endswith("going back to step 1") and lines[1] == "sedd: it is kept as damaged-2"
+    assert cloud.names(f"{bucket}/run/damaged-2") == bad
+    assert first_number(f"{bucket}/run") == 3.0 and steps_saved(storage.folder_of(f"{bucket}/run")) == [1, 2]
+
+
+def test_nothing_is_passed_over_without_a_fault(cloud, two_steps, bucket, capfd):
+    bucket = copied(cloud, two_steps, bucket.removeprefix("gs://"))
+    with checkpoints(f"{bucket}/run") as saved:
+        assert int(saved.restore(LIKE).step) == 2
+        saved.save(state_of(3.0, 3))
+    assert "sedd:" not in capfd.readouterr().err and first_number(f"{bucket}/run") == 3.0
+
+
+def test_a_checkpoint_that_cannot_be_written(cloud, two_steps, bucket, capfd):
+    """One line; those that are there stay, and once it can be, the next is written."""
+    bucket = copied(cloud, two_steps, bucket.removeprefix("gs://"))
+
+    def save(step):
+        with checkpoints(f"{bucket}/run") as saved:
+            saved.save(state_of(float(step), step))
+
+    cloud.refuse = lambda *request: forbidden(*request, of=("POST",))
+    assert f"a checkpoint could not be written to {bucket}/run (refused); those that" in refusal(save, 3)
+    cloud.refuse = lambda *_: None
+    assert first_number(f"{bucket}/run") == 2.0
+    save(4)
+    assert first_number(f"{bucket}/run") == 4.0
+
+
+def records(workdir, name="metrics.jsonl"):
+    return [json.loads(line) for line in (epath.Path(workdir) / name).read_text().splitlines()]
+
+
+def arrays(workdir, corpus):
+    """All of the newest checkpoint, by their paths."""
+    workdir = storage.folder_of(workdir)
+    config = configs.from_dict(json.loads((workdir / "config.json").read_text())["config"])
+    init, _, where = make_step(config, *parts(config, corpus))
+    with Checkpoints(workdir / "checkpoints", config.checkpoint) as saved:
+        state = saved.restore(parallel.placed(jax.eval_shape(init), where))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def check_same(workdir, other, corpus):
+    """Bit for bit the same state, and the same losses, each once."""
+    wanted, found = arrays(workdir, corpus), arrays(other, corpus)
+    assert wanted.keys() == found.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    told = [[(r["step"], r["loss"]) for r in records(run) if "loss" in r] for run in (workdir, other)]
+    assert told[0] == told[1]
+    bounds = [[r for r in records(run) if "loss" not in r] for run in (workdir, other)]
+    assert bounds[0] == bounds[1]
+
+
+def newest(cloud, bucket):
+    """The last step with a commit marker."""
+    names = [name.split("/") for name in list(objects(cloud, bucket)) if name.endswith("/commit_success.txt")]
+    return max([int(parts[2]) for parts in names if len(parts) == 4 and parts[2].isdigit()], default=0)
+
+
+SHORT = ("checkpoint.every=2", "network.layers=1")
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """A run of six steps on a disk."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    fit(small_config(corpus, *SHORT), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def trained(cloud, corpus):
+    """The same run in a bucket, and that bucket as it was when each of its objects was about to be written."""
+    cloud.objects["trained"], moments = {}, {}
+
+    def note(bucket, name):
+        moments[name] = dict(cloud.objects[bucket])  # as a process leaves it that is killed now
+        if name.endswith("metrics.jsonl"):
+            time.sleep(1)  # so that whatever does not wait for it is there first
+
+    cloud.writes = note
+    fit(small_config(corpus, *SHORT), "gs://trained/run")
+    cloud.writes = lambda *_: None
+    return moments
+
+
+def test_a_run_in_a_bucket_is_one_on_a_disk(cloud, corpus, whole, trained):
+    """Nothing else is left, and it can be loaded, the step of one's choice too."""
+    check_same(whole, "gs://trained/run", corpus)
+    there = cloud.names("gs://trained/run")
+    tops = {"checkpoints", "config.json", "metrics.jsonl", "tokenizer"}
+    assert {name.split("/")[0] for name in there} == tops
+    model, older = sedd.load("gs://trained/run"), sedd.load("gs://trained/run/checkpoints/4")
+    jax.tree.map(np.testing.assert_array_equal, model.params, sedd.load(whole).params)
+    jax.tree.map(np.testing.assert_array_equal, older.params, sedd.load(whole / "checkpoints/4").params)
+
+
+MOMENTS = [
+    "config.json.part",
+    "tokenizer/tokenizer.json",
+    "checkpoints/2/manifest/metadata",
+    "checkpoints/4/commit_success.txt",
+    "checkpoints/6/params/manifest.ocdbt",
+    "metrics.jsonl",  # the last time
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MOMENTS)
+def test_killed_at_any_moment_it_goes_on(cloud, corpus, whole, trained, bucket, name, capfd):
+    """As if nothing had been: no record is lost, none is there twice."""
+    cloud.objects[bucket.removeprefix("gs://")].update(trained[f"run/{name}"])
+    left = newest(cloud, bucket)
+    assert fit(small_config(corpus, *SHORT), f"{bucket}/run").steps == 6 - left
+    check_same(whole, f"{bucket}/run", corpus)
+    assert name[:11] != "checkpoints" or f"step {left + 2} was cut off while it was written" in capfd.readouterr().err
+
+
+def test_records_are_there_before_the_checkpoint(cloud, corpus, trained):
+    """Whatever is committed, what was recorded until then is in the bucket."""
+    for step in (2, 4, 6):
+        there = trained[f"run/checkpoints/{step}/commit_success.txt"]
+        steps = [json.loads(line)["step"] for line in there["run/metrics.jsonl"].data.splitlines()]
+        assert steps == list(range(1, step + 1))
+
+
+@pytest.mark.slow
+def test_records_that_cannot_be_written(cloud, corpus, bucket):
+    """One line; and the same command goes on."""
+
+    def fail(bucket, name):
+        if name.endswith("metrics.jsonl"):
+            cloud.refuse = lambda *request: forbidden(*request, of=("POST",))
+
+    cloud.writes = fail
+    config = small_config(corpus, *SHORT, "training.steps=4", "optimizer.decay=constant")
+    assert "could not be written to" in refusal(fit, config, f"{bucket}/run")
+    cloud.refuse, cloud.writes = lambda *_: None, lambda *_: None
+    fit(config, f"{bucket}/run")
+    assert [record["step"] for record in records(f"{bucket}/run")] == [1, 2, 3, 4]
+
+
+def command(corpus, workdir, *settings):
+    told = (f"data.corpus={corpus.path}", *SETTINGS, "network.layers=1", *settings)
+    return ["train", f"--workdir={workdir}", *(f"--config.{setting}" for setting in told)]
+
+
+LONG = ("training.steps=120", "training.ema_decay=0.9", "checkpoint.every=20", "checkpoint.keep=2")
+LONG = (*LONG, "evaluation.every=50")
+
+
+@pytest.mark.slow
+def test_stopped_and_started_again_is_uninterrupted(cloud, corpus, bucket, tmp_path):
+    """Through the command line, by SIGTERM; with samples, bounds and files for TensorBoard."""
+    tensorboard = ("metrics.tensorboard=true",) if importlib.util.find_spec("tensorboardX") else ()
+    (run,) = jobs.start(command(corpus, f"{bucket}/run", *LONG, *tensorboard), processes=1)
+    jobs.wait_for(lambda: newest(cloud, bucket) >= 20)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 0 and "the same command continues" in err, err
+    stopped = newest(cloud, bucket)
+    assert 20 <= stopped < 120 and records(f"{bucket}/run")[-1]["step"] == stopped
+    jobs.run(command(corpus, f"{bucket}/run", *LONG, *tensorboard), processes=1)
+    jobs.run(command(corpus, tmp_path / "run", *LONG), processes=1)
+    check_same(tmp_path / "run", f"{bucket}/run", corpus)
+    assert len(records(f"{bucket}/run")) == 120 + 3
+    samples = records(f"{bucket}/run", "samples.jsonl")
+    assert samples == records(tmp_path / "run", "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [50, 50, 100, 100, 120, 120]
+    assert steps_saved(storage.folder_of(f"{bucket}/run/checkpoints")) == [100, 120]
+    events = [name for name in cloud.names(f"{bucket}/run") if name.startswith("tensorboard/")]
+    assert len(events) == 2 * len(tensorboard)
+
+
+@pytest.mark.slow
+def test_loading_while_a_run_writes(cloud, corpus, bucket, whole):
+    """Again and again, whatever is being written or removed; what is found is never old."""
+    settings = ("training.steps=400", "checkpoint.every=10", "checkpoint.keep=2")
+    (run,) = jobs.start(command(corpus, f"{bucket}/run", *settings), processes=1)
+    jobs.wait_for(lambda: newest(cloud, bucket))
+    seen = []
+    while run.poll() is None:
+        seen.append(np.asarray(sedd.load(f"{bucket}/run").params["trunk"]["embedding"]).tobytes())
+    assert run.wait() == 0 and len(set(seen)) >= 3
+
+
+@pytest.mark.slow
+def test_two_processes_train_into_one_bucket(cloud, corpus, bucket, tmp_path):
+    """As one process with as many devices does; a second call continues."""
+    settings = ("training.steps=6", "checkpoint.every=2", "checkpoint.keep=2", "optimizer.decay=constant")
+    jobs.run(command(corpus, f"{bucket}/run", *settings), processes=2, devices=2, folder=tmp_path)
+    assert cloud.names(f"{bucket}/run/checkpoints/4") and not cloud.names(f"{bucket}/run/checkpoints/2")
+    more = (*settings, "training.steps=9")
+    jobs.run(command(corpus, f"{bucket}/run", *more), processes=2, devices=2, folder=tmp_path)
+    jobs.run(command(corpus, tmp_path / "run", *more), processes=1, devices=4)
+    losses = [[record["loss"] for record in records(run)] for run in (f"{bucket}/run", tmp_path / "run")]
+    assert len(losses[0]) == 9
+    np.testing.assert_allclose(*losses, rtol=2e-5)
+    sedd.load(f"{bucket}/run")
+
+
+def test_an_export(cloud, bucket, whole):
+    """The same model comes back; nothing is written over; what is missing or damaged is said."""
+    model = sedd.load(whole)
+    model.save(f"{bucket}/exported")
+    again = sedd.load(f"{bucket}/exported")
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    assert again.tokenizer.fingerprint == model.tokenizer.fingerprint and again.config == model.config
+    assert "is not empty; choose another folder" in refusal(model.save, f"{bucket}/exported")
+    cloud.refuse = lambda *request: forbidden(*request, of=("POST",))
+    assert f"{bucket}/other cannot be written to (refused)" in refusal(model.save, f"{bucket}/other")
+    cloud.refuse = lambda *_: None
+    assert "there is no folder" in refusal(sedd.load, f"{bucket}/nothing")
+    there = objects(cloud, bucket)
+    del there["exported/tokenizer/tokenizer.model"]
+    assert "tokenizer.model is missing" in refusal(sedd.load, f"{bucket}/exported")
+
+
+def test_an_evaluation_goes_on(cloud, corpus, bucket, whole, monkeypatch, capfd):
+    """Interrupted in the middle of a record it gives the same report; another one is refused."""
+    monkeypatch.setattr(scoring, "_SYNC", 0)
+    flags, starts, moments = ["eval", f"--model={whole}", "--batch_size=8", "--draws=2", "--json"], [], []
+    cloud.writes = lambda bucket, name: moments.append((name, dict(cloud.objects[bucket])))
+    assert cli.main([*flags, f"--out={bucket}/report"]) == 0
+    cloud.writes = lambda *_: None
+    half = [there for name, there in moments if name == "report/draws.f32"][1]
+    record = half["report/draws.f32"]
+    half["report/draws.f32"] = Object(record.data[:-7], record.generation)
+    cloud.objects["half"] = half
+    score = perplexity.score
+    monkeypatch.setattr(perplexity, "score", lambda *args, start: starts.append(start) or score(*args, start=start))
+    assert cli.main([*flags, "--out=gs://half/report"]) == 0
+    out = capfd.readouterr().out
+    assert out[: len(out) // 2] * 2 == out and json.loads(out[: len(out) // 2])
+    assert starts == [7] and "report/report.json" in half
+    whole_record, other_record = (cloud.objects[name]["report/draws.f32"].data for name in (bucket[5:], "half"))
+    assert whole_record == other_record
+    assert cli.main([*flags, "--out=gs://half/report", "--seed=1"]) == 2
+    assert "gs://half/report holds another evaluation: its seed differs" in capfd.readouterr().err

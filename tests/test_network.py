@@ -11,8 +11,10 @@ from sedd.diffusion import draws
 from sedd.diffusion.loss import count_loss
 from sedd.diffusion.process import Absorbing, Uniform
 from sedd.diffusion.score import score_stats
+from sedd.errors import UserError
+from sedd.network.attention import attend, check_sizes
 from sedd.network.network import Network
-from sedd.network.trunk import padded
+from sedd.network.trunk import Linear, padded
 
 B, L, V = 4, 12, 37
 NETWORK = Network(Absorbing(V), "denoiser", width=16, layers=3, heads=2, sigma_range=(1e-3, 7.0), condition=8)
@@ -210,3 +212,74 @@ def test_noise_told_is_clipped_to_the_trained_range(noisy):
 def test_impossible_networks(change):
     with pytest.raises(ValueError, match="network"):
         dataclasses.replace(NETWORK, **change)
+
+
+@pytest.mark.parametrize("shape", [(2, 128, 2, 64), pytest.param((1, 384, 2, 128), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("padded_rows", [False, True])
+def test_splash_attention_is_the_same_function(shape, padded_rows):
+    """Values and gradients on valid positions, interpreted; what lies beyond a row's length is not seen."""
+    q, k, v, weight = jax.random.normal(jax.random.key(0), (4, *shape))
+    lengths = jnp.array([shape[1], 50][-shape[0] :]) if padded_rows else None
+    valid = jnp.ones(shape[:2], bool) if lengths is None else jnp.arange(shape[1]) < lengths[:, None]
+
+    def weighed(how, q, k, v, lengths=lengths):
+        found = attend(how, q, k, v, lengths)
+        return jnp.sum(jnp.where(valid[..., None, None], found * weight, 0.0)), found
+
+    both = jax.jit(jax.value_and_grad(weighed, (1, 2, 3), has_aux=True), static_argnums=0)
+    ((_, found), gradient), ((_, wanted), wanted_gradient) = both("splash", q, k, v), both("xla", q, k, v)
+    np.testing.assert_allclose(found[valid], wanted[valid], rtol=1e-4, atol=1e-5)
+    for one, other in zip(gradient, wanted_gradient):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+    if padded_rows:  # the control
+        assert np.abs(attend("splash", q, k, v)[valid] - wanted[valid]).max() > 0.1
+
+
+def test_a_network_with_splash_attention_in_recomputed_layers():
+    network = dataclasses.replace(NETWORK, layers=2, scan=True, remat="dots")
+    x, sigma = jax.random.randint(jax.random.key(2), (2, 128), 0, V), jnp.array([0.5, 2.0])
+    params = random_params(network)
+
+    def loss(params, attention):
+        stats = dataclasses.replace(network, attention=attention).stats(params, lengths=jnp.array([100, 128]))
+        return jnp.sum(jnp.where(jnp.arange(128) < 100, stats(jnp.full_like(x, V), sigma, x).target, 0.0))
+
+    both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    (value, gradient), (wanted, wanted_gradient) = both(params, "splash"), both(params, "xla")
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2), gradient, wanted_gradient)
+
+
+def test_attention_that_does_not_run_here_is_refused(noisy):
+    """In a line, before anything is compiled; sizes that a kernel does not take likewise."""
+    x, sigma, _ = noisy
+    network = dataclasses.replace(NETWORK, attention="cudnn", dtype="bfloat16")
+    with pytest.raises(UserError, match="attention=cudnn does not run on cpu devices; set network.attention=xla"):
+        network.log_score(random_params(NETWORK), x, sigma)
+    with pytest.raises(ValueError, match="a multiple of 128, not 12"):
+        dataclasses.replace(NETWORK, attention="splash").log_score(random_params(NETWORK), x, sigma)
+    check_sizes("cudnn", "bfloat16", 64, 100)
+    for how, dtype, head, length in [("cudnn", "float32", 64, 128), ("cudnn", "bfloat16", 260, 128)]:
+        with pytest.raises(ValueError, match="cudnn"):
+            check_sizes(how, dtype, head, length)
+
+
+def test_queries_keys_and_values_have_an_axis_of_their_own():
+    """The fresh parameters are those of a matrix [D, 3 D] to the bit; the product and its gradients are JAX's."""
+    x, weight = jax.random.normal(jax.random.key(0), (B, L, 16)), jax.random.normal(jax.random.key(1), (B, L, 48))
+    apart, flat = (Linear(features, use_bias=False) for features in ((3, 16), 48))
+    params, wanted = (layer.init(jax.random.key(2), x)["params"]["kernel"] for layer in (apart, flat))
+    np.testing.assert_array_equal(params.reshape(16, 48), wanted)
+
+    @jax.jit
+    def plain(x, kernel):
+        return jnp.sum((x.reshape(-1, 16) @ kernel).reshape(B, L, 48) * weight)
+
+    def ours(x, kernel):
+        return jnp.sum(apart.apply({"params": {"kernel": kernel}}, x).reshape(B, L, 48) * weight)
+
+    to_x, to_kernel = jax.jit(jax.grad(ours, (0, 1)))(x, params)
+    wanted_x, wanted_kernel = jax.grad(plain, (0, 1))(x, wanted)
+    np.testing.assert_allclose(ours(x, params), plain(x, wanted), rtol=1e-6)
+    np.testing.assert_allclose(to_x, wanted_x, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(to_kernel.reshape(16, 48), wanted_kernel, rtol=1e-5, atol=1e-6)

@@ -1,11 +1,13 @@
 """The same numbers on any devices: the losses of a run on 1, 2, 4 and 8 of them, with and without accumulation."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from small import MUON, SETTINGS, parts, small_config, small_corpus
 
 from sedd import config as configs
@@ -98,10 +100,63 @@ def test_other_noise_gives_other_losses(corpus, alone):
         assert np.abs(found / wanted - 1).max() > 1e-3
 
 
-def test_a_mesh_of_all_three_axes(corpus, alone):
-    """Data, fsdp and model parallel, two by two by two."""
-    found, _ = losses(paper_config, corpus, 8, mesh=dict(data=2, fsdp=2, model=2), steps=3)
-    np.testing.assert_allclose(found, alone[paper_config][0][:3], rtol=1e-5)
+def eight_heads(corpus):
+    """The paper's recipe with a head for each of eight devices."""
+    return configs.override(paper_config(corpus), ["network.heads=8"])
+
+
+@pytest.fixture(scope="module")
+def eight_heads_alone(corpus):
+    return losses(eight_heads, corpus, 1)[0]
+
+
+@pytest.fixture
+def all_split(monkeypatch):
+    """As if all the arrays that the table names were large."""
+    monkeypatch.setattr(parallel, "WHOLE", 64)
+
+
+FEW = [(1, 2, 1), (2, 2, 2)]
+MORE = [(2, 1, 1), (1, 1, 2), (4, 1, 1), (1, 4, 1), (1, 1, 4), (1, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 8)]
+MORE += [(1, 4, 2), (4, 1, 2), (2, 4, 1), (1, 2, 4)]
+
+
+@pytest.mark.parametrize("sizes", [*FEW, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE)], ids=str)
+def test_every_mesh_gives_the_same_losses(corpus, all_split, eight_heads_alone, sizes):
+    """Ten steps of the paper's recipe; the parameters, their average and both moments are really split."""
+    found, _ = losses(eight_heads, corpus, math.prod(sizes), mesh=dict(zip(parallel.AXES, sizes)))
+    np.testing.assert_allclose(found, eight_heads_alone, rtol=1e-5)
+    state = start(eight_heads, corpus)
+    places = parallel.shardings(AbstractMesh(sizes, parallel.AXES), state)
+    split = jax.tree.map(lambda leaf, where: where.shard_shape(leaf.shape) != leaf.shape, state, places)
+    # Eight matrices; model splits all but the two of the modulation, which have no vocabulary, head or hidden unit.
+    kernels = 8 if sizes[1] > 1 else 6 if sizes[2] > 1 else 0
+    assert sum(jax.tree.leaves(split.params)) == sum(jax.tree.leaves(split.ema)) == kernels
+    assert sum(jax.tree.leaves(split.optimizer)) == 2 * kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "settings, tolerance",
+    [
+        (("network.remat=full",), 1e-5),
+        (("network.remat=dots", "network.scan=false"), 1e-5),
+        (("network.remat=dots", "training.accumulation=2"), 1e-5),
+        (("network.remat=full", "training.accumulation=2", "network.dtype=bfloat16"), 1e-3),
+    ],
+    ids=["full", "unrolled dots", "accumulated dots", "accumulated full in bfloat16"],
+)
+def test_recomputation_accumulation_and_meshes_together(
+    corpus, all_split, eight_heads_alone, settings, tolerance, sizes
+):
+    """Against one device that scans, keeps everything, and takes the batch at once in float32."""
+
+    def recipe(corpus):
+        return configs.override(eight_heads(corpus), list(settings))
+
+    found, _ = losses(recipe, corpus, 8, recipe(corpus).training.accumulation, dict(zip(parallel.AXES, sizes)))
+    np.testing.assert_allclose(found, eight_heads_alone, rtol=tolerance)
 
 
 @pytest.mark.slow
@@ -157,6 +212,7 @@ def test_large_arrays_are_split_by_their_path(corpus):
     config = small_config(corpus, "network.width=512", "network.heads=4", "mesh.fsdp=2", "mesh.model=2")
     _, _, places = make_step(config, *parts(config, corpus, 8))
     specs = {name: tuple(where.spec) for name, where in parallel.named(places).items()}
+    assert specs["params/trunk/block_0/qkv/kernel"] == ("fsdp", None, "model")
     assert specs["params/trunk/block_0/up/kernel"] == ("fsdp", "model")
     assert specs["params/trunk/block_1/down/kernel"] == ("model", "fsdp")
     assert specs["params/head/norm/scale"] == ()
@@ -170,6 +226,7 @@ def test_large_arrays_are_split_by_their_path(corpus):
         ("mesh.model=3", "does not fit the 8 that there are"),
         ("mesh.data=4", "does not fit the 8 that there are"),
         ("mesh.data=0", "does not fit the 8 that there are"),
+        ("mesh.model=8", "mesh.model=8 does not divide network.heads=2"),
         ("training.batch_size=12", "12 rows .* cannot be split over 8 devices"),
         ("training.accumulation=2", "4 rows .* cannot be split over 8 devices"),
     ],

@@ -13,7 +13,7 @@ from sedd import config as configs
 from sedd.data.batches import batch
 from sedd.diffusion.score import stats_from
 from sedd.training.objective import Objective
-from sedd.training.optimizer import learning_rate
+from sedd.training.optimizer import learning_rate, make_optimizer
 from sedd.training.step import averaged
 
 
@@ -134,6 +134,20 @@ def test_muon_takes_the_matrices_of_the_trunk(corpus, scan):
     for leaf in (trunk["embedding"], updates["head"]["out"]["kernel"], updates["head"]["norm"]["scale"]):
         np.testing.assert_allclose(np.abs(leaf), np.abs(leaf).mean(), rtol=1e-2)  # of one size, as Adam's first are
         assert np.abs(leaf).mean() > config.optimizer.adam_learning_rate
+
+
+@pytest.mark.parametrize("layers", [(), (2,)], ids=["unrolled", "scanned"])
+def test_muon_takes_queries_keys_and_values_as_one_matrix(layers):
+    """Stored with an axis of their own, they get the update of the same numbers stored as [W, 3 W]."""
+    optimizer = make_optimizer(configs.default().optimizer, 100)
+
+    def update(name, shape):
+        kernel, gradient = jax.random.normal(jax.random.key(0), (2, *layers, *shape))
+        params, gradient = ({"block": {name: {"kernel": array}}} for array in (kernel, gradient))
+        return optimizer.update(gradient, optimizer.init(params), params)[0]["block"][name]["kernel"]
+
+    found, wanted = update("qkv", (8, 3, 8)), update("up", (8, 24))
+    np.testing.assert_array_equal(found.reshape(wanted.shape), wanted)
 
 
 def test_learning_rate():

@@ -81,8 +81,9 @@ class Linear(nn.Module):
         init = nn.initializers.zeros if self.zero else _like_torch(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], *features))
         taken, made = SPLIT if self.split == "in" else None, SPLIT if self.split == "out" else None
-        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # on CPUs the gradient of a 3-D product takes twice as long
-        y = checkpoint_name(_product(flat, kernel, taken, (*(None,) * (len(features) - 1), made)), "dot")
+        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # on CPUs the gradient of 3-D products takes twice as long
+        made = (*(None,) * (len(features) - 1), made)
+        y = checkpoint_name(_product(flat, kernel, taken, made), "dot")
         if self.use_bias:
             y = y + self.param("bias", init, features).astype(self.dtype)
         return y.reshape(*x.shape[:-1], *features)

@@ -180,6 +180,7 @@ class Request(BaseHTTPRequestHandler):
             self.put(bucket, name, bytes(data))
 
     def copy(self, bucket, name, other, to, move=False):
+        self.server.writes(other, to)
         with self.server.lock:
             item = self.server.objects.get(bucket, {}).get(name)
             if item is None:

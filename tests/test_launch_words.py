@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,17 @@ def test_an_attempt(code, status):
     assert done.returncode == status
     if code.startswith("import sys"):
         assert (done.stdout, done.stderr) == ("1\n", "all is saved, and the same command continues\n")
+
+
+def test_an_attempt_that_is_told_to_end():
+    """The command is told so too, and not twice: a second time would end it before it has saved."""
+    code = "import signal; signal.signal(15, lambda *_: print('told')); print('up', flush=True); input()"
+    argv = [sys.executable, FOLDER / "attempt.py", sys.executable, "-c", code]
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    process.terminate()
+    time.sleep(0.5)
+    assert process.communicate("\n", timeout=60)[0] == "" and process.returncode == 0
 
 
 def test_an_attempt_as_the_first_process():

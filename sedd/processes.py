@@ -276,20 +276,33 @@ def _client():
     return distributed.global_state.client
 
 
+def _failure() -> str | None:
+    """What another process says of its failure; None while none has failed."""
+    try:
+        reason = _client().key_value_try_get(_FAILED)
+    except Exception:  # there is no such key
+        return None
+    return None if reason.startswith(f"process {jax.process_index()} ") else reason
+
+
+def _stop_with_it(reason: str):
+    print(f"sedd: stopped, because another process failed: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def _watch():
     """Ends this process as soon as another has said that it failed."""
     while True:
         time.sleep(_LOOK)
-        try:
-            reason = _client().key_value_try_get(_FAILED)
-        except Exception:  # nobody has
-            continue
-        if not reason.startswith(f"process {jax.process_index()} "):
-            print(f"sedd: stopped, because another process failed: {reason}", file=sys.stderr, flush=True)
-            os._exit(1)
+        reason = _failure()
+        if reason is not None:
+            _stop_with_it(reason)
 
 
 def _give_up(kind, error, trace):
     """What is done with an exception that nobody catches."""
+    reason = _failure()
+    if reason is not None:  # a collective without it has failed here, which is no news
+        _stop_with_it(reason)
     traceback.print_exception(kind, error, trace)
     leave_others(1, f"{kind.__name__}: {error}".splitlines()[0])

@@ -1,12 +1,13 @@
 """Runs `sedd` as its command line does, and writes down which examples each batch takes: watched.py FILE COMMAND ..."""
 
+import importlib
 import json
 import os
 import sys
 
 from sedd import cli
-from sedd.data import batches
 
+batches = importlib.import_module("sedd.data.batches")  # of which the package has a function of that name
 _read = batches.batch
 
 

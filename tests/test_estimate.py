@@ -1,7 +1,11 @@
 """The estimate of a run: exact where it says so, within a factor of two elsewhere, and made of shapes alone."""
 
 import dataclasses
+import math
+import runpy
 import time
+from argparse import Namespace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -137,3 +141,16 @@ def test_chips_go_by_their_whole_names():
     for chip in CHIPS.values():  # an operation has to be bought with bytes: none is out by a factor of a thousand
         assert 50 < chip.flops / chip.bandwidth < 600 and 1e10 < chip.memory < 1e12
         assert 1e10 < chip.links < chip.bandwidth < 1e13
+
+
+def test_the_plan_for_many_chips():
+    """Of benchmarks/plan.py: whatever it chooses fits as `estimate` has it, and more chips take less time."""
+    plan = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "plan.py"))
+    args = Namespace(rows=512, attention="xla", utilisation=0.4, links=0.5)
+    table = [plan["row_of"]("medium", "TPU v5 lite", chips, args) for chips in (8, 64, 256)]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
+    assert all(float(row[5]) < plan["FULL"] * 16e9 / 2**30 * 1.02 for row in cells)
+    steps = [float(row[9].replace(",", "")) for row in cells]
+    assert steps[0] > 6 * steps[1] > 18 * steps[2]
+    assert math.prod(int(size) for size in cells[1][2].split()) == 64
+    assert "nothing fits" in plan["row_of"]("large", "TPU v5 lite", 1, args)

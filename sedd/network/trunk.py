@@ -41,7 +41,8 @@ def _like_torch(fan_in: int):
 def _product(x, kernel, taken, made):
     """x W, in the dtype of x. x: Float[N D]; kernel: Float32[D ...]; taken, made: what splits D, and the other axes.
 
-    The gradient is JAX's own; but the kernel is gathered and cast anew for it, where JAX would keep each one whole.
+    The gradient is JAX's own; but the kernel is gathered and cast anew for it, where JAX would keep each one whole, and
+    its gradient, which devices sum, is of the kernel's dtype, where JAX would round each device's part to that of x.
     """
     return laid(jnp.tensordot(laid(x, ROWS, taken), laid(kernel.astype(x.dtype), taken, *made), 1), ROWS, *made)
 
@@ -56,7 +57,7 @@ def _product_backward(taken, made, kept, gradient):
     whole = laid(jax.lax.optimization_barrier(kernel).astype(x.dtype), taken, *made)  # else XLA takes the first one
     columns = tuple(range(1, kernel.ndim))
     to_x = laid(jnp.tensordot(gradient, whole, (columns, columns)), ROWS, taken)
-    return to_x, jnp.tensordot(x, gradient, (0, 0)).astype(kernel.dtype)
+    return to_x, jnp.tensordot(x, gradient, (0, 0), preferred_element_type=kernel.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)

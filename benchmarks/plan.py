@@ -1,0 +1,159 @@
+"""Memory and time of a training step on 8 to 1024 chips, from arithmetic alone: nothing is compiled, no chip is needed.
+
+    python benchmarks/plan.py
+    python benchmarks/plan.py --models=large --chips=64,256,1024 --rows=2048
+
+For each model, kind of chip and number of them it looks for the mesh, the microbatches and the recomputation that take
+the least time of all that fit, and prints them as a table. What it assumes is printed below the table.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+from sedd import config as configs
+from sedd.network.network import Network
+from sedd.network.trunk import REMAT, padded
+from sedd.training.chips import CHIPS, Chip
+from sedd.training.estimate import activation_bytes, estimate, step_flops
+
+MODELS = {"small": (768, 12, 12), "medium": (1024, 24, 16), "large": (2048, 24, 32)}  # width, layers, heads
+# How many chips the links join, and what each has to those beyond, bytes a second: TPUs by the same pages as
+# sedd/training/chips.py (the pod's data-centre network over its chips), GPUs with a network card each, of 200 or 400
+# Gbit/s.
+KINDS = {
+    "TPU v5 lite": (256, 3.1e9),
+    "TPU v5p": (6144, 6.2e9),
+    "TPU v6 lite": (256, 12.5e9),
+    "NVIDIA A100-SXM4-80GB": (8, 25e9),
+    "NVIDIA H100 80GB HBM3": (8, 50e9),
+    "NVIDIA B200": (8, 50e9),
+}
+VOCABULARY, LENGTH, STEPS = 50257, 1024, 400_000
+FULL = 0.6  # of the memory, at most: an estimate is good to a factor of two, and compilers need some too
+NOTE = """
+Updates of {rows} rows of {length} tokens, {vocabulary} of them in the vocabulary; the paper's recipe, attention by
+{attention}, layers scanned. Milliseconds: computing at {utilisation:.0%} of the peak; gathering weights and summing
+their gradients at {links:.0%} of the rate of links and network, while the layer before computes; sums of activations,
+which are waited for. What a collective takes to begin is left out. Hours: of {steps:,} updates. GiB: on each chip, an
+estimate; at most {full:.0%} of its memory is planned for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A way to lay a step out, and what it takes on each device."""
+
+    mesh: tuple[int, int, int]
+    accumulation: int
+    remat: str
+    compute: float  # seconds
+    weights: float  # seconds, for gathering them and summing their gradients
+    sums: float  # seconds, for sums of activations over `model`
+
+    @property
+    def seconds(self) -> float:
+        """Weights travel while the layer before computes; sums are waited for."""
+        return max(self.compute, self.weights) + self.sums
+
+
+def config_of(model: str, args: argparse.Namespace):
+    """The paper's recipe with the sizes of the model."""
+    config = configs.paper()
+    config.network.width, config.network.layers, config.network.heads = MODELS[model]
+    config.network.update(scan=True, attention=args.attention)
+    config.training.update(batch_size=args.rows, steps=STEPS)
+    return config
+
+
+def plans(model: str, kind: str, chips: int, args: argparse.Namespace) -> Iterator[Plan]:
+    """All that fit, by closed forms; fsdp and model stay within what the links join."""
+    _, _, network = configs.build(config_of(model, args), VOCABULARY)
+    powers, reach = [2**k for k in range(11)], min(KINDS[kind][0], chips)
+    for fsdp, split, accumulation in itertools.product(powers, powers, powers):
+        data, rest = divmod(chips, fsdp * split)
+        if rest or fsdp * split > reach or network.heads % split or args.rows % (accumulation * data * fsdp):
+            continue
+        for remat in REMAT:
+            plan = plan_of(dataclasses.replace(network, remat=remat), kind, (data, fsdp, split), accumulation, args)
+            if plan is not None:
+                yield plan
+
+
+def plan_of(
+    network: Network, kind: str, mesh: tuple[int, int, int], accumulation: int, args: argparse.Namespace
+) -> Plan | None:
+    """What a layout takes; None if it does not fit."""
+    chip, (data, fsdp, split) = CHIPS[kind], mesh
+    rows = args.rows // (accumulation * data * fsdp)
+    inner = 12 * network.layers * network.width * (network.width + network.condition // 2)
+    outer = 2 * padded(network.process.num_states) * network.width
+    copies = 4 + (1 if accumulation == 1 else 2)  # parameters, average, two moments; gradients, and their sum
+    held = 4 * copies * (inner + outer) / (fsdp * split)
+    if held + activation_bytes(network, rows, LENGTH, False, split) > FULL * chip.memory:
+        return None
+    return Plan(
+        mesh,
+        accumulation,
+        network.remat,
+        compute=step_flops(network, args.rows, LENGTH, False) / (math.prod(mesh) * args.utilisation * chip.flops),
+        weights=accumulation * of_weights(kind, inner, outer, mesh, args.links),
+        sums=accumulation * of_activations(chip, network, rows, split, args.links),
+    )
+
+
+def of_weights(kind: str, inner: int, outer: int, mesh: tuple[int, int, int], share: float) -> float:
+    """Seconds for one microbatch: weights gathered over fsdp for the forward and the backward pass, the trunk's in
+    bfloat16; gradients in float32 scattered over it, and summed over data, first as far as the links reach."""
+    chip, (joined, network), (data, fsdp, split) = CHIPS[kind], KINDS[kind], mesh
+    gathered = 2 * (2 * inner + 4 * outer) + 4 * (inner + outer)
+    inside = min(data, max(1, joined // (fsdp * split)))
+    slice_ = 2 * 4 * (inner + outer) / (fsdp * split)
+    links = gathered / split * (1 - 1 / fsdp) + slice_ * (1 - 1 / inside)
+    return links / (share * chip.links) + slice_ / inside * (1 - inside / data) / (share * network)
+
+
+def of_activations(chip: Chip, network: Network, rows: int, split: int, share: float) -> float:
+    """Seconds for one microbatch: in each layer two sums forward and two backward, two more where it is recomputed."""
+    sums = network.layers * (6 if network.remat == "full" else 4)
+    return sums * 2 * rows * LENGTH * network.width * 2 * (1 - 1 / split) / (share * chip.links)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="small,medium", help=", ".join(MODELS))
+    parser.add_argument("--kinds", default="TPU v5 lite,TPU v6 lite,NVIDIA H100 80GB HBM3", help=", ".join(KINDS))
+    parser.add_argument("--chips", default="8,64,256")
+    parser.add_argument("--rows", type=int, default=512, help="of one update; the paper's")
+    parser.add_argument("--attention", default="xla")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="of the peak, while computing")
+    parser.add_argument("--links", type=float, default=0.5, help="of the links' and the network's rate, while sending")
+    args = parser.parse_args()
+    heads = "model, chips, data fsdp model, rows x times, remat, GiB, compute, weights, sums, step, hours".split(", ")
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for model, kind, chips in itertools.product(args.models.split(","), args.kinds.split(","), args.chips.split(",")):
+        print(row_of(model, kind, int(chips), args), flush=True)
+    print(NOTE.format(length=LENGTH, vocabulary=VOCABULARY, steps=STEPS, full=FULL, **vars(args)))
+
+
+def row_of(model: str, kind: str, chips: int, args: argparse.Namespace) -> str:
+    """The quickest plan as a row of the table; its memory as `sedd train --dry_run` estimates it."""
+    name = f"| {model} | {chips} {kind.removeprefix('NVIDIA ')} |"
+    best = min(plans(model, kind, chips, args), key=lambda plan: (plan.seconds, plan.mesh[1:]), default=None)
+    if best is None:
+        return f"{name} nothing fits | | | | | | | | |"
+    config = config_of(model, args)
+    config.network.remat, config.training.accumulation = best.remat, best.accumulation
+    config.mesh.update(dict(zip(("data", "fsdp", "model"), best.mesh)))
+    found = estimate(config, VOCABULARY, chips)
+    rows = args.rows // best.accumulation // best.mesh[0] // best.mesh[1]
+    times = " | ".join(f"{1e3 * part:,.1f}" for part in (best.compute, best.weights, best.sums, best.seconds))
+    return (
+        f"{name} {' '.join(map(str, best.mesh))} | {rows} x {best.accumulation} | {best.remat} | "
+        f"{found.total_bytes / 2**30:.1f} | {times} | {best.seconds * STEPS / 3600:,.0f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -101,12 +101,15 @@ def test_the_example_under_pmap_gives_the_gradient_of_the_sharded_step():
     assert optax.tree.norm(mapped) > 0.1 and len(jax.devices()) == 8
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
+PAGES = ["README.md", "tpu_launch/README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_and_files_exist(page):
     """Every relative link leads somewhere, and every file of the project that is named is there."""
     text = (ROOT / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    named = re.findall(r"`((?:sedd|tests|docs|experiments|benchmarks)/[\w/]+\.\w+)", text)
+    named = re.findall(r"`((?:sedd|tests|docs|experiments|benchmarks|tpu_launch)/[\w/]+\.\w+)", text)
     files = [(ROOT / page).parent / link for link in links] + [ROOT / name for name in named]
     assert [str(file) for file in files if not file.exists()] == []
     assert files or page not in ("README.md", "docs/index.md")

@@ -10,6 +10,7 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 from safetensors.numpy import save as save_arrays
 
@@ -206,12 +207,18 @@ class Model:
         return Judged(nats, counts)
 
     def save(self, directory: str | Path):
-        """Exports all that `load` needs: weights, config and tokenizer. UserError if the folder is not empty."""
+        """Exports all that `load` needs: weights, config and tokenizer. UserError if the folder is not empty.
+
+        With several processes all of them call it, and process 0 writes.
+        """
         directory = storage.folder_of(directory)
+        with processes.together():
+            if processes.is_first():
+                self._write(directory)
+
+    def _write(self, directory: epath.Path):
         if directory.is_file() or not storage.is_empty(directory):
             raise UserError(f"{directory} is not empty; choose another folder to export to")
-        if not processes.is_first():
-            return
         storage.check_writable(directory)
         if self.tokenizer is not None:
             self.tokenizer.save(directory / "tokenizer")

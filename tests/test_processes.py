@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import jobs
 import numpy as np
 import pytest
@@ -135,6 +136,20 @@ def test_accelerators_that_jax_does_not_see(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "_platforms", lambda: "")
     with pytest.raises(sedd.UserError, match="has a TPU, but JAX sees only the CPU; pip install 'sedd\\[tpu\\]'"):
         processes._look_at_devices()
+
+
+@pytest.mark.parametrize("platform, told, kept", [("gpu", None, True), ("gpu", "here", False), ("cpu", None, False)])
+def test_what_is_compiled_for_accelerators_is_kept(monkeypatch, platform, told, kept):
+    """In the user's own cache, unless another place was told; for CPUs not, whose programs fit one machine only."""
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(processes.jax, "default_backend", lambda: platform)
+    try:
+        jax.config.update("jax_compilation_cache_dir", told)
+        processes._keep_compiled()
+        place = jax.config.jax_compilation_cache_dir
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert place == (str(Path.home() / ".cache/sedd/compiled") if kept else told)
 
 
 @pytest.fixture(scope="module")

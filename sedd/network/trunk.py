@@ -57,7 +57,7 @@ def _product_backward(taken, made, kept, gradient):
     whole = laid(jax.lax.optimization_barrier(kernel).astype(x.dtype), taken, *made)  # else XLA takes the first one
     columns = tuple(range(1, kernel.ndim))
     to_x = laid(jnp.tensordot(gradient, whole, (columns, columns)), ROWS, taken)
-    if jax.default_backend() == "cpu":  # XLA has no product of bfloat16 with float32 sums there
+    if jax.default_backend() == "cpu":  # where XLA lacks some products of bfloat16 with float32 sums
         x, gradient = x.astype(kernel.dtype), gradient.astype(kernel.dtype)
     return to_x, jnp.tensordot(x, gradient, (0, 0), preferred_element_type=kernel.dtype)
 

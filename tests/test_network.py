@@ -287,9 +287,9 @@ def test_queries_keys_and_values_have_an_axis_of_their_own():
 
 def test_gradients_of_weights_are_not_rounded_to_bfloat16():
     """They are summed in float32, on a device and over devices, whatever the trunk computes in."""
-    x = jax.random.normal(jax.random.key(0), (64, 16))
+    x, weight = (jax.random.normal(jax.random.key(0), shape, jnp.bfloat16) for shape in ((64, 16), (64, 3, 16)))
     layer = Linear((3, 16), dtype="bfloat16")
     params = layer.init(jax.random.key(1), x)
-    gradient = jax.jit(jax.grad(lambda params: jnp.sum(layer.apply(params, x).astype(jnp.float32) ** 2)))(params)
-    kernel = gradient["params"]["kernel"]
+    gradient = jax.jit(lambda params, x, weight: jax.vjp(lambda params: layer.apply(params, x), params)[1](weight))
+    kernel = gradient(params, x, weight)[0]["params"]["kernel"]
     assert kernel.dtype == jnp.float32 and np.mean(kernel != kernel.astype(jnp.bfloat16)) > 0.5

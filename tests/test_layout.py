@@ -67,6 +67,7 @@ def test_nothing_is_gathered_for_want_of_a_better_way(fresh, capfd, base, sizes)
     assert "Involuntary" not in capfd.readouterr().err
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="later compilers know a way for the control too")
 def test_the_compiler_would_say_so(fresh, capfd, monkeypatch):
     """The control: looking tokens up in an embedding whose width is split."""
     laid = layout.laid

@@ -235,6 +235,16 @@ def test_splash_attention_is_the_same_function(shape, padded_rows):
         assert np.abs(attend("splash", q, k, v)[valid] - wanted[valid]).max() > 0.1
 
 
+@pytest.mark.parametrize("head", [64, 128])
+def test_splash_attention_is_lowered_for_tpus(monkeypatch, head):
+    """Not interpreted: a kernel for the forward pass and two for the backward pass, made here, run nowhere here."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    x, lengths = jax.ShapeDtypeStruct((2, 1024, 4, head), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
+    gradient = jax.grad(lambda *args: jnp.sum(attend("splash", *args).astype(jnp.float32)), (0, 1, 2))
+    lowered = jax.jit(gradient).trace(x, x, x, lengths).lower(lowering_platforms=("tpu",))
+    assert lowered.as_text().count("tpu_custom_call") == 3
+
+
 def test_a_network_with_splash_attention_in_recomputed_layers():
     network = dataclasses.replace(NETWORK, layers=2, scan=True, remat="dots")
     x, sigma = jax.random.randint(jax.random.key(2), (2, 128), 0, V), jnp.array([0.5, 2.0])

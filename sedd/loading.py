@@ -49,6 +49,7 @@ def _load(path: str | Path) -> Model:
     if "config" not in about:
         raise UserError(f"{directory} holds no model: its config.json is of another kind")
     config = configs.from_dict(about["config"])
+    config.network.attention = "xla"  # the same function, at any length and on any device
     tokenizer = load_tokenizer(directory / "tokenizer") if (directory / "tokenizer").is_dir() else None
     process, schedule, network = configs.build(config, about["vocab_size"])
     like = jax.eval_shape(network.init, jax.random.key(0))

@@ -233,7 +233,7 @@ def _look_at_devices():
     if jax.process_count() > 1:
         where = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: "
         print(f"sedd: {where}{len(here)} of {len(devices)} devices ({here[0].device_kind})", file=sys.stderr)
-    elif len(devices) > 1 or devices[0].platform != "cpu":
+    elif devices[0].platform != "cpu":
         print(f"sedd: {len(devices)} device(s) ({here[0].device_kind})", file=sys.stderr)
 
 

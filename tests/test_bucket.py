@@ -171,6 +171,7 @@ def first_number(folder):
     return float(restore_params(storage.folder_of(folder), LIKE.params, ema=False)["kernel"][0, 0])
 
 
+@pytest.mark.slow
 def test_older_checkpoints_are_removed(cloud, bucket):
     with checkpoints(f"{bucket}/run", keep=2, keep_every=3) as saved:
         for step in range(1, 7):
@@ -341,6 +342,7 @@ def trained(cloud, corpus):
     return moments
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_one_on_a_disk(cloud, corpus, whole, trained):
     """Nothing else is left, and it can be loaded, the step of one's choice too."""
     check_same(whole, "gs://trained/run", corpus)
@@ -373,6 +375,7 @@ def test_killed_at_any_moment_it_goes_on(cloud, corpus, whole, trained, bucket, 
     assert name[:11] != "checkpoints" or f"step {left + 2} was cut off while it was written" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_records_are_there_before_the_checkpoint(cloud, corpus, trained):
     """Whatever is committed, what was recorded until then is in the bucket."""
     for step in (2, 4, 6):
@@ -456,6 +459,7 @@ def test_two_processes_train_into_one_bucket(cloud, corpus, bucket, tmp_path):
     sedd.load(f"{bucket}/run")
 
 
+@pytest.mark.slow
 def test_an_export(cloud, bucket, whole):
     """The same model comes back; nothing is written over; what is missing or damaged is said."""
     model = sedd.load(whole)
@@ -473,6 +477,7 @@ def test_an_export(cloud, bucket, whole):
     assert "tokenizer.model is missing" in refusal(sedd.load, f"{bucket}/exported")
 
 
+@pytest.mark.slow
 def test_an_evaluation_goes_on(cloud, corpus, bucket, whole, monkeypatch, capfd):
     """Interrupted in the middle of a record it gives the same report; another one is refused."""
     monkeypatch.setattr(scoring, "_SYNC", 0)

@@ -136,6 +136,7 @@ ANOTHER = [
     "data.block_length=8",
     "network.width=32",
     "network.layers=1",
+    "network.scan=true",
     "network.prediction=score",
     "network.dropout=0.1",
     "network.dtype=bfloat16",

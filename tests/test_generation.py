@@ -69,6 +69,7 @@ def test_longer_than_a_block(request, of):
     assert long.network_calls == len(long.trace) if of == "generator" else long.network_calls == 4 * 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, split", [(19, True), (3, False)])
 def test_rows_over_devices(generator, rows, split):
     """Many rows are split over the devices that hold the parameters, few are not; no sample depends on that."""

@@ -64,6 +64,7 @@ def test_all_of_it(cloud, capfd):
         assert f"hello from {index}" in (cloud.folder(index) / ".job/log").read_text()
 
 
+@pytest.mark.slow
 def test_steps_may_be_repeated(cloud, capfd):
     """Each by itself, twice."""
     sleep = python("print('here', me, flush=True); time.sleep(60)")

@@ -107,6 +107,7 @@ def test_other_flags_arrive(capfd):
 REAL = shutil.which("gcloud")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="the Google Cloud SDK is not installed")
 def test_the_real_command_line_takes_it(tmp_path, monkeypatch, capfd):
     """Without an account or a network. The control: a flag that there is not."""

@@ -76,7 +76,8 @@ def test_the_compiler_would_say_so(fresh, capfd, monkeypatch):
     assert "Involuntary" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("base", BASES)
 def test_devices_exchange_weights_and_no_logits(fresh, monkeypatch, base, sizes):
     """Nothing is larger than the largest weight, and nothing is laid out anew: the batch stays where it is.

@@ -245,6 +245,7 @@ def test_splash_attention_is_lowered_for_tpus(monkeypatch, head):
     assert lowered.as_text().count("tpu_custom_call") == 3
 
 
+@pytest.mark.slow
 def test_a_network_with_splash_attention_in_recomputed_layers():
     network = dataclasses.replace(NETWORK, layers=2, scan=True, remat="dots")
     x, sigma = jax.random.randint(jax.random.key(2), (2, 128), 0, V), jnp.array([0.5, 2.0])

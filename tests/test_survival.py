@@ -242,6 +242,7 @@ def fill_up(file):
             out.write(bytes(4096))
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_no_checkpoint(corpus, tmp_path, capfd):
     """One line that says so; with room again the same command goes on, from the last one."""
     folder = on_a_small_disk(tmp_path, 8192)
@@ -301,6 +302,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
     assert fit(config, tmp_path / "run").steps == 3
 
 
+@pytest.mark.slow
 def test_steps_may_be_left_out(corpus, tmp_path, monkeypatch, capsys):
     """Up to a number; such a step changes nothing but its number, and its record says so."""
     settings = ("training.levels=times", "training.steps=6", "training.ema_decay=0.9", "optimizer.decay=constant")
@@ -343,6 +345,7 @@ def test_two_jobs_in_one_folder(corpus, tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_a_step_of_a_run_is_loaded(corpus, tmp_path):
     """RUN means the newest, RUN/checkpoints/STEP that one."""
     config = small_config(corpus, "checkpoint.every=3", "training.steps=6")

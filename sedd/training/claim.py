@@ -20,7 +20,6 @@ _FREE = {
     "training.accumulation",
     "training.skips",
     "data.corpus",
-    "network.scan",
     "network.remat",
     "network.attention",
 }

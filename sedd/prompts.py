@@ -11,7 +11,9 @@ from sedd.data.tokenizers import Tokenizer
 from sedd.diffusion.process import Absorbing, Process
 from sedd.errors import UserError
 
-BLANK = re.compile(r"<blank:(\d+)>")
+# What begins as a blank does, the backslashes before it, and of a well-formed one its number.
+_BLANK = re.compile(r"(\\*)(<\s*blank)(?::([0-9]{1,18})>)?", re.IGNORECASE)
+MOST = 2**28  # tokens of all rows of a call: they take some ten gigabytes of memory
 
 
 class Prompt(NamedTuple):
@@ -50,20 +52,52 @@ def joined(*parts: Prompt) -> Prompt:
     return Prompt(*map(np.concatenate, zip(*parts)))
 
 
-def of_template(template: str, tokenizer: Tokenizer) -> Prompt:
-    """Text with blanks of so many tokens, as in "The <blank:8> sat on the <blank:5>."."""
-    pieces = BLANK.split(template)  # text, a number, text, a number, ..., text
-    if len(pieces) == 1:
+def parsed(template: str) -> tuple[list[str], list[int]]:
+    r"""The N + 1 texts around the N blanks of a template, and how many tokens each blank has.
+
+    `\<blank:8>` is the text `<blank:8>`, and `\\<blank:8>` a backslash before a blank: of the backslashes directly before
+    `<blank` each pair is one. UserError for anything else that begins as a blank does, and where there is none.
+    """
+    texts, sizes, end = [""], [], 0
+    for mark in _BLANK.finditer(template):
+        backslashes, begins, size = mark.groups()
+        texts[-1] += template[end : mark.start()] + backslashes[: len(backslashes) // 2]
+        escaped = len(backslashes) % 2
+        end = mark.end(2) if escaped else mark.end()
+        if escaped:
+            texts[-1] += begins
+        elif begins != "<blank" or size is None:
+            written = re.match(r"[^>\n]{,20}>?", template[mark.start(2) :])[0]
+            raise UserError(f"{written!r} is no blank; write <blank:8> for 8 tokens, or \\<blank for these letters")
+        elif int(size) == 0:
+            raise UserError(f"the template {template!r} has a blank of 0 tokens; leave it out, or make it longer")
+        else:
+            sizes.append(int(size))
+            texts.append("")
+    texts[-1] += template[end:]
+    if not sizes:
         raise UserError(f"the template {template!r} has no blank; write one such as <blank:8>")
-    if any(int(number) == 0 for number in pieces[1::2]):
-        raise UserError(f"the template {template!r} has a blank of 0 tokens; leave it out, or make it longer")
-    texts = [before_blank(text, tokenizer) for text in pieces[:-1:2]] + [of_text(pieces[-1], tokenizer)]
-    blanks = [blank(int(number)) for number in pieces[1::2]]
+    check_size(1, sum(sizes))
+    return texts, sizes
+
+
+def check_size(rows: int, length: int):
+    """UserError, before they take any memory, for rows of so many tokens that no call can hold them."""
+    if rows * length > MOST:
+        raise UserError(f"{rows:,} x {length:,} tokens are more than the {MOST:,} that one call draws; ask for fewer")
+
+
+def of_template(template: str, tokenizer: Tokenizer) -> Prompt:
+    """Text with blanks of so many tokens, as in "The <blank:8> sat on the <blank:5>."; see `parsed`."""
+    pieces, sizes = parsed(template)
+    texts = [before_blank(text, tokenizer) for text in pieces[:-1]] + [of_text(pieces[-1], tokenizer)]
+    blanks = [blank(size) for size in sizes]
     return joined(texts[0], *(part for pair in zip(blanks, texts[1:]) for part in pair))
 
 
 def between(prefix: str, suffix: str, length: int, tokenizer: Tokenizer) -> Prompt:
     """A blank between two texts, which makes them `length` tokens in all."""
+    check_size(1, length)
     before, after = before_blank(prefix, tokenizer), of_text(suffix, tokenizer)
     known = len(before.tokens) + len(after.tokens)
     if known >= length:

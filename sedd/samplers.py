@@ -71,13 +71,14 @@ SAMPLERS: dict[str, Callable[[Wanted], Sampler]] = {
     "renoise": _corrected(Renoise()),
     "barker": _corrected(Barker()),
 }
+MOST_STEPS = 2**20
 PLANNED = "planned:REPORT"  # and this one, from the information profile in a report of `sedd eval --out`
 
 
 def named_sampler(name: str, wanted: Wanted) -> Sampler:
     """The sampler of a name. UserError if there is none, or it is not for this process."""
-    if wanted.steps < 1:
-        raise UserError(f"steps must be at least 1, not {wanted.steps}")
+    if not 1 <= wanted.steps <= MOST_STEPS:
+        raise UserError(f"steps must be at least 1 and at most {MOST_STEPS:,}, not {wanted.steps}")
     kind, _, report = name.partition(":")
     if kind == "planned":
         counts = _planned(wanted, report)

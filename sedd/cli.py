@@ -1,9 +1,13 @@
 """The `sedd` command: its flags, and what it says of mistakes. What the commands do is in `sedd.commands`."""
 
 import argparse
+import difflib
+import os
+import re
+import shlex
 import sys
 
-from sedd import commands, processes
+from sedd import commands, processes, streams
 from sedd.data import sources, tokenizers
 from sedd.data.splits import SPLITS
 from sedd.errors import UserError
@@ -19,7 +23,18 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message):
+        if found := re.fullmatch(r"argument (--\w+): expected one argument", message):
+            message += f"; one that begins with - is written {found[1]}=-..."
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class _Once(argparse.Action):
+    """Stores a value; an error where the flag is there twice, since one of the two would be dropped silently."""
+
+    def __call__(self, parser, namespace, value, option=None):
+        if getattr(namespace, self.dest, None) not in (None, value):
+            raise argparse.ArgumentError(self, f"given twice, as {getattr(namespace, self.dest)} and {value}")
+        setattr(namespace, self.dest, value)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,12 +42,11 @@ def main(argv: list[str] | None = None) -> int:
 
     With several processes every one of them runs it, process 0 prints, and a mistake of one ends all.
     """
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    settings = [text.removeprefix("--config.") for text in rest if text.startswith("--config.")]
-    unknown = [text for text in rest if not text.startswith("--config.")]
-    if unknown or (settings and not args.takes_config):
-        parser.error(f"sedd {args.command} takes no {(unknown or rest)[0]}; see sedd {args.command} --help")
+    return streams.run(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _main(argv: list[str]) -> int:
+    args, settings = parse(argv)
     from sedd.training.fit import Interrupted
 
     try:
@@ -48,12 +62,94 @@ def main(argv: list[str] | None = None) -> int:
             print("sedd: stopped; what is done is kept, and the same command continues", file=sys.stderr)
         processes.leave_others(130, "Ctrl-C")
         return 130
-    except BrokenPipeError:  # the reader of stdout, such as head, has had enough
-        sys.stderr.close()
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of a command, and the settings of the config, such as "training.steps=100". SystemExit for a mistake.
+
+    Flags and templates come in any order; all after `--` is templates. `sedd help COMMAND` is `sedd COMMAND --help`.
+    """
+    parser, commands = _parsers()
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
+    name = argv[0] if argv else None
+    if name not in commands:
+        later = next((word for word in argv if word in commands), None)
+        if later is not None and name.startswith("-") and name not in ("-h", "--help", "--version"):
+            parser.error(f"the command comes first, as in sedd {later} {shlex.quote(name)}")
+        parser.parse_args(argv)  # prints the help or the version, or says what is wrong
+        parser.error("the following arguments are required: COMMAND")
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args, rest = commands[name].parse_known_intermixed_args(argv[1:cut])
+    if hasattr(args, "template"):
+        args.template += map(_text, argv[cut + 1 :])
+    else:
+        rest += argv[cut:]
+    settings = [word for word in rest if args.takes_config and _SETTING.match(word)]
+    wrong = next((number for number, word in enumerate(rest) if word not in settings), None)
+    if wrong is not None:
+        parser.error(_unknown(commands[name], args, rest[wrong:]))
+    return args, [word.removeprefix("--config.") for word in settings]
+
+
+_SETTING = re.compile(r"--config\.[^=]+=.")
+
+
+def _unknown(parser: argparse.ArgumentParser, args: argparse.Namespace, words: list[str]) -> str:
+    """What to say of words of which the first is no flag of a command."""
+    word, *after = words
+    flag = word.partition("=")[0]
+    if args.takes_config and flag.startswith("--config."):
+        value = next((shlex.quote(other.lstrip("=")) for other in after if other != "="), "VALUE")
+        return f"{flag} has no value; write {flag}={'VALUE' if value.startswith('--') else value}"
+    line = f"sedd {args.command} takes no {word}"
+    flags = _flags(parser, args)
+    near = difflib.get_close_matches("--" + flag.lstrip("-").replace("-", "_"), flags, n=1, cutoff=0.75)
+    if near and (word.startswith("-") or "=" in word):
+        line += f"; the nearest is {flags[near[0]]}"
+    elif hasattr(args, "template"):
+        line += "; a template that begins with - comes after --"
+    return f"{line}; see sedd {args.command} --help"
+
+
+def _flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, str]:
+    """The flags of a command by what people may write instead of them: keys of the config without their group."""
+    found = {flag: flag for flag in re.findall(r"--\w+", parser.format_usage())}
+    if args.takes_config:
+        from sedd import config as configs
+
+        keys = [f"{group}.{name}" for group, members in configs.default().items() for name in members]
+        short = {f"--{key.partition('.')[2]}": f"--config.{key}" for key in reversed(keys)}
+        found = short | {f"--{key}": f"--config.{key}" for key in keys} | found
+        found |= {f"--config.{key}": f"--config.{key}" for key in keys}
+    return found
+
+
+def _whole(text: str) -> int:
+    """A whole number, also one such as 1e3."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        if (number := float(text)).is_integer():
+            return int(number)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+
+
+def _text(text: str) -> str:
+    """Text of the command line, which is UTF-8 whatever the locale."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """That of `sedd` alone, and those of its commands by their names."""
     about = "Score-entropy discrete diffusion for text."
     parser = _Parser(prog="sedd", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"sedd {__version__}")
@@ -62,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name, run, text, takes_config=False):
         more = " Any key of the config can be set, as in --config.training.steps=100." if takes_config else ""
         made = parsers.add_parser(name, help=text, description=text + more, allow_abbrev=False)
-        made.set_defaults(run=run, takes_config=takes_config)
+        made.set_defaults(run=run, command=name, takes_config=takes_config)
         return made
 
     quick = command("quickstart", commands.quickstart, "Train on a built-in corpus, evaluate, sample and infill.", True)
@@ -70,9 +166,10 @@ def _parser() -> argparse.ArgumentParser:
     quick.add_argument("--source", default=QUICK[0], choices=QUICK, help="(%(default)s)")
 
     prep = command("prepare", commands.prepare, "Tokenise a source once, into a corpus directory.")
-    prep.add_argument("--source", help=f"the text, to be split: {', '.join(sources.FORMS)}")
+    prep.add_argument("--source", action=_Once, help=f"the text, to be split: {', '.join(sources.FORMS)}")
     for split in SPLITS:
-        prep.add_argument(f"--{split}", metavar="SOURCE", help=f"instead of --source: the text of the {split} split")
+        text = f"instead of --source: the text of the {split} split"
+        prep.add_argument(f"--{split}", action=_Once, metavar="SOURCE", help=text)
     rules = "documents:0.9,0.05,0.05, position:90,5,5 or last:100000 (documents; position where they are few)"
     prep.add_argument("--split", metavar="RULE", help=rules)
     prep.add_argument("--tokenizer", default="sentencepiece:8000", help=f"{', '.join(tokenizers.FORMS)} (%(default)s)")
@@ -80,8 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     modes = "packed, one stream of text, or padded, documents in rows of their own (%(default)s)"
     prep.add_argument("--mode", default="packed", help=modes)
     prep.add_argument("--padding", help="of padded documents: scored, or ignored (the default)")
-    prep.add_argument("--seed", type=int, default=0, help="draws the held-out documents, and their order")
-    prep.add_argument("--workers", type=int, help="threads (one a core); the corpus does not depend on them")
+    prep.add_argument("--seed", type=_whole, default=0, help="draws the held-out documents, and their order")
+    prep.add_argument("--workers", type=_whole, help="threads (one a core); the corpus does not depend on them")
 
     train = command("train", commands.train, "Train, or continue the run that is in --workdir.", True)
     train.add_argument("--config", help="a file with get_config(), such as experiments/quickstart.py; else the default")
@@ -93,16 +190,19 @@ def _parser() -> argparse.ArgumentParser:
         "eval", commands.evaluate, "Bound the negative log-likelihood of text, or measure the quality of samples."
     )
     _add_model(evaluate, required=False)
-    evaluate.add_argument("--against", metavar="MODEL", help="another, on the same noise: the difference and its error")
-    evaluate.add_argument("--data", help="a corpus directory (the one the model was trained on)")
-    evaluate.add_argument("--source", help="instead of --data: text as `sedd prepare` takes it, wikitext:wiki.test.raw")
+    text = "another, on the same noise: the difference and its error"
+    evaluate.add_argument("--against", action=_Once, metavar="MODEL", help=text)
+    evaluate.add_argument("--data", action=_Once, help="a corpus directory (the one the model was trained on)")
+    text = "instead of --data: text as `sedd prepare` takes it, wikitext:wiki.test.raw"
+    evaluate.add_argument("--source", action=_Once, help=text)
     evaluate.add_argument("--split", help="train, validation or test (what the protocol has; test)")
-    evaluate.add_argument("--protocol", default="clean", help=f"{', '.join(PROTOCOLS)}, or several (%(default)s)")
-    evaluate.add_argument("--draws", type=int, help="noise levels a block (the protocol's; the config's)")
-    evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument("--batch_size", type=int, help="blocks at a time over all devices; changes no number")
+    evaluate.add_argument("--protocol", help=f"{', '.join(PROTOCOLS)}, or several (clean)")
+    evaluate.add_argument("--draws", type=_whole, help="noise levels a block (the protocol's; the config's)")
+    evaluate.add_argument("--seed", type=_whole, help="of the noise (0)")
+    evaluate.add_argument("--batch_size", type=_whole, help="blocks at a time over all devices; changes no number")
     evaluate.add_argument("--out", help="a folder for the report, and for what is scored, so that a job can go on")
-    evaluate.add_argument("--samples", metavar="FILE", help="instead of text: what `sedd sample --json` printed")
+    text = "instead of text: what `sedd sample --json` printed"
+    evaluate.add_argument("--samples", action=_Once, metavar="FILE", help=text)
     evaluate.add_argument("--judge", help="with --samples: a folder of a language model, for generative perplexity")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -116,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(compare)
     compare.add_argument("--samplers", default="tweedie,euler", help=f"of {_SAMPLERS} (%(default)s)")
     compare.add_argument("--steps", default="8,16,32,64,128", help="of each sampler (%(default)s)")
-    compare.add_argument("--num_samples", type=int, default=64, help="at each point (%(default)s)")
+    compare.add_argument("--num_samples", type=_whole, default=64, help="at each point (%(default)s)")
     compare.add_argument("--judge", help="a folder of a language model (the model itself, by its bound)")
     compare.add_argument("--out", help="a folder for sweep.json and sweep.png")
     _add_drawing(compare)
@@ -124,20 +224,22 @@ def _parser() -> argparse.ArgumentParser:
     infill = command("infill", commands.infill, "Fill in the blanks of texts.")
     _add_model(infill)
     _add_sampling(infill)
-    infill.add_argument("template", nargs="*", help="text with blanks of so many tokens, such as 'A <blank:8> sat.'")
-    infill.add_argument("--prefix", help="instead of a template: what comes before the blank")
-    infill.add_argument("--suffix", help="instead of a template: what comes after the blank")
-    return parser
+    text = r"text with blanks of so many tokens, such as 'A <blank:8> sat.'; \<blank is these letters"
+    infill.add_argument("template", nargs="*", type=_text, help=text)
+    infill.add_argument("--prefix", type=_text, help="instead of a template: what comes before the blank")
+    infill.add_argument("--suffix", type=_text, help="instead of a template: what comes after the blank")
+    return parser, parsers.choices
 
 
 def _add_model(parser, required=True):
-    parser.add_argument("--model", required=required, help="a run, an exported model or a published SEDD checkpoint")
+    text = "a run, an exported model or a published SEDD checkpoint"
+    parser.add_argument("--model", action=_Once, required=required, help=text)
     parser.add_argument("--tokenizer", help="of a model that has none: gpt2:FOLDER, and what else `sedd prepare` takes")
 
 
 def _add_sampling(parser):
-    parser.add_argument("--num_samples", type=int, default=1, help="how many, of each template (%(default)s)")
-    parser.add_argument("--steps", type=int, default=128, help="of the sampler (%(default)s)")
+    parser.add_argument("--num_samples", type=_whole, default=1, help="how many, of each template (%(default)s)")
+    parser.add_argument("--steps", type=_whole, default=128, help="of the sampler (%(default)s)")
     _add_drawing(parser)
     parser.add_argument("--sampler", default="tweedie", help=f"{_SAMPLERS} (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a text")
@@ -147,12 +249,12 @@ def _add_sampling(parser):
 
 def _add_drawing(parser):
     parser.add_argument(
-        "--length", type=int, help="tokens in all (the model's block); longer goes on block after block"
+        "--length", type=_whole, help="tokens in all (the model's block); longer goes on block after block"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="of the law over clean tokens (%(default)s)")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens of this mass (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, help="rows at a time; changes no sample")
+    parser.add_argument("--seed", type=_whole, default=0)
+    parser.add_argument("--batch_size", type=_whole, help="rows at a time; changes no sample")
 
 
 if __name__ == "__main__":

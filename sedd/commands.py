@@ -6,6 +6,7 @@ The public functions take the parsed flags, and the settings of the config that 
 import functools
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -49,10 +50,11 @@ def train(args, settings):
     weights = load(args.init_from).params if args.init_from else None
     summary = fit(config, args.workdir, weights, args.init_from)
     print(f"{summary}\nthe run is in {args.workdir}; next:")
+    model = f"--model={shlex.quote(args.workdir)}"
     for line in (
-        f"sedd eval   --model={args.workdir}",
-        f"sedd sample --model={args.workdir} --num_samples=4",
-        f"sedd infill --model={args.workdir} 'some text <blank:8> more text'",
+        f"sedd eval   {model}",
+        f"sedd sample {model} --num_samples=4",
+        f"sedd infill {model} 'some text <blank:8> more text'",
     ):
         print(f"  {line}")
 
@@ -68,8 +70,8 @@ def _join():
         if not processes.are_many():
             os.dup2(results, 1)
             os.close(results)
-    if processes.are_many():
-        sys.stdout = os.fdopen(results if processes.is_first() else os.open(os.devnull, os.O_WRONLY), "w")
+    if processes.are_many():  # of the guarded stream that `sedd.streams` has put there
+        sys.stdout.stream = os.fdopen(results if processes.is_first() else os.open(os.devnull, os.O_WRONLY), "w")
 
 
 def _estimate(config):
@@ -97,7 +99,7 @@ def evaluate(args, _):
         raise UserError("--judge goes with --samples; a model's own number needs none")
     if args.data and args.source:
         raise UserError("give either --data or --source")
-    protocols = [get_protocol(name.strip()).name for name in args.protocol.split(",")]
+    protocols = [get_protocol(name.strip()).name for name in (args.protocol or "clean").split(",")]
     if args.against and len(protocols) > 1:
         raise UserError("--against takes one protocol")
     _join()
@@ -107,9 +109,9 @@ def evaluate(args, _):
         models = [with_tokenizer(model, args.tokenizer) if model in lacking else model for model in models]
     corpus = args.data or models[0].config.data.corpus
     text = sources.open_source(args.source) if args.source else open_corpus(corpus)
-    settings = {name: getattr(args, name) for name in ("split", "draws", "seed", "batch_size")}
+    settings = {name: getattr(args, name) for name in ("split", "draws", "batch_size")} | {"seed": args.seed or 0}
     if args.against:
-        found = models[0].compare(models[1], text, protocol=args.protocol, out=args.out, **settings)
+        found = models[0].compare(models[1], text, protocol=protocols[0], out=args.out, **settings)
         print(found.to_json() if args.json else found)
     else:
         _eval_protocols(args, models[0], text, protocols, settings)
@@ -141,7 +143,7 @@ def _eval_samples(args):
     """The quality of samples that were drawn before."""
     from sedd.evaluation.quality import quality, read_samples
 
-    for name in ("against", "data", "source", "split", "draws", "batch_size", "out"):
+    for name in ("against", "data", "source", "split", "protocol", "draws", "seed", "batch_size", "out"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name} goes with --model; the samples in a file need only --judge and --tokenizer")
     tokenizer = args.tokenizer and tokenizers.given_tokenizer(args.tokenizer)

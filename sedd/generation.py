@@ -76,6 +76,7 @@ class Generator:
         """Draws texts of `length` tokens; by default a block, or where padding is ignored as long as documents are."""
         if num_samples < 1:
             raise UserError(f"the number of samples must be at least 1, not {num_samples}")
+        prompts.check_size(num_samples, self.block_length if length is None else length)
         if length is not None:
             self._check_length(length)
             lengths = [length] * num_samples
@@ -106,6 +107,7 @@ class Generator:
             raise UserError("there is nothing to fill in")
         for row in rows:
             self._check_length(len(row.tokens))
+        prompts.check_size(len(rows) * (steps if trace else 1), max(len(row.tokens) for row in rows))
         laid = prompts.laid_out(rows, self.network.process, self.block_length, self.layout)
         sampler = self.sampler(sampler, steps, laid)
         if not 0 < temperature < float("inf"):

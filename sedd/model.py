@@ -133,6 +133,7 @@ class Model:
         else:
             texts = [template] if isinstance(template, str) else template
             rows = self._of_texts(texts, prefix or "", suffix or "", length)
+        prompts.check_size(num_samples * len(rows), max((len(row.tokens) for row in rows), default=0))
         rows = [row for row in rows for _ in range(num_samples)]
         return self.generator.draw(rows, **settings)
 

@@ -1,5 +1,6 @@
 """`sedd quickstart`: trains on text that every Python installation carries, evaluates, samples and infills."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,10 +38,11 @@ def quickstart(source: str, workdir: str, settings: Sequence[str]):
     template = _TEMPLATES[name]
     print(f"\ninfilled from {template!r}\n{model.infill(template, top_p=0.9).texts[0]}")
     print("\nnext:")
+    flag = f"--model={shlex.quote(workdir)}"
     for line in (
-        f"sedd sample --model={workdir} --num_samples=4",
-        f"sedd infill --model={workdir} '{template.splitlines()[0]}'",
-        f"sedd eval   --model={workdir} --split=validation",
+        f"sedd sample {flag} --num_samples=4",
+        f"sedd infill {flag} {shlex.quote(template.splitlines()[0])}",
+        f"sedd eval   {flag} --split=validation",
         "sedd prepare --source='text:my/*.txt' --out=data/mine",
         "sedd train  --config.data.corpus=data/mine --workdir=runs/mine",
     ):

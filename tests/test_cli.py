@@ -2,9 +2,11 @@
 
 import ast
 import html
+import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ import pytest
 from small import SETTINGS, small_corpus
 
 import sedd
-from sedd.cli import main
+from sedd.cli import main, parse
 
 COMPILED = []  # one entry for each compilation in this process
 jax.monitoring.register_event_duration_secs_listener(
@@ -87,15 +89,16 @@ def test_eval(place, capsys):
     assert json.loads(capsys.readouterr().out)["draws"] == 2
 
 
-def test_eval_leaves_a_report_and_goes_on(place, capsys):
+def test_eval_leaves_a_report_and_goes_on(place, capsys, monkeypatch):
     """Report, picture and records in a folder; asked again, the same answer without scoring."""
     command = ["eval", f"--model={place}/run", "--draws=2", f"--out={place}/result"]
     assert main(command) == 0
-    first, compiled = capsys.readouterr().out, len(COMPILED)
+    first = capsys.readouterr().out
     found = {file.name for file in (place / "result").iterdir()}
     assert found == {"report.json", "profile.png", "draws.f32", "job.json"}
+    monkeypatch.setattr("sedd.evaluation.scoring._records", lambda *_: pytest.fail("it is scored again"))
     assert main(command) == 0
-    assert capsys.readouterr().out == first and len(COMPILED) == compiled
+    assert capsys.readouterr().out == first
 
 
 def test_eval_against_another_and_under_several_protocols(place, capsys):
@@ -141,8 +144,8 @@ def test_sample(place, capsys):
 
 
 def test_infill(place, capsys):
-    assert main(["infill", f"--model={place}/run", "the <blank:2> times", "--steps=3"]) == 0
-    assert re.search(r"^the .*times$", capsys.readouterr().out, re.M | re.S)
+    assert main(["infill", "the <blank:2> times", f"--model={place}/run", "--steps=3", "a <blank:2>"]) == 0
+    assert re.search(r"^--- 1 of 2\nthe .*times\n--- 2 of 2\na ", capsys.readouterr().out, re.S)
     assert main(["infill", f"--model={place}/run", "--prefix=the ", "--length=6", "--steps=3"]) == 0
     assert "the " in capsys.readouterr().out
 
@@ -172,7 +175,12 @@ def test_a_page_that_plays_back(place, capsys):
         ("train --workdir={0}/new --config.data.corpus={0}/corpus --init_from={0}/run", "cannot start this run"),
         ("train --dry_run --config.data.corpus={0}/absent", "no folder"),
         ("train --dry_run --config.data.vocab_size=9 --config.mesh.data=3", "does not fit the 8"),
-        ("train --workdir={0}/new --worksdir=x", "takes no --worksdir=x"),
+        ("train --workdir={0}/new --worksdir=x", "takes no --worksdir=x; the nearest is --workdir"),
+        ("train --workdir={0}/new --steps=5", "the nearest is --config.training.steps; see sedd train --help"),
+        ("train --workdir={0}/new --config.training.steps 5", "write --config.training.steps=5"),
+        ("train --workdir={0}/new --config.data.corpus 'my data'", "write --config.data.corpus='my data'"),
+        ("train --workdir={0}/new --config.network.scan", "write --config.network.scan=VALUE"),
+        ("train --workdir={0}/new 5", "takes no 5; see sedd train --help"),
         ("prepare --source=text:{0}/absent*.txt --out={0}/new", "no file"),
         ("prepare --source=text:{0}/empty.txt --out={0}/new", "no text"),
         ("prepare --source=text:{0}/latin.txt --out={0}/new", "UTF-8"),
@@ -184,6 +192,7 @@ def test_a_page_that_plays_back(place, capsys):
         ("prepare --source=text:{0}/tiny.txt --padding=scored --out={0}/new", "leave --padding out"),
         ("prepare --source=text:{0}/tiny.txt --train=text:{0}/tiny.txt --out={0}/new", "give either --source"),
         ("prepare --out={0}/new", "give either --source"),
+        ("prepare --source=text:a --source=text:b --out={0}/new", "--source: given twice, as text:a and text:b"),
         ("prepare --test=text:{0}/tiny.txt --out={0}/new", "needs one for train"),
         ("prepare --source=text:{0}/tiny.txt --tokenizer=bytes --out={0}/corpus", "choose another --out"),
         ("eval --model={0}/absent", "no folder"),
@@ -199,11 +208,14 @@ def test_a_page_that_plays_back(place, capsys):
         ("eval --model={0}/run --against={0}/run --protocol=clean,duo", "--against takes one protocol"),
         ("eval --model={0}/run --judge={0}/run", "goes with --samples"),
         ("eval --model={0}/run --out={0}/texts", "holds no evaluation"),
-        ("eval --model={0}/run --out={0}/tiny.txt", "cannot be a folder"),
+        ("eval --model={0}/run --out={0}/tiny.txt", "something else is in the way"),
         ("eval --model={0}/run --split=test --source=text:{0}/tiny.txt", "a corpus has splits"),
         ("eval --model={0}/run --tokenizer=bytes", "has a tokenizer of its own"),
         ("eval --samples={0}/absent", "cannot be read as samples"),
         ("eval --samples={0}/tiny.txt --out={0}/new", "--out goes with --model"),
+        ("eval --samples={0}/tiny.txt --protocol=mdlm", "--protocol goes with --model"),
+        ("eval --samples={0}/tiny.txt --seed=1", "--seed goes with --model"),
+        ("eval --model={0}/run --model={0}/other", "--model: given twice"),
         ("eval --samples={0}/tiny.txt --tokenizer=characters", "is made from text; name one that is there"),
         ("eval --samples={0}/tiny.txt", "is cut off"),
         ("sweep --model={0}/run --steps=8,many", "--steps takes numbers"),
@@ -217,8 +229,21 @@ def test_a_page_that_plays_back(place, capsys):
         ("sample --model={0}/run --sampler=planned:{0}/tiny.txt", "there is no profile in"),
         ("sample --model={0}/run --watch", "needs a terminal; leave it out, or write a page with --html"),
         ("sample --model={0}/run --html={0}/absent/page.html", "cannot be written"),
-        ("sample --model={0}/run --steps=many", "invalid int value"),
+        ("sample --model={0}/run --steps=many", "'many' is no whole number"),
+        ("sample --model={0}/run --steps=1.5", "'1.5' is no whole number"),
+        ("sample --model={0}/run --steps=1e12", "at most 1,048,576"),
+        ("sample --model={0}/run --num_samples=1e12", "tokens are more than the 268,435,456 that one call draws"),
+        ("sample --model={0}/run --length=1000000000000", "that one call draws"),
+        ("sample --model={0}/run --num_samples=999 --steps=99999 --html={0}/new.html", "that one call draws"),
+        ("sample --model={0}/run --top-p=0.9", "the nearest is --top_p"),
+        ("--model={0}/run sample", "the command comes first, as in sedd sample --model"),
         ("infill --model={0}/run the", "no blank"),
+        ("infill --model={0}/run '<blank: 3> of <blank:2>'", "'<blank: 3>' is no blank; write <blank:8>"),
+        ("infill --model={0}/run '<blank:999999999999>'", "that one call draws"),
+        ("infill --model={0}/run '<blank:2>' --num_samples=1e12", "that one call draws"),
+        ("infill --model={0}/run --prefix=the --length=1e12", "that one call draws"),
+        ("infill --model={0}/run '-<blank:2>'", "a template that begins with - comes after --"),
+        ("infill --model={0}/run --prefix -x", "is written --prefix=-..."),
         ("infill --model={0}/run the<blank:0>", "blank of 0"),
         ("infill --model={0}/run", "takes a template"),
         ("infill --model={0}/run --prefix=thetimestablethetable", "leaves none"),
@@ -231,18 +256,68 @@ def test_mistakes_are_one_line(place, command, message, capsys, monkeypatch):
     """Status 2, one line that says what to change, no traceback, nothing compiled, nothing left behind."""
     monkeypatch.chdir(place)
     compiled = len(COMPILED)
-    try:
-        status = main(command.format(place).split())
-    except SystemExit as stopped:  # argparse's own
-        status = stopped.code
+    status = main(shlex.split(command.format(place)))
     error = capsys.readouterr().err
     assert status == 2 and error.count("\n") == 1 and message in error, error
     assert not (place / "new").exists() and len(COMPILED) == compiled > 0
 
 
+def test_commands_are_read_as_people_write_them():
+    """Flags and templates in any order, a value after = or a space, whole numbers such as 1e3, `help`."""
+    words = ["infill", "a <blank:1>", "--model", "m", "- b <blank:2>", "--steps=1e3", "--seed", "-1", "--", "-c", "--d"]
+    args, settings = parse(words)
+    assert args.template == ["a <blank:1>", "- b <blank:2>", "-c", "--d"] and not settings
+    assert (args.command, args.model, args.steps, args.seed) == ("infill", "m", 1000, -1)
+    args, settings = parse(["train", "--config.training.steps=5", "--workdir", "r", "--config.data.corpus=a=b c"])
+    assert (args.workdir, settings) == ("r", ["training.steps=5", "data.corpus=a=b c"])
+    assert main(["help"]) == main(["help", "train"]) == main(["--help"]) == 0
+
+
+def test_text_of_the_command_line_is_utf_8_in_any_locale(capsys):
+    """Python decodes it as ASCII under LC_ALL=C."""
+    words = ["infill", "--model=m", "café <blank:1>", "--prefix=Grüße"]
+    args, _ = parse([os.fsencode(word).decode("ascii", "surrogateescape") for word in words])
+    assert (args.template, args.prefix) == (["café <blank:1>"], "Grüße")
+    with pytest.raises(SystemExit):
+        parse([*words, b"caf\xe9".decode("utf-8", "surrogateescape")])
+    assert "is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_what_was_drawn_is_not_lost(place, tmp_path, monkeypatch, capsys):
+    """Where stdout is full."""
+    monkeypatch.chdir(tmp_path)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["sample", f"--model={place}/run", "--num_samples=2", "--steps=3", "--json"]) == 2
+    (file,) = tmp_path.iterdir()
+    assert len([json.loads(line) for line in file.read_text().splitlines()]) == 2
+    assert f"stdout cannot be written (No space left on device); the results are in {file}" in capsys.readouterr().err
+
+
+def test_numbers_are_printed_on_an_ascii_terminal(place, monkeypatch):
+    """With what it lacks replaced."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main(["eval", f"--model={place}/run", "--draws=2"]) == 0
+    assert re.search(rb"bound +\d\.\d+ \? ", stdout.buffer.getvalue())
+
+
+def test_what_to_type_next_can_be_typed(place, capsys, monkeypatch):
+    """Also where a folder's name has spaces."""
+    workdir = str(place / "my runs/a")
+    monkeypatch.setattr("sedd.training.fit.fit", lambda *_: "summary")
+    assert main(["train", f"--workdir={workdir}", f"--config.data.corpus={place}/corpus"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  sedd")]
+    for line in lines:
+        args, _ = parse(shlex.split(line)[1:])
+        assert args.model == workdir
+    assert len(lines) == 3
+
+
 def test_version_and_exit_status_of_the_process():
     def run(*args):
-        return subprocess.run([sys.executable, "-m", "sedd.cli", *args], capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-m", "sedd", *args], capture_output=True, text=True)
 
     assert run("--version").stdout.strip() == f"sedd {sedd.__version__}"
     wrong = run("sample", "--model=nowhere")
@@ -253,7 +328,7 @@ def test_version_and_exit_status_of_the_process():
 @pytest.mark.parametrize("name", ["names", "functions"])
 def test_quickstart(tmp_path, name):
     """One command from nothing to an infilled sentence; its bound well under the unigram's entropy."""
-    command = [sys.executable, "-m", "sedd.cli", "quickstart", f"--source=builtin:{name}", "--workdir=runs/quickstart"]
+    command = [sys.executable, "-m", "sedd", "quickstart", f"--source=builtin:{name}", "--workdir=runs/quickstart"]
     environment = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -53,10 +53,9 @@ def commands(file, label="Commands"):
 def parsed(command):
     """What the command line makes of a command; SystemExit or UserError where it is wrong."""
     program, *words = shlex.split(command)
-    args, rest = cli._parser().parse_known_args(words)
-    settings = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
-    if program != "sedd" or len(settings) != len(rest) or (settings and not args.takes_config):
+    if program != "sedd":
         raise UserError(f"no command of sedd's: {command}")
+    args, settings = cli.parse(words)
     configs.override(configs.default(), settings)
     return args
 

@@ -9,6 +9,7 @@ import sedd
 
 PACKAGE = Path(sedd.__file__).parent
 ROOMS = [
+    "__main__",
     "cli",
     "commands",
     "playback",
@@ -26,6 +27,7 @@ ROOMS = [
     "parallel",
     "processes",
     "rendezvous",
+    "streams",
     "config",
     "data",
     "network",

@@ -1,0 +1,139 @@
+"""What a command prints where stdout or stderr is full, closed or ASCII."""
+
+import errno
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sedd import streams
+
+TEXT = "Grüße, 漢字\n"
+
+
+class Full(io.StringIO):
+    """A stream on a full disk, of which so many writes succeed."""
+
+    def __init__(self, room=0):
+        super().__init__()
+        self.room = room
+
+    def write(self, text):
+        self.room -= 1
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(text)
+
+
+class Broken(io.StringIO):
+    """A pipe that nobody reads."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+@pytest.fixture
+def ends(tmp_path, monkeypatch):
+    """Runs a program that prints three times, with a stdout; its exit status and what it said on stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(stdout, stderr=None, program=None):
+        stderr = io.StringIO() if stderr is None else stderr
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        status = streams.run(program or (lambda: [print(TEXT, end="") for _ in range(3)] and 0))
+        assert (sys.stdout, sys.stderr) == (stdout, stderr)
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        return status, stderr.getvalue() if isinstance(stderr, io.StringIO) else None
+
+    return run
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_results_that_do_not_fit_are_in_a_file(ends, room):
+    """All of them, whatever was written before the disk was full."""
+    status, said = ends(Full(room))
+    (file,) = Path().glob("sedd-results-*.txt")
+    assert file.read_text(encoding="utf-8") == 3 * TEXT
+    assert (status, said) == (
+        2,
+        f"sedd: error: stdout cannot be written (No space left on device); the results are in {file.absolute()}\n",
+    )
+
+
+def test_results_that_fit_nowhere_are_on_stderr(ends, monkeypatch):
+    monkeypatch.setattr(streams.tempfile, "mkstemp", lambda *_: Full().write(""))
+    status, said = ends(Full())
+    assert status == 2 and said.endswith(f"the results are these\n{3 * TEXT}\n") and not list(Path().iterdir())
+
+
+def test_results_are_kept_after_an_exception(ends):
+    def program():
+        print(TEXT, end="")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        ends(Full(), program=program)
+    assert [file.read_text(encoding="utf-8") for file in Path().iterdir()] == [TEXT]
+
+
+def test_a_reader_that_ends_early_ends_the_program(ends):
+    assert ends(Broken()) == (0, "") and not list(Path().iterdir())
+
+
+def test_what_an_encoding_lacks_is_replaced(ends):
+    ascii = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    assert ends(ascii) == (0, "")
+    assert ascii.buffer.getvalue().decode() == 3 * "Gr??e, ??\n"
+
+
+@pytest.mark.parametrize("stderr", [Full(), Broken()])
+def test_progress_that_cannot_be_shown_stops_nothing(ends, stderr):
+    def program():
+        print("progress", file=sys.stderr)
+        print(TEXT, end="")
+        return 0
+
+    results = io.StringIO()
+    assert ends(results, stderr, program) == (0, "") and results.getvalue() == TEXT
+
+
+def test_a_closed_stdout_is_refused_before_anything_starts(ends):
+    status, said = ends(None, program=lambda: 1 / 0)
+    assert (status, said) == (2, "sedd: error: stdout is closed; send the results somewhere, as in > FILE\n")
+
+
+@pytest.mark.parametrize("code, status, said", [(None, 0, ""), (3, 3, ""), ("why", 1, "why\n")])
+def test_an_exit_of_the_program_is_its_status(ends, code, status, said):
+    assert ends(io.StringIO(), program=lambda: sys.exit(code)) == (status, said)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_real_descriptors(tmp_path):
+    """stdout full or closed, stderr closed too: no traceback and nothing from the interpreter's own end."""
+    code = """
+import os, sys
+import streams
+def program():
+    print("result", flush=True)
+    with open("file", "w") as file:  # gets none of the descriptors that are closed
+        print("progress", file=sys.stderr)
+        os.write(2, b"progress\\n")
+        file.write("text")
+    return 0
+sys.exit(streams.run(program))
+"""
+    (tmp_path / "program.py").write_text(code)
+    runs = [f"{sys.executable} program.py {ends}; echo $? >&2" for ends in ("> /dev/full", ">&-", "2>&-")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(streams.__file__).parent)}  # so that no JAX is imported
+    command = ["bash", "-c", "; ".join(runs)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    full, closed = [line for line in done.stderr.splitlines() if line.startswith("sedd")]
+    assert "the results are in" in full and "stdout is closed" in closed
+    assert re.findall(r"^\d$", done.stderr, re.M) == ["2", "2", "0"] and "Exception" not in done.stderr
+    assert done.stdout == "result\n" and (tmp_path / "file").read_text() == "text"

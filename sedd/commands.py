@@ -36,10 +36,11 @@ def prepare(args, _):
 def train(args, settings):
     """Trains, or goes on with a run; or estimates what a run would take."""
     from sedd import config as configs
+    from sedd.config_file import load_config
     from sedd.loading import load
     from sedd.training.fit import fit
 
-    config = configs.load_config(args.config) if args.config else configs.default()
+    config = configs.default() if args.config is None else load_config(args.config)
     config = configs.override(config, settings)
     if args.dry_run:
         print(_estimate(config))

@@ -1,11 +1,9 @@
-"""The default config, which is the quickstart's, and the only ways to change it: a file, and strict overrides."""
+"""The default config, which is the quickstart's, and strict overrides of it. Files are read by `sedd.config_file`."""
 
 import ast
 import difflib
 import hashlib
 import json
-import runpy
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -150,22 +148,11 @@ def fingerprint(config: ConfigDict) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_config(path: str | Path) -> ConfigDict:
-    """The config that the file's `get_config()` returns. UserError if there is none."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"--config={path}: there is no such file")
-    get_config = runpy.run_path(str(path)).get("get_config")
-    if get_config is None:
-        raise UserError(f"--config={path}: the file defines no get_config()")
-    return from_dict(get_config().to_dict())
-
-
 def from_dict(values: dict[str, Any]) -> ConfigDict:
     """The default config with these values, nested as they are there; strict."""
     config = default()
     for group, members in values.items():
-        if not isinstance(members, dict):
+        if not isinstance(members, dict) or not (members or group in config):
             raise UserError(f"config: {group} is no group of settings; there are {', '.join(config)}")
         for name, value in members.items():
             _set(config, f"{group}.{name}", value)
@@ -203,6 +190,8 @@ def _set(config: ConfigDict, key: str, value: Any):
     kind = _OPTIONAL.get(key, type(config[group][name]))
     if kind is float and type(value) is int:
         value = float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)  # 1e5
     if kind is str and value is None:
         value = "none"  # the name of a choice, given as text
     if type(value) is not kind and not (value is None and key in _OPTIONAL):

@@ -13,6 +13,7 @@ from launching import launch
 
 from sedd import cli, parallel
 from sedd import config as configs
+from sedd.config_file import load_config
 from sedd.data.batches import Batch
 from sedd.data.layout import make_layout
 from sedd.data.sources import SOURCES
@@ -102,7 +103,7 @@ def test_header(file):
 @each_experiment
 def test_commands(file):
     """They parse, and go together: corpus, config and run are the same in all of them."""
-    config, found = configs.load_config(file), by_name(file)
+    config, found = load_config(file), by_name(file)
     assert list(found)[:3] == ["prepare", "train", "eval"]
     prepare, train = found["prepare"], found["train"]
     check_prepare(prepare)
@@ -124,7 +125,7 @@ def test_launch(file):
     assert (python, program, options.step) == ("python", "tpu_launch/launch.py", "up")
     assert launched.command == "train" and launched.config == train.config
     assert launched.workdir == f"gs://BUCKET/{train.workdir}"
-    assert [source.there for source in options.push] == [configs.load_config(file).data.corpus]
+    assert [source.there for source in options.push] == [load_config(file).data.corpus]
     assert re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", options.name)
 
 
@@ -166,7 +167,7 @@ def test_a_broken_preparation_is_noticed(change):
 @each_experiment
 def test_vocabulary(file):
     """It is set, so that the experiment builds without its corpus, and is what the tokenizer will have."""
-    size, prepare = configs.load_config(file).data.vocab_size, by_name(file)["prepare"]
+    size, prepare = load_config(file).data.vocab_size, by_name(file)["prepare"]
     if file.stem == "quickstart":
         assert size is None  # people put their own text into it
     elif prepare.tokenizer.partition(":")[2].isdecimal():
@@ -179,7 +180,7 @@ def test_vocabulary(file):
 @each_experiment
 def test_a_step_traces(file):
     """The real step on the mesh, for the whole batch; its layers are scanned, since they are traced once so."""
-    config = configs.load_config(file)
+    config = load_config(file)
     config.network.scan = True
     training, data = config.training, config.data
     _, schedule, network = configs.build(config, data.vocab_size or 1280)
@@ -206,6 +207,6 @@ def test_a_step_traces(file):
 )
 def test_parameters_of_the_papers_models(name, count):
     """To the last one, and with its initial embedding."""
-    config = configs.load_config(ROOT / "experiments" / f"{name}.py")
+    config = load_config(ROOT / "experiments" / f"{name}.py")
     assert configs.build(config, config.data.vocab_size)[2].num_parameters() == count
     assert math.isclose(config.network.embedding_std, (3 * config.network.width) ** -0.5)

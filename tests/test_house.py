@@ -28,6 +28,7 @@ ROOMS = [
     "processes",
     "rendezvous",
     "streams",
+    "config_file",
     "config",
     "data",
     "network",

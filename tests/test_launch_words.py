@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 from test_experiments import parsed
 
 from sedd import config as configs
+from sedd.config_file import load_config
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "tpu_launch"
@@ -268,7 +269,7 @@ def test_kubernetes():
     assert across * down == job["parallelism"] * container["resources"]["limits"]["google.com/tpu"]
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
     args = parsed(shlex.join(container["args"]))
-    corpus = configs.load_config(ROOT / args.config).data.corpus
+    corpus = load_config(ROOT / args.config).data.corpus
     assert pod["initContainers"][0]["command"][-2] == f"/{corpus}"
     assert container["volumeMounts"][0]["mountPath"] == f"/sedd/{Path(corpus).parent}"
     assert (ROOT / container["command"][1]).is_file()

@@ -55,7 +55,7 @@ def joined(*parts: Prompt) -> Prompt:
 def parsed(template: str) -> tuple[list[str], list[int]]:
     r"""The N + 1 texts around the N blanks of a template, and how many tokens each blank has.
 
-    `\<blank:8>` is the text `<blank:8>`, and `\\<blank:8>` a backslash before a blank: of the backslashes directly before
+    `\<blank:8>` is the text `<blank:8>`, and `\\<blank:8>` a backslash before a blank: of the backslashes right before
     `<blank` each pair is one. UserError for anything else that begins as a blank does, and where there is none.
     """
     texts, sizes, end = [""], [], 0

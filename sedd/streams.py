@@ -129,7 +129,7 @@ def _silence(stream: Stream):
 
 
 def _open_descriptors():
-    """Descriptors 0 to 2 that are closed become /dev/null's, or the next file that is opened would have their output."""
+    """Descriptors 0 to 2 that are closed become /dev/null's, or the next file to be opened would have their output."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)

@@ -45,7 +45,10 @@ def test_what_get_config_may_return(written, code):
 
 def test_modules_beside_a_config_are_its_own(written, monkeypatch):
     """They are imported at any time, and are no other config's that has modules of the same names."""
-    code = "from base import STEPS\ndef get_config():\n    import more\n    return {'training': {'steps': STEPS + more.STEPS}}"
+    code = (
+        "from base import STEPS\ndef get_config():\n    import more\n"
+        "    return {'training': {'steps': STEPS + more.STEPS}}"
+    )
     monkeypatch.setitem(sys.modules, "base", elsewhere := type(sys)("base"))
     path, modules = list(sys.path), set(sys.modules)
     for steps in (5, 7):
@@ -65,24 +68,24 @@ def test_modules_beside_a_config_are_its_own(written, monkeypatch):
         ("import absent", "mine.py, line 1", "ModuleNotFoundError: No module named 'absent'"),
         ("\nx = 1", "mine.py", "the file defines no get_config()"),
         ("get_config = {}", "mine.py", "the file defines no get_config()"),
-        ("\ndef get_config():\n    pass", "mine.py, line 2", "get_config() returns nothing; end it with: return config"),
-        ("\ndef get_config():\n    return [1]", "mine.py, line 2", "get_config() returns list, not a config or a dict"),
+        ("\ndef get_config():\n    pass", "mine.py, line 2", "get_config() returns nothing; end it with: return"),
+        ("\ndef get_config():\n    return [1]", "mine.py, line 2", "get_config() returns list, not a config"),
         ("\ndef get_config(size):\n    pass", "mine.py, line 2", "missing 1 required positional argument: 'size'"),
         ("def get_config():\n    raise ValueError('one\\ntwo')", "mine.py, line 2", "ValueError: one two"),
         ("def get_config():\n    assert False", "mine.py, line 2", "AssertionError"),
-        ("import other\ndef get_config():\n    return other.half(1)", "other.py, line 2", "ZeroDivisionError: division"),
+        ("import other\ndef get_config():\n    return other.half(1)", "other.py, line 2", "ZeroDivisionError"),
         (BEGINS + "    config.training.stepz = 5", "mine.py, line 4", "no stepz; the nearest is training.steps"),
         (BEGINS + "    config.training.lerning_rate = 5", "mine.py, line 4", "nearest is optimizer.learning_rate"),
         (BEGINS + "    config.trainig.steps = 5", "mine.py, line 4", "no trainig; the nearest is training"),
-        (BEGINS + "    config.training.update(stepz=5)", "mine.py, line 4", "no stepz; the nearest is training.steps"),
+        (BEGINS + "    config.training.update(stepz=5)", "mine.py, line 4", "no stepz; the nearest is training"),
         (BEGINS + "    config['training']['zzz'] = 5", "mine.py, line 4", "no zzz; the nearest is"),
         (BEGINS + "    config.training = {'stepz': 5}\n    return config", "mine.py, line 4", "is training.steps"),
         ("def get_config():\n    return {'training': {\n    'stepz': 5}}", "mine.py, line 3", "is training.steps"),
         ("def get_config():\n    return {\n    'trainig': dict()}", "mine.py, line 3", "trainig is no group of settings"),
         ("def get_config():\n    return {\n    'training.steps': 5}", "mine.py, line 1", "training.steps is no group"),
-        (BEGINS + "    config.training.steps = 0\n    return config", "mine.py, line 4", "training.steps must be positive"),
-        (BEGINS + "    config.training.steps = 'a'", "mine.py, line 4", "TypeError: Could not override field 'steps'"),
-        (BEGINS + "    configs.override(config, ['training.stepz=1'])", "mine.py, line 4", "no training.stepz; the near"),
+        (BEGINS + "    config.training.steps = 0\n    return config", "mine.py, line 4", "steps must be positive"),
+        (BEGINS + "    config.training.steps = 'a'", "mine.py, line 4", "Could not override field 'steps'"),
+        (BEGINS + "    configs.override(config, ['training.stepz=1'])", "mine.py, line 4", "no training.stepz"),
     ],
 )
 def test_mistakes(written, code, place, said):

@@ -11,7 +11,6 @@ import functools
 import itertools
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from sedd import prompts
+from sedd import prompts, streams
 from sedd.diffusion.pickers import Margin, Picker
 from sedd.diffusion.process import Absorbing
 from sedd.diffusion.reveal import Adaptive
 from sedd.errors import UserError
-from sedd.evaluation.conditional import Answers, answers_to, log_likelihoods
+from sedd.evaluation.conditional import METHODS, Answers, answers_to, log_likelihoods
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import from_texts
 from sedd.generation import Generator
@@ -37,13 +36,15 @@ try:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
+    from lm_eval.utils import simple_parse_args_string
+
+    from sedd import harness_settings as settings
 except ImportError:
     if __name__ == "__main__":
         sys.exit("sedd: error: the harness needs the package lm_eval: pip install 'sedd[harness]'")
     raise UserError("the harness needs the package lm_eval: pip install 'sedd[harness]'") from None
 
-SAMPLING = ("temperature", "top_p", "seed", "sampler", "steps")  # of generate_until, as in Model.infill
-SETTINGS = ("until", "max_gen_toks", "do_sample", *SAMPLING)
+OWN = ("pretrained", "tokenizer", "method", "draws", "seed", "max_gen_toks")  # the arguments of Harness
 AT_ONCE = 64  # questions between two marks of the progress
 SHARP = 1e-6  # the top_p that leaves of each law the likeliest token only
 
@@ -76,31 +77,51 @@ class Harness(LM):
     is the default of each. max_gen_toks: the tokens of a continuation where a task does not say. UserError for a model
     without tokenizer.
 
-    batch_size, max_batch_size, device: lm_eval passes them, and nothing depends on them: rows are grouped here, and the
-    device is JAX's to choose.
+    others: what lm_eval passes to any model, and what its flags and its other models' arguments say. Nothing depends on
+    them: rows are grouped here, and the device is JAX's to choose. UserError for one that would change something, such
+    as a dtype that is not the model's.
     """
 
     def __init__(
         self,
-        pretrained: str | Path | Model,
+        pretrained: str | Path | Model | None = None,
         tokenizer: str | None = None,
-        method: str = "auto",
+        method: str | None = None,
         draws: int | None = None,
-        seed: int = 0,
-        max_gen_toks: int = 64,
-        batch_size: int | str | None = None,
-        max_batch_size: int | None = None,
-        device: str | None = None,
+        seed: int | None = None,
+        max_gen_toks: int | None = None,
+        **others,
     ):
         super().__init__()
+        self.method, draws = method or "auto", settings.whole("draws", draws, None)
+        self.seed, self.max_gen_toks = settings.whole("seed", seed, 0), settings.whole("max_gen_toks", max_gen_toks, 64)
+        if self.method not in METHODS:
+            raise UserError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
+        if not pretrained:
+            raise UserError("name the model, as in --model_args pretrained=runs/mine")
         model = pretrained if isinstance(pretrained, Model) else load(pretrained)
-        self.model = model if tokenizer is None else with_tokenizer(model, tokenizer)
+        accepted = {"dtype": ("auto", model.config.network.dtype), "max_length": (model.block_length,)}
+        settings.check_model_args(others, OWN, accepted)
+        self.model = with_tokenizer(model, tokenizer) if tokenizer else model
         if self.model.tokenizer is None:
             raise UserError(
                 "this model has no tokenizer; name the one it was trained with, as in tokenizer=gpt2:FOLDER"
             )
-        self.method, self.seed, self.max_gen_toks = method, seed, max_gen_toks
-        self.noise = {"seed": seed} | ({} if draws is None else {"num_draws": draws})
+        self.noise = {"seed": self.seed} | ({} if draws is None else {"num_draws": draws})
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "Harness":
+        """What lm_eval makes of --model_args, and of flags such as --device, which those may repeat."""
+        return cls(**{**(additional_config or {}), **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "Harness":
+        """The same, of arguments in a text."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        """UserError: the models know text."""
+        raise UserError("the models of this package have no chat template; leave out --apply_chat_template")
 
     @property
     def tokenizer_name(self) -> str:
@@ -148,15 +169,16 @@ class Harness(LM):
         return found
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Fills in `max_gen_toks` tokens after each context, and cuts them at the first of `until`.
+        """Fills in `max_gen_toks` or `max_new_tokens` tokens after each context, and cuts them at the first of `until`.
 
         A context that leaves no room for them loses its oldest tokens. With `do_sample` false, or neither it nor a
         temperature, or at temperature 0, nothing is drawn: one position a call is revealed, that of the largest margin,
         as its likeliest token. A Uniform process, which has no such order, draws from `seed` with the likeliest tokens
         only. Else the settings are those of `Model.infill`: temperature, top_p, seed, sampler, steps. UserError for any
-        other.
+        other that would change something, as num_beams=2 would and num_beams=1 does not.
         """
-        wishes = [self._wish(request.args[1]) for request in requests]
+        asked = [settings.generation(request.args[1], self.max_gen_toks) for request in requests]
+        wishes = [self._wish(one) for one in asked]
         whole = [request.args[0] for request in requests]
         contexts = [self._newest(context, [""], self._room - wish.count) for context, wish in zip(whole, wishes)]
         self._warn_of(contexts, whole)
@@ -165,7 +187,7 @@ class Harness(LM):
             at = [number for number, other in enumerate(wishes) if other == wish]
             filled = self._continued([contexts[number] for number in at], wish)
             for number, ids in zip(at, filled, strict=True):
-                texts[number] = self._until(ids, requests[number].args[1].get("until") or [])
+                texts[number] = self._until(ids, asked[number].until)
                 self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
         return texts
 
@@ -235,28 +257,22 @@ class Harness(LM):
             return (("sampler", Greedy(process)),)
         return ("top_p", SHARP), ("seed", self.seed)
 
-    def _wish(self, asked: dict) -> Wish:
+    def _wish(self, asked: settings.Request) -> Wish:
         """The continuation that a task's generation settings ask for."""
-        if unknown := sorted(asked.keys() - set(SETTINGS)):
-            raise UserError(f"generate_until takes no setting {unknown[0]!r}; there are {', '.join(SETTINGS)}")
-        count = asked.get("max_gen_toks", self.max_gen_toks)
-        if not 1 <= count < self._room:
+        if not 1 <= asked.count < self._room:
             raise UserError(
-                f"{count} new tokens leave no room for a context in the model's block of {self.model.block_length}; "
-                f"set fewer, as in --gen_kwargs max_gen_toks={self._room // 2}"
+                f"{asked.count} new tokens leave no room for a context in the model's block of "
+                f"{self.model.block_length}; set fewer, as in --gen_kwargs max_gen_toks={self._room // 2}"
             )
-        heat = asked.get("temperature", float(asked.get("do_sample", False)))
-        if not (asked.get("do_sample", True) and heat > 0):
-            return Wish(count, self._greedy)
-        told = {name: asked[name] for name in SAMPLING if name in asked}
-        return Wish(count, tuple(({"seed": self.seed} | told).items()))
+        if asked.sampling is None:
+            return Wish(asked.count, self._greedy)
+        return Wish(asked.count, tuple(({"seed": self.seed} | asked.sampling).items()))
 
-    def _until(self, ids: np.ndarray, stops: str | Sequence[str]) -> str:
+    def _until(self, ids: np.ndarray, stops: list[str]) -> str:
         """The text of ids, up to an end of text, and to the first of what stops it."""
         ended = np.flatnonzero(ids == self.model.tokenizer.end_of_text)
         text = self.model.tokenizer.decode(ids[: ended[0]] if len(ended) else ids)
-        stops = [stops] if isinstance(stops, str) else stops
-        return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]
+        return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
 
     def _newest(self, context: str, texts: list[str], room: int) -> str:
         """A context, or its end where there is no room for all of it and each of the texts, in tokens."""
@@ -302,6 +318,10 @@ def _rows(answers: Answers) -> list[Prompt]:
 
 def main() -> int:
     """lm_eval's own command, for which `--model sedd` is this one. Returns the exit status."""
+    return streams.run(_main)
+
+
+def _main() -> int:
     from lm_eval.__main__ import cli_evaluate
 
     try:

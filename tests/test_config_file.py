@@ -81,7 +81,7 @@ def test_modules_beside_a_config_are_its_own(written, monkeypatch):
         (BEGINS + "    config['training']['zzz'] = 5", "mine.py, line 4", "no zzz; the nearest is"),
         (BEGINS + "    config.training = {'stepz': 5}\n    return config", "mine.py, line 4", "is training.steps"),
         ("def get_config():\n    return {'training': {\n    'stepz': 5}}", "mine.py, line 3", "is training.steps"),
-        ("def get_config():\n    return {\n    'trainig': dict()}", "mine.py, line 3", "trainig is no group of settings"),
+        ("def get_config():\n    return {\n    'trainig': dict()}", "mine.py, line 3", "trainig is no group"),
         ("def get_config():\n    return {\n    'training.steps': 5}", "mine.py, line 1", "training.steps is no group"),
         (BEGINS + "    config.training.steps = 0\n    return config", "mine.py, line 4", "steps must be positive"),
         (BEGINS + "    config.training.steps = 'a'", "mine.py, line 4", "Could not override field 'steps'"),

@@ -13,16 +13,20 @@ import jax
 import lm_eval
 import numpy as np
 import pytest
+import sentencepiece
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from small import small_config, write_files
+from test_protocols import random_model
 
 import sedd
 from sedd import config as configs
 from sedd.data.layout import Layout
 from sedd.data.prepare import prepare
+from sedd.data.tokenizers import make_tokenizer
 from sedd.harness import Harness
+from sedd.harness_settings import generation
 
 TASKS = Path(__file__).parent / "harness_tasks"
 BLOCK = 24
@@ -221,11 +225,25 @@ def test_text_is_cut_at_the_first_stop(model, harness, monkeypatch, stops, wante
     assert until(harness, "the", max_gen_toks=len(ids), until=stops) == [wanted] * 2
 
 
+def test_text_that_follows_a_context_keeps_its_space(tmp_path, monkeypatch):
+    """By a tokenizer that puts a space before a text, and drops one there."""
+    train = sentencepiece.SentencePieceTrainer.train
+    train(sentence_iterator=iter(["the times table"] * 9), model_prefix=f"{tmp_path}/a", vocab_size=14, minloglevel=2)
+    tokenizer = make_tokenizer(f"sentencepiece:{tmp_path}/a.model", [], end_of_text=True)
+    harness, ids = Harness(random_model(f"data.block_length={BLOCK}", tokenizer=tokenizer)), tokenizer.encode("times")
+    assert tokenizer.decode(ids) == "times"
+    monkeypatch.setattr(
+        Harness, "_drawn", lambda self, rows, sampling: [np.append(row.tokens[: -len(ids)], ids) for row in rows]
+    )
+    monkeypatch.setattr(Harness, "_in_block", lambda self, row: row)
+    assert until(harness, "the", max_gen_toks=len(ids)) == [" times"] * 2
+
+
 def test_a_template_in_a_context_is_text(model, harness):
     """And requests of different settings come back in their order."""
-    settings = [{"max_gen_toks": 3}, {"max_gen_toks": 4}] * 2
+    settings = [{"max_new_tokens": 3, "num_beams": 1}, {"max_gen_toks": 4}] * 2
     texts = harness.generate_until(asked(*(("the <blank:8>", one) for one in settings), kind="generate_until"))
-    assert texts == [decoded(model, "the <blank:8>", one["max_gen_toks"]) for one in settings]
+    assert texts == [decoded(model, "the <blank:8>", count) for count in (3, 4)] * 2
 
 
 def without(model):
@@ -241,7 +259,7 @@ def test_a_model_without_tokenizer_is_given_one(model):
 @pytest.mark.parametrize(
     "ask, message",
     [
-        (lambda harness: until(harness, "the", num_beams=2), "no setting 'num_beams'; there are until, max_gen_toks"),
+        (lambda harness: until(harness, "the", num_beams=2), "takes no num_beams=2, only 1; leave it out"),
         (lambda harness: until(harness, "the", max_gen_toks=24), "leave no room for a context in the model's block"),
         (lambda harness: until(harness, "the", max_gen_toks=4, do_sample=True, top_p=2), "top_p must lie in"),
         (lambda harness: harness.loglikelihood(asked(("the", " times" * 5))), "has 30 tokens, more than the model's"),
@@ -249,11 +267,68 @@ def test_a_model_without_tokenizer_is_given_one(model):
         (lambda harness: Harness(without(harness.model)), "has no tokenizer; name the one it was trained with"),
         (lambda harness: Harness(without(harness.model), "bytes"), "the tokenizer bytes has 257 tokens, the model 29"),
         (lambda harness: Harness("no/such/folder"), "there is no folder no/such/folder"),
+        (lambda harness: Harness(), "name the model, as in --model_args pretrained=runs/mine"),
+        (lambda harness: Harness(harness.model, method="best"), "there is no method 'best'; there are auto, exact"),
+        (lambda harness: Harness(harness.model, draws="many"), "draws must be a whole number, not 'many'"),
+        (lambda harness: Harness(harness.model, metod="auto"), "takes no metod=auto; the nearest is method"),
+        (lambda harness: Harness(harness.model, dtype="float16"), "takes no dtype=float16, only auto or float32"),
+        (lambda harness: Harness(harness.model, peft="folder"), "takes no peft=folder; leave it out"),
+        (lambda harness: Harness(harness.model, max_length=2048), "takes no max_length=2048, only 24; leave it out"),
+        (lambda harness: harness.apply_chat_template([]), "leave out --apply_chat_template"),
     ],
 )
 def test_mistakes(harness, ask, message):
     with pytest.raises(sedd.UserError, match=message) as caught:
         ask(harness)
+    assert "\n" not in str(caught.value)
+
+
+FLAGS = {"batch_size": "auto:4", "max_batch_size": 64, "device": "cuda:0", "trust_remote_code": True}
+EMPTY = {"tokenizer": "", "method": "", "draws": "", "seed": None, "max_gen_toks": None, "peft": None, "revision": ""}
+
+
+@pytest.mark.parametrize(
+    "others", [FLAGS, EMPTY, {"dtype": "auto", "backend": "causal"}, {"dtype": "float32", "max_length": BLOCK}]
+)
+def test_arguments_of_other_models_that_change_nothing(model, others):
+    """As lm_eval passes them, which says --device and --batch_size of its own accord beside those in --model_args."""
+    made = Harness.create_from_arg_obj({"pretrained": model, **others}, {"batch_size": 1, "device": "cuda:0"})
+    assert made.get_model_info() == Harness(model).get_model_info() and made.max_gen_toks == 64
+
+
+@pytest.mark.parametrize(
+    "asked, count, stops, sampling",
+    [
+        ({}, 64, [], None),
+        ({"until": ["\n"], "max_new_tokens": 16, "num_beams": 1, "do_sample": False}, 16, ["\n"], None),
+        ({"until": "stop", "max_gen_toks": 8.0, "temperature": 0.0, "top_k": 50, "min_p": 0.1}, 8, ["stop"], None),
+        ({"until": None, "max_gen_toks": None, "temperature": None, "do_sample": None, "top_p": ""}, 64, [], None),
+        ({"until": [], "max_tokens": "8", "do_sample": 1, "seed": 7.0, "steps": 1e2}, 8, [], {"seed": 7, "steps": 100}),
+        ({"until": ["", None, 5], "temperature": 0.7, "top_k": 0}, 64, ["5"], {"temperature": 0.7}),
+        ({"do_sample": True, "temperature": 0, "length_penalty": 2, "early_stopping": True}, 64, [], None),
+    ],
+)
+def test_settings_of_task_files(asked, count, stops, sampling):
+    """What changes nothing is accepted, what is empty is left out, and numbers are of any kind."""
+    assert generation(asked, 64) == (count, stops, sampling)
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        ({"num_beams": 10}, "takes no num_beams=10, only 1; leave it out"),
+        ({"top_k": 50, "do_sample": True}, "takes no top_k=50, only 0 or -1; leave it out"),
+        ({"temprature": 1.0}, "takes no temprature=1.0; the nearest is temperature"),
+        ({"max_new_tokens": "many"}, "max_new_tokens must be a whole number, not 'many'"),
+        ({"max_gen_toks": 1.5}, "max_gen_toks must be a whole number, not 1.5"),
+        ({"temperature": "warm"}, "temperature must be a number, not 'warm'"),
+        ({"do_sample": "yes"}, "do_sample is true or false, not 'yes'"),
+        ({"guidance": {}}, "takes no guidance="),
+    ],
+)
+def test_settings_that_cannot_be_had(asked, message):
+    with pytest.raises(sedd.UserError, match=message) as caught:
+        generation(asked, 64)
     assert "\n" not in str(caught.value)
 
 
@@ -319,7 +394,9 @@ def test_the_command(model, tmp_path):
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "datasets"), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(Path(sedd.__file__).parents[1])
     run = functools.partial(subprocess.run, cwd=TASKS, env=environment, capture_output=True, text=True)
-    done = run([*command, f"pretrained={tmp_path / 'exported'}"])
+    flags = ["--trust_remote_code", "--device=cuda:0", "--batch_size=auto"]
+    flags += ["--gen_kwargs", "max_new_tokens=6,num_beams=1"]
+    done = run([*command, f"pretrained={tmp_path / 'exported'},dtype=auto,device=cpu,tokenizer=", *flags])
     assert done.returncode == 0 and "exact_match" in done.stdout, done.stderr
     assert list((tmp_path / "results").rglob("results_*.json"))
     done = run([*command, "pretrained=no/such/folder"])

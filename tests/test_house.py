@@ -15,6 +15,7 @@ ROOMS = [
     "playback",
     "quickstart",
     "harness",
+    "harness_settings",
     "loading",
     "model",
     "pretrained",

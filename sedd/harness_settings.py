@@ -1,0 +1,107 @@
+"""What flags and task files of the lm-evaluation-harness ask for, in this package's terms.
+
+They are written for other models. What changes nothing here is accepted, and anything else is an error in one line.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from sedd.errors import UserError
+
+_ANY = object()
+# Of lm_eval's other models: the values that leave everything as it is here. An empty one does so too.
+_MODEL = {
+    **dict.fromkeys(("batch_size", "max_batch_size", "device", "trust_remote_code", "logits_cache"), _ANY),
+    **dict.fromkeys(("use_fast_tokenizer", "parallelize", "device_map", "low_cpu_mem_usage", "offload_folder"), _ANY),
+    **dict.fromkeys(("max_memory_per_gpu", "max_cpu_memory"), _ANY),
+    **dict.fromkeys(("add_bos_token", "truncation", "autogptq", "gptqmodel", "enable_thinking"), (False,)),
+    **dict.fromkeys(("peft", "delta", "subfolder", "gguf_file", "think_end_token", "chat_template_args"), ()),
+    "backend": ("default", "causal"),
+    "revision": ("main",),
+    "softmax_dtype": ("auto", "float32"),
+}
+_GENERATION = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "n", "best_of"), (1,)),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), (1,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "presence_penalty", "frequency_penalty", "diversity_penalty"), (0,)),
+    **dict.fromkeys(("early_stopping", "length_penalty", "use_cache", "pad_token_id"), _ANY),  # of beams and memory
+}
+_DRAWING = {"top_k": (0, -1), "min_p": (0,), "typical_p": (1,)}  # without sampling, any
+SAMPLING = {"temperature": float, "top_p": float, "seed": int, "sampler": str, "steps": int}  # as in Model.infill
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one that is set
+
+
+class Request(NamedTuple):
+    """How a continuation is generated."""
+
+    count: int  # of tokens, at most
+    until: list[str]  # what ends it
+    sampling: dict[str, Any] | None  # the settings of Model.infill; None: nothing is drawn
+
+
+def check_model_args(others: Mapping[str, Any], own: Mapping[str, Any], accepted: Mapping[str, tuple]):
+    """UserError for an argument that would change something, and for one that there is not.
+
+    others: the arguments that are not of `Harness`; own: those that are; accepted: the values that this model has.
+    """
+    table = _MODEL | accepted
+    for name, value in others.items():
+        if not _is_neutral(name, value, table):
+            raise _refused("--model_args", name, value, [*own, *table], name in table and table[name])
+
+
+def generation(asked: Mapping[str, Any], max_gen_toks: int) -> Request:
+    """The request that generation settings make. UserError for a setting that cannot be had."""
+    known = ("until", "do_sample", *_LIMITS, *SAMPLING)
+    given = {name: value for name, value in asked.items() if not _is_empty(value)}
+    limits = [name for name in _LIMITS if name in given]
+    given |= {name: _of_kind(name, given[name], int) for name in limits}
+    given |= {name: _of_kind(name, given[name], kind) for name, kind in SAMPLING.items() if name in given}
+    if given.get("do_sample", False) not in (True, False):
+        raise UserError(f"do_sample is true or false, not {given['do_sample']!r}")
+    given |= {"do_sample": bool(given["do_sample"])} if "do_sample" in given else {}
+    normal = normalize_gen_kwargs(given, max_gen_toks)
+    draws = normal["do_sample"] and normal.get("temperature", 1.0) != 0
+    table = _GENERATION | (_DRAWING if draws else dict.fromkeys(_DRAWING, _ANY))
+    for name, value in given.items():
+        if name not in known and not _is_neutral(name, value, table):
+            raise _refused("generate_until", name, value, [*known, *table], name in table and table[name])
+    until = [str(stop) for stop in normal["until"] if not _is_empty(stop)]
+    sampling = {name: given[name] for name in SAMPLING if name in given} if draws else None
+    return Request(normal["max_gen_toks"], until, sampling)
+
+
+def whole(name: str, value: Any, default: int | None) -> int | None:
+    """A whole number, of whatever kind lm_eval makes of one, or the default where it is empty. UserError for others."""
+    return default if _is_empty(value) else _of_kind(name, value, int)
+
+
+def _of_kind(name: str, value: Any, kind: type) -> Any:
+    try:
+        made = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        made = None
+    if made is None or (kind is int and isinstance(value, float) and made != value):
+        raise UserError(f"{name} must be {'a whole number' if kind is int else 'a number'}, not {value!r}")
+    return made
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value == "")
+
+
+def _is_neutral(name: str, value: Any, table: Mapping[str, Any]) -> bool:
+    values = table.get(name)
+    return values is _ANY or (values is not None and (_is_empty(value) or value in values))
+
+
+def _refused(what: str, name: str, value: Any, known: list[str], values: Any) -> UserError:
+    if values:
+        return UserError(f"{what} takes no {name}={value}, only {' or '.join(map(str, values))}; leave it out")
+    if values == ():
+        return UserError(f"{what} takes no {name}={value}; leave it out")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return UserError(f"{what} takes no {name}={value}; the nearest is {near}")

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 
-from sedd import commands, processes, streams
+from sedd import commands, faults, processes, streams
 from sedd.data import sources, tokenizers
 from sedd.data.splits import SPLITS
 from sedd.errors import UserError
@@ -51,10 +51,6 @@ def _main(argv: list[str]) -> int:
 
     try:
         args.run(args, settings)
-    except UserError as error:
-        print(f"sedd: error: {error}", file=sys.stderr)
-        processes.leave_others(2, str(error))
-        return 2
     except Interrupted as stopped:
         print(f"sedd: {stopped}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -62,6 +58,13 @@ def _main(argv: list[str]) -> int:
             print("sedd: stopped; what is done is kept, and the same command continues", file=sys.stderr)
         processes.leave_others(130, "Ctrl-C")
         return 130
+    except Exception as error:
+        line = str(error) if isinstance(error, UserError) else faults.fault(error, args.command)
+        if line is None:
+            raise
+        print(f"sedd: error: {line}", file=sys.stderr)
+        processes.leave_others(2, line)
+        return 2
     return 0
 
 

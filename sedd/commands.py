@@ -10,7 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from sedd import processes, storage
+from sedd import disk, processes, storage
 from sedd.data import sources, tokenizers
 from sedd.data.splits import SPLITS
 from sedd.errors import UserError
@@ -88,7 +88,6 @@ def _estimate(config):
 
 def evaluate(args, _):
     """Scores text with a model, or two, or measures samples."""
-    from sedd.data.corpus import open_corpus
     from sedd.loading import load, with_tokenizer
 
     if (args.model is None) == (args.samples is None):
@@ -108,8 +107,7 @@ def evaluate(args, _):
     if args.tokenizer:
         lacking = [model for model in models if model.tokenizer is None] or models
         models = [with_tokenizer(model, args.tokenizer) if model in lacking else model for model in models]
-    corpus = args.data or models[0].config.data.corpus
-    text = sources.open_source(args.source) if args.source else open_corpus(corpus)
+    text = sources.open_source(args.source) if args.source else _corpus(args, models[0])
     settings = {name: getattr(args, name) for name in ("split", "draws", "batch_size")} | {"seed": args.seed or 0}
     if args.against:
         found = models[0].compare(models[1], text, protocol=protocols[0], out=args.out, **settings)
@@ -118,22 +116,38 @@ def evaluate(args, _):
         _eval_protocols(args, models[0], text, protocols, settings)
 
 
+def _corpus(args, model):
+    """The corpus that is given, or the one that the model was trained on."""
+    from sedd.data.corpus import open_corpus
+
+    if args.data is not None:
+        return open_corpus(args.data)
+    try:
+        return open_corpus(model.config.data.corpus)
+    except UserError as error:
+        raise UserError(
+            f"{args.model} was trained on a corpus that cannot be opened here ({error}); say where it is with --data="
+        ) from None
+
+
 def _eval_protocols(args, model, text, protocols, settings):
     """The model's number under one protocol, or a table of several."""
     from sedd.evaluation.pictures import plot_profile
     from sedd.evaluation.report import table
 
-    reports = []
-    for name in protocols:
-        out = args.out and storage.folder_of(args.out) / (name if len(protocols) > 1 else "")
-        try:
-            reports.append(model.perplexity(text, protocol=name, out=out, **settings))
-        except UserError:
-            if reports:  # what is done is not lost
-                print(table(reports))
-            raise
-        if out and processes.is_first():
-            _picture(plot_profile, reports[-1].profile, out / "profile.png", reports[-1].noise)
+    reports, several = [], len(protocols) > 1
+    folder = None if args.out is None else storage.folder_of(args.out)
+    with storage.held(folder if several else None):
+        for name in protocols:
+            out = folder / name if folder and several else folder
+            try:
+                reports.append(model.perplexity(text, protocol=name, out=out, **settings))
+            except Exception:
+                if reports:  # what is done is not lost
+                    print(table(reports))
+                raise
+            if out and processes.is_first():
+                _picture(plot_profile, reports[-1].profile, out / "profile.png", reports[-1].noise)
     if len(reports) == 1:
         print(reports[0].to_json() if args.json else reports[0])
     else:
@@ -158,7 +172,7 @@ def _judge(path):
     from sedd.evaluation.judges import holds_language_model, open_judge
     from sedd.loading import load
 
-    if holds_language_model(Path(path).expanduser()):
+    if holds_language_model(Path(disk.absolute(path))):
         return open_judge(path)
     return _own(load(path), path)
 
@@ -175,7 +189,6 @@ def _own(model, name):
 def sweep(args, _):
     """Measures samples by several samplers in several numbers of steps."""
     from sedd.evaluation.pictures import plot_sweep
-    from sedd.evaluation.scoring import out_folder
     from sedd.evaluation.sweep import sweep, table, to_json
     from sedd.loading import load
 
@@ -186,16 +199,16 @@ def sweep(args, _):
     _join()
     model = load(args.model, args.tokenizer)
     judge = _judge(args.judge) if args.judge else model.tokenizer and _own(model, args.model)
-    if args.out and processes.is_first():
-        out_folder(args.out)
     samplers = [name.strip() for name in args.samplers.split(",")]
     drawing = {name: getattr(args, name) for name in ("length", "temperature", "top_p", "batch_size")}
-    points = sweep(model.generator, samplers, steps, args.num_samples, judge, args.seed, **drawing)
-    print(table(points))
-    if args.out and processes.is_first():
-        folder = storage.folder_of(args.out)
-        (folder / "sweep.json").write_text(to_json(points) + "\n", encoding="utf-8")
-        _picture(plot_sweep, points, folder / "sweep.png")
+    folder = None if args.out is None else storage.folder_of(args.out)
+    with storage.held(folder):
+        points = sweep(model.generator, samplers, steps, args.num_samples, judge, args.seed, **drawing)
+        print(table(points))
+        if folder and processes.is_first():
+            with storage.written(folder):
+                disk.write_whole(folder / "sweep.json", to_json(points) + "\n")
+            _picture(plot_sweep, points, folder / "sweep.png")
 
 
 def _picture(plot, what, path, *more):
@@ -222,23 +235,25 @@ def _draw(args, method, templates: int):
     from sedd.loading import load
     from sedd.playback import Terminal, page
 
-    if args.html and (Path(args.html).is_dir() or not os.access(Path(args.html).resolve().parent, os.W_OK)):
+    html = None if args.html is None else Path(disk.absolute(args.html))
+    if html and (html.is_dir() or not html.parent.is_dir() or not os.access(html.parent, os.W_OK)):
         raise UserError(f"--html={args.html} cannot be written; name a file in a folder that is there")
     _join()
     model = load(args.model, args.tokenizer)
     shown = model.tokenizer, getattr(model.process, "mask", None)
     names = ("num_samples", "length", "steps", "sampler", "temperature", "top_p", "seed", "batch_size")
-    settings = {name: getattr(args, name) for name in names} | {"trace": bool(args.html)}
+    settings = {name: getattr(args, name) for name in names} | {"trace": html is not None}
     if args.watch and processes.is_first():
         with Terminal(*shown, args.num_samples * templates) as terminal:
             drawn = method(model)(**settings, watch=terminal)
     else:
         drawn = method(model)(**settings)
     _print_texts(drawn, args)
-    if args.html and processes.is_first():
+    if html and processes.is_first():
         about = {name: getattr(args, name) for name in ("model", "sampler", "steps", "temperature", "top_p", "seed")}
         about["network calls"] = drawn.network_calls
-        Path(args.html).write_text(page(drawn.trace, drawn.given, *shown, about), encoding="utf-8")
+        with disk.faults(html):
+            html.write_text(page(drawn.trace, drawn.given, *shown, about), encoding="utf-8")
         print(f"wrote {args.html}, which any browser plays", file=sys.stderr)
 
 

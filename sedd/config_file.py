@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sedd import config as configs
+from sedd import disk
 from sedd.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -28,7 +29,7 @@ def load_config(path: str | Path) -> ConfigDict:
     The file runs as a script does: it can import the modules beside it. They are forgotten afterwards, so that those of
     another config may have the same names. UserError if there is no such file, or no valid config in it.
     """
-    file = Path(path).expanduser().absolute()
+    file = Path(disk.absolute(path))
     if not file.is_file():
         raise UserError(f"--config={path}: {'it is a folder' if file.is_dir() else 'there is no such file'}")
     if file.suffix != ".py":

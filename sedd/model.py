@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from safetensors.numpy import save as save_arrays
 
-from sedd import processes, prompts, storage
+from sedd import disk, processes, prompts, storage
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.data.source import Source
@@ -167,10 +167,12 @@ class Model:
         protocol = get_protocol(settings.get("protocol", "clean"))
         if settings.get("draws") is None:
             settings["draws"] = protocol.draws or self.config.evaluation.draws
-        found = [model._score(texts_or_corpus, out=at, **settings) for model, at in zip((self, other), folders)]
-        comparison = make_comparison(*found)
-        if out is not None and processes.is_first():
-            (out / "comparison.json").write_text(comparison.to_json() + "\n", encoding="utf-8")
+        with storage.held(out):
+            found = [model._score(texts_or_corpus, out=at, **settings) for model, at in zip((self, other), folders)]
+            comparison = make_comparison(*found)
+            if out is not None and processes.is_first():
+                with storage.written(out, "; what is scored is kept"):
+                    disk.write_whole(out / "comparison.json", comparison.to_json() + "\n")
         return comparison
 
     def log_likelihood(
@@ -210,17 +212,16 @@ class Model:
     def save(self, directory: str | Path):
         """Exports all that `load` needs: weights, config and tokenizer. UserError if the folder is not empty.
 
-        With several processes all of them call it, and process 0 writes.
+        What cannot be written to its end leaves nothing. With several processes all of them call it, and process 0
+        writes.
         """
         directory = storage.folder_of(directory)
-        with processes.together():
+        with storage.held(directory), processes.together():
             if processes.is_first():
-                self._write(directory)
+                with storage.filled(directory):
+                    self._write(directory)
 
     def _write(self, directory: epath.Path):
-        if directory.is_file() or not storage.is_empty(directory):
-            raise UserError(f"{directory} is not empty; choose another folder to export to")
-        storage.check_writable(directory)
         if self.tokenizer is not None:
             self.tokenizer.save(directory / "tokenizer")
         about = {
@@ -228,8 +229,8 @@ class Model:
             "vocab_size": self.process.vocab_size,
             "layout": self.layout.to_json(),
         }
-        (directory / "config.json").write_text(json.dumps(about, indent=2) + "\n")
         (directory / "weights.safetensors").write_bytes(save_arrays(named(jax.device_get(self.params))))
+        (directory / "config.json").write_text(json.dumps(about, indent=2) + "\n")  # last: with it, it is a model
 
     def _score(
         self,

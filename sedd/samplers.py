@@ -15,6 +15,7 @@ from sedd.diffusion.process import Process
 from sedd.diffusion.reveal import Adaptive, Counts, FirstHitting, FixedCounts
 from sedd.diffusion.samplers import Euler, Sampler, Trapezoidal, Tweedie
 from sedd.diffusion.schedule import Schedule
+from sedd.disk import absolute
 from sedd.errors import UserError
 
 
@@ -104,7 +105,7 @@ def _makes(name: str, wanted: Wanted) -> bool:
 def _planned(wanted: Wanted, report: str) -> tuple[int, ...]:
     """The counts that cost least by the information profile that an evaluation measured."""
     try:
-        profile = json.loads(Path(report).read_text(encoding="utf-8"))["profile"]
+        profile = json.loads(Path(absolute(report)).read_text(encoding="utf-8"))["profile"]
         costs = information(profile, max(1, wanted.length))
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(

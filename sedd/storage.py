@@ -1,39 +1,55 @@
 """Folders of results: on a disk or in a bucket (gs://), which all processes of a job see."""
 
 import contextlib
-import fcntl
 import functools
+import glob
 import logging
 import os
 import secrets
 import tempfile
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
 
-from sedd import processes
+from sedd import disk, processes
 from sedd.errors import UserError
+from sedd.lease import Lease, check
 
 _PATIENCE = 20  # seconds that a network file system may take to show others what was written, or a bucket to answer
 _PROBE = ".probe-"  # how the names begin of files that show whether they can be written
+_CONTROL = ("Cc", "Cs", "Zl", "Zp")  # categories of characters: control, no character, ends of lines and paragraphs
 os.environ.setdefault("EPATH_USE_TF", "false")  # buckets are reached in one way, whether or not TensorFlow is there
 
 
+class _Folder(type(epath.Path("/"))):
+    """A path of epath's whose `glob` takes a pattern for what lies in it, and its own name for a name."""
+
+    def glob(self, pattern: str) -> Iterator[epath.Path]:
+        return map(self._new, self._backend.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
+
+
 def folder_of(path: str | os.PathLike) -> epath.Path:
-    """The path, absolute where it is on a disk. UserError where there is no such place, or no way to it."""
-    text = os.fspath(path)
+    """The folder that a path means, as `disk.absolute` has it.
+
+    UserError where there is no such place, no way to it, or a library would take its name for another.
+    """
+    text = disk.absolute(path)
     scheme, found, _ = text.partition("://")
+    misread = [char for char in text if unicodedata.category(char) in _CONTROL or char in ("*?[]#" if found else "\\")]
+    if misread:
+        raise UserError(f"{text!r}: {misread[0]!r} in the name of a folder is misread; choose another name")
     if not found:
-        return epath.Path(os.path.abspath(os.path.expanduser(text)))
+        return _Folder(text)
     if scheme != "gs":
         raise UserError(f"{text}: results go to a folder, or to a bucket as gs://BUCKET/FOLDER")
     try:
         import gcsfs  # noqa: F401
     except ImportError:
         raise UserError(f"{text}: gs:// needs gcsfs; pip install 'sedd[gcs]'") from None
-    path = epath.Path(text)
+    path = _Folder(text)
     _ask(_bucket(path), "b/{}/o", maxResults=1)
     return path
 
@@ -123,7 +139,7 @@ def _remove(folder: epath.Path, name: str):
 def is_empty(folder: epath.Path) -> bool:
     """Whether nothing is there but what was cut off while it was made."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return all(name.endswith(".part") or name.startswith(_PROBE) for name in names)
+    return all(name == disk.LOCK or name.endswith(".part") or name.startswith(_PROBE) for name in names)
 
 
 def check_shared(folder: epath.Path):
@@ -168,21 +184,59 @@ def line_of(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def locked(folder: epath.Path) -> Iterator[None]:
-    """Holds the folder against other jobs on its disk, until the end of the process at the latest; a bucket has none.
+    """Makes the folder and holds it against other jobs, until the end of the block, or of the process.
 
-    UserError where another job holds it.
+    UserError if another job holds it, or it cannot be made or written to.
     """
-    if is_bucket(folder):
-        yield
+    if not is_bucket(folder):
+        with disk.locked(Path(folder)):
+            yield
         return
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is at work in {folder}; wait for it, or end it") from None
-        except OSError:  # a file system without locks
-            pass
+    check_writable(folder)
+    with contextlib.ExitStack() as stack:
+        with written(folder):
+            stack.enter_context(Lease(_files(), os.fspath(folder).removeprefix("gs://").rstrip("/")))
         yield
+
+
+@contextlib.contextmanager
+def held(folder: epath.Path | None) -> Iterator[None]:
+    """`locked` by process 0, for all processes, which have to call it. None: there is nothing to hold."""
+    with contextlib.ExitStack() as stack:
+        with processes.together():
+            if folder is not None and processes.is_first():
+                stack.enter_context(locked(folder))
+        yield
+
+
+@contextlib.contextmanager
+def written(folder: epath.Path, kept: str = "") -> Iterator[None]:
+    """A block that writes to the folder: its failures become a UserError. kept: what is said then, of what remains."""
+    try:
+        with disk.faults(folder, kept):
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # of the network, of credentials that have run out
+        if not is_bucket(folder):
+            raise
+        raise UserError(f"{folder} cannot be written to ({_reason(error)}); repeat the command{kept}") from error
+
+
+@contextlib.contextmanager
+def filled(folder: epath.Path) -> Iterator[None]:
+    """A block that fills a folder, which is held, or where that fails leaves nothing there. UserError if not empty."""
+    if not is_empty(folder):
+        raise UserError(f"{folder} is not empty; choose another folder")
+    try:
+        with written(folder):
+            yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            for path in folder.iterdir():
+                if path.name != disk.LOCK:
+                    path.rmtree() if path.is_dir() else path.unlink()
+        raise
 
 
 class Mirror:
@@ -211,20 +265,16 @@ class Mirror:
         self.close()
 
     def sync(self):
-        """Uploads what has changed since the last time. UserError where that fails."""
+        """Uploads what has changed since the last time. UserError where that fails, or the folder is another job's."""
         if self._temporary is None:
             return
+        check(os.fspath(self._folder).removeprefix("gs://"))
         for file in sorted(path for path in self.local.rglob("*") if path.is_file()):
             name, stamp = file.relative_to(self.local), _stamp(file)
             if self._stamps.get(name) != stamp:
-                try:
+                with written(self._folder):
                     (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
                     (self._folder / name).write_bytes(file.read_bytes())
-                except Exception as error:  # of the network, of credentials that have run out
-                    reason = _reason(error)
-                    raise UserError(
-                        f"{name} could not be written to {self._folder} ({reason}); the same command continues"
-                    ) from error
                 self._stamps[name] = stamp
 
     def close(self):

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -17,7 +19,7 @@ from small import SETTINGS, parts, small_config, small_corpus
 from stand_in.bucket import Bucket, Object
 
 import sedd
-from sedd import cli, parallel, storage
+from sedd import cli, lease, parallel, storage
 from sedd import config as configs
 from sedd.evaluation import perplexity, scoring
 from sedd.training.checkpoint import Checkpoints, restore_params, steps_saved
@@ -113,6 +115,11 @@ def test_what_others_write_is_seen(cloud, bucket):
     assert (folder / "2").is_dir() and not (folder / "1/x").exists()
 
 
+def enter(context):
+    with context:
+        pass
+
+
 def forbidden(method, path, of=("GET", "POST", "DELETE"), end=""):
     return 403 if method in of and path.split("?")[0].endswith(end) else None
 
@@ -134,7 +141,7 @@ def test_a_bucket_that_cannot_be_used(cloud, bucket, corpus, capfd, caplog, monk
     cloud.refuse = lambda *request: forbidden(*request, end=f"/b/{name}")  # what removing a checkpoint needs
     assert "storage.legacyBucketReader are needed" in refusal(fit, config, f"{bucket}/run")
     cloud.refuse = lambda *request: forbidden(*request, of=("POST",))
-    for call in (fit, lambda _, path: scoring.out_folder(path)):
+    for call in (fit, lambda _, path: enter(storage.locked(storage.folder_of(path)))):
         assert f"{bucket}/run cannot be written to (refused); choose another" in refusal(call, config, f"{bucket}/run")
     cloud.refuse = lambda *request: forbidden(*request, of=("DELETE",))
     assert f"nothing can be removed from {bucket}/run (refused)" in refusal(fit, config, f"{bucket}/run")
@@ -150,6 +157,62 @@ def test_a_bucket_that_does_not_answer(bucket, monkeypatch):
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{silent.getsockname()[1]}")
         monkeypatch.setattr(storage, "_PATIENCE", 1)
         assert "no answer in 1 seconds): there are no credentials" in refusal(storage.folder_of, f"{bucket}/run")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leases that are renewed all the time, and are silent soon."""
+    monkeypatch.setattr(lease, "_RENEWED", 0.1)
+    monkeypatch.setattr(lease, "_SILENCE", 1.0)
+
+
+def owner(cloud, bucket, **changes):
+    """Leaves the lock of another job, one that runs on this machine unless it is told otherwise."""
+    about = {"token": "another", "pid": os.getppid(), "machine": lease.machine(), "who": "process 1 on another"}
+    generation = next(cloud.generations)
+    objects(cloud, bucket)["run/.lock"] = Object(json.dumps(about | changes).encode(), generation)
+
+
+def test_a_folder_in_a_bucket_has_one_owner(cloud, bucket, quick, capfd):
+    """A second job is refused as soon as the first gives a sign of life; the lock goes with its job."""
+    folder = storage.folder_of(f"{bucket}/run")
+    with storage.locked(folder):
+        (mine,) = lease._held.values()
+        first = mine._generation
+        jobs.wait_for(lambda: mine._generation != first)
+        with pytest.raises(sedd.UserError, match="is at work in gs://.*/run \\(process .*; wait for it"):
+            enter(storage.locked(folder))
+    assert cloud.names(f"{bucket}/run") == [] and "waiting up to 1 s" in capfd.readouterr().err
+
+
+def test_a_killed_job_holds_no_bucket(cloud, bucket, quick, capfd):
+    """It is taken over at once where its process is known to be gone, and else after a silence."""
+    folder = storage.folder_of(f"{bucket}/run")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for known in ({"pid": gone.pid}, {"pid": os.getpid()}):
+        owner(cloud, bucket, **known)
+        enter(storage.locked(folder))
+    assert capfd.readouterr().err == ""
+    for unknown in ({}, {"machine": "another", "pid": gone.pid}, {"pid": None}):
+        owner(cloud, bucket, **unknown)
+        start = time.monotonic()
+        with storage.locked(folder):
+            assert time.monotonic() - start > 1
+    assert capfd.readouterr().err.count("waiting up to 1 s for a sign of it") == 3
+
+
+def test_a_job_whose_folder_was_taken_over_ends(cloud, bucket, quick):
+    """Before it writes anything more, and it leaves the other's lock."""
+    folder = storage.folder_of(f"{bucket}/run")
+    with pytest.raises(sedd.UserError, match="another job took gs://.*/run over"):
+        with storage.locked(folder), storage.Mirror(folder, ()) as mirror:
+            (mirror.local / "mine").write_text("mine")
+            (mine,) = lease._held.values()
+            owner(cloud, bucket)
+            jobs.wait_for(lambda: mine._lost)
+            mirror.sync()
+    assert cloud.names(f"{bucket}/run") == [".lock"]
 
 
 def state_of(value, step):
@@ -394,7 +457,7 @@ def test_records_that_cannot_be_written(cloud, corpus, bucket):
 
     cloud.writes = fail
     config = small_config(corpus, *SHORT, "training.steps=4", "optimizer.decay=constant")
-    assert "could not be written to" in refusal(fit, config, f"{bucket}/run")
+    assert "cannot be written to" in refusal(fit, config, f"{bucket}/run")
     cloud.refuse, cloud.writes = lambda *_: None, lambda *_: None
     fit(config, f"{bucket}/run")
     assert [record["step"] for record in records(f"{bucket}/run")] == [1, 2, 3, 4]

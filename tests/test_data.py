@@ -1,15 +1,13 @@
 """From text to a corpus: splits, the corpus directory, and how it is prepared."""
 
-import fcntl
 import itertools
 import json
-import os
 
 import numpy as np
 import pytest
 from small import write_files
 
-from sedd import data
+from sedd import data, disk
 from sedd.data import prepare as prepare_function
 from sedd.data import source as source_file
 from sedd.data import writer
@@ -211,12 +209,9 @@ def test_a_mistake_leaves_nothing(tmp_path):
 
 def test_one_process_prepares_at_a_time(tmp_path):
     source = write_files(tmp_path / "text", MANY)
-    (tmp_path / ".corpus.preparing").mkdir()
-    held = os.open(tmp_path / ".corpus.preparing", os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="is being prepared by another process"):
-        data.prepare(source, "bytes", tmp_path / "corpus")
-    os.close(held)
+    with disk.locked(tmp_path / ".corpus.preparing"):
+        with pytest.raises(UserError, match="another process is at work in"):
+            data.prepare(source, "bytes", tmp_path / "corpus")
     data.prepare(source, "bytes", tmp_path / "corpus")
 
 

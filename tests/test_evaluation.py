@@ -263,7 +263,7 @@ def test_a_folder_holds_one_evaluation(corpus, tmp_path):
         (tmp_path / "out/job.json").write_text(damaged)
         with pytest.raises(sedd.UserError, match="job.json is damaged: it is no JSON"):
             model.perplexity(corpus, out=tmp_path / "out", **settings)
-    with pytest.raises(sedd.UserError, match="cannot be a folder"):
+    with pytest.raises(sedd.UserError, match="something else is in the way"):
         model.perplexity(corpus, out=tmp_path / "out/job.json", **settings)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine.txt").write_text("mine")

@@ -25,6 +25,8 @@ ROOMS = [
     "samplers",
     "prompts",
     "storage",
+    "faults",
+    "lease",
     "parallel",
     "processes",
     "rendezvous",
@@ -35,7 +37,7 @@ ROOMS = [
     "network",
     "diffusion",
 ]
-LEAVES = {"errors", "version"}  # what anyone may import
+LEAVES = {"disk", "errors", "version"}  # what anyone may import
 ALONE = {"data", "diffusion"}  # rooms that know of no other
 DIFFUSION = [
     "correct",

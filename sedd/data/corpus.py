@@ -15,6 +15,7 @@ import numpy as np
 
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import Tokenizer, load_tokenizer
+from sedd.disk import absolute
 from sedd.errors import UserError
 
 FORMAT = 3
@@ -89,7 +90,7 @@ def open_corpus(path: str | Path) -> Corpus:
     Raises:
       UserError: there is no corpus, it is damaged, or another version of sedd prepared it.
     """
-    path = Path(path).resolve()
+    path = Path(absolute(path)).resolve()
     if not path.is_dir():
         raise UserError(f"there is no folder {path}; make a corpus there with sedd prepare")
     try:

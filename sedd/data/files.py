@@ -41,11 +41,14 @@ def open_field(spec: str, read: Callable[[Path, str], Iterator[str]], what: str 
 def matching(spec: str, pattern: str) -> tuple[Path, ...]:
     """The files that match a pattern, sorted by path; `~` is the home and `**` matches folders at any depth.
 
+    A file of exactly that name is the only one, also where its name has `[`, `?` or `*`.
+
     Raises:
       UserError: there are none.
     """
     pattern = os.path.expanduser(pattern)
-    paths = sorted({path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file()})
+    names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    paths = sorted({path for path in map(Path, names) if path.is_file()})
     if not paths:
         kind = spec.partition(":")[0]
         raise UserError(f"no file matches {pattern!r} (seen from {Path.cwd()}); change the pattern after '{kind}:'")

@@ -17,8 +17,9 @@ from sedd.data.splits import SPLITS, philox
 from sedd.data.survey import PROGRESS_DELAY, Survey, survey
 from sedd.data.text import Text, asked_rule, divided, open_sources
 from sedd.data.tokenizers import Tokenizer, given_data, load_tokenizer, make_tokenizer
-from sedd.data.workplace import stamps, workplace, write_whole
+from sedd.data.workplace import stamps, workplace
 from sedd.data.writer import arrange, hash_of_splits, token_dtype, write_splits
+from sedd.disk import absolute, write_whole
 from sedd.errors import UserError
 
 MOST_WORKERS = 32  # threads, unless told otherwise: each holds some megabytes
@@ -55,7 +56,7 @@ def prepare(
     Raises:
       UserError: a spec is wrong, the source is empty or too short to split, or `out` holds something else.
     """
-    out = Path(out).resolve()
+    out = Path(absolute(out)).resolve()
     layout = make_layout(mode, padding)
     if workers is not None and workers < 1:
         raise UserError(f"there must be at least one worker, not {workers}")
@@ -103,7 +104,7 @@ def _counted(record: Path, sources: dict[str, Source]) -> dict[str, Survey]:
     if record.is_file():
         return {name: Survey(**values) for name, values in json.loads(record.read_text()).items()}
     counted = {name: survey(one) for name, one in sources.items()}
-    write_whole(record, {name: asdict(one) for name, one in counted.items()})
+    write_whole(record, json.dumps({name: asdict(one) for name, one in counted.items()}))
     return counted
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sedd.data.files import no_such
 from sedd.data.source import Source
+from sedd.disk import absolute
 from sedd.errors import UserError
 
 RECORDS = 256  # read at once: many times as fast as one by one
@@ -40,7 +41,7 @@ def _builder(name: str):
     """The data set of that name, prepared and stored so that it can be read."""
     import tensorflow_datasets as tfds
 
-    folder = Path(name).expanduser()
+    folder = Path(absolute(name))
     try:
         is_there = (folder / "dataset_info.json").is_file()
         builder = tfds.builder_from_directory(folder) if is_there else tfds.builder(name)

@@ -19,6 +19,7 @@ from sedd.data.tokenizer_bytes import Bytes
 from sedd.data.tokenizer_characters import Characters
 from sedd.data.tokenizer_huggingface import HuggingFace, gpt2_data
 from sedd.data.tokenizer_sentencepiece import SentencePiece
+from sedd.disk import absolute
 from sedd.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # how the id is shown; the same words in a text are text like any other
@@ -115,7 +116,7 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer.model` into a directory, which is made where it is missing."""
-        directory = epath.Path(directory)
+        directory = epath.Path(absolute(directory))
         directory.mkdir(parents=True, exist_ok=True)
         about = {"kind": self.kind, "end_of_text": self.end_of_text, "fingerprint": self.fingerprint}
         (directory / "tokenizer.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -128,7 +129,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     Raises:
       UserError: there is none, or its files are damaged.
     """
-    directory = epath.Path(directory)
+    directory = epath.Path(absolute(directory))
     try:
         about = json.loads((directory / "tokenizer.json").read_bytes())
         pieces = TOKENIZERS[about["kind"]]((directory / "tokenizer.model").read_bytes())
@@ -190,7 +191,7 @@ def given_data(spec: str) -> bytes | None:
     if kind not in GIVEN or not option:
         raise UserError(f"unknown tokenizer {spec!r}; write {', '.join(FORMS)}")
     _, kind, read = GIVEN[kind]
-    data = read(Path(option).expanduser())
+    data = read(Path(absolute(option)))
     try:
         TOKENIZERS[kind](data).size  # noqa: B018, it loads the vocabulary
     except UserError as error:

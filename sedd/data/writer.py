@@ -20,7 +20,7 @@ from sedd.data.layout import Layout
 from sedd.data.source import LONGEST_PIECE
 from sedd.data.splits import Segment
 from sedd.data.tokenizers import Tokenizer
-from sedd.data.workplace import write_whole
+from sedd.disk import write_whole
 
 COPIED = 2**24  # bytes copied at a time
 RECORD = 2.0  # seconds between records of what is written
@@ -70,11 +70,12 @@ def write_splits(
                 writer.append(part)
             done["chunks"] = number
             if time.monotonic() - recorded > RECORD:
-                write_whole(record, done | {"splits": {writer.split: writer.settle() for writer in writers}})
+                now = done | {"splits": {writer.split: writer.settle() for writer in writers}}
+                write_whole(record, json.dumps(now))
                 recorded = time.monotonic()
             progress(sum(part.num_bytes for part in tokens))
         counts = {writer.split: writer.settle() for writer in writers}
-        write_whole(record, done | {"splits": counts, "complete": True})
+        write_whole(record, json.dumps(done | {"splits": counts, "complete": True}))
         return counts
     finally:
         for writer in writers:
@@ -218,4 +219,4 @@ def _shuffle(written: Path, folder: Path, split: str, dtype: np.dtype, random: n
     for part, values in zip(PARTS[1:], (offsets, byte_offsets)):
         sizes = np.diff(values)[order]
         values[1:] = np.cumsum(sizes)
-        values.tofile(folder / f"{split}.{part}")
+        (folder / f"{split}.{part}").write_bytes(values)

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sedd.data.tokenizers import END_OF_TEXT
+from sedd.disk import absolute
 from sedd.errors import UserError
 
 LONGEST = 4096  # tokens of a window at the most, whatever the model can read
@@ -66,7 +67,7 @@ def open_judge(path: str | Path) -> LanguageModel:
     Raises:
       UserError: the folder holds none, or one that is damaged or sees what follows; or a package is missing.
     """
-    folder = Path(path).expanduser()
+    folder = Path(absolute(path))
     if not holds_language_model(folder):
         wanted = "a config.json with a model_type, beside weights and tokenizer"
         raise UserError(f"{folder} holds no causal language model in the Hugging Face format: {wanted}")

@@ -9,6 +9,7 @@ model's exact marginal, and better than at its own length by .12 nats a token at
 blocks of 128 (docs/measurements.md). A network that was trained on padded documents is told their lengths instead.
 """
 
+import functools
 import importlib.metadata
 import platform
 import time
@@ -20,13 +21,13 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sedd import parallel, processes
+from sedd import disk, parallel, processes, storage
 from sedd.data.layout import Layout
 from sedd.diffusion.process import Absorbing
 from sedd.diffusion.schedule import Schedule
 from sedd.evaluation.protocols import CLEAN, Protocol
 from sedd.evaluation.report import Report, Terms, make_report, read
-from sedd.evaluation.scoring import Record, ends, num_values, score
+from sedd.evaluation.scoring import Record, ends, levels_of, num_values, score
 from sedd.evaluation.statistics import ratio
 from sedd.evaluation.text import Scored
 from sedd.network.network import Network
@@ -62,8 +63,9 @@ def perplexity(
     low, high = ends(network, schedule)
     prior = network.process.prior_divergence(high) if protocol.whole else 0.0
     settings = (scored, protocol, num_draws, seed, mesh, batch_size)
+    levels = functools.partial(levels_of, network, schedule, protocol, num_draws, seed)
     with (
-        Record(folder, job, num_values(network, num_draws)) as record,
+        Record(folder, job, num_values(network, num_draws), len(scored.tokens), levels) as record,
         _Bar(scored, prior, protocol.tightened, progress and processes.is_first()) as bar,
     ):
         bar.update(record.records())
@@ -71,23 +73,24 @@ def perplexity(
             record.append(records)
             bar.update(records)
         records = record.records()
-    terms = read(records, scored, prior, protocol.tightened)
-    other = read(records, scored, prior, not protocol.tightened) if network.prediction == "score" else None
-    report = make_report(
-        terms,
-        other,
-        scored,
-        protocol.tightened,
-        draws=num_draws,
-        seed=seed,
-        protocol=protocol.name,
-        noise="masked" if isinstance(network.process, Absorbing) else "random",
-        law=_law(network, protocol, low, high),
-        lengths=_how(scored.layout, network),
-        about={**about, "versions": versions()},
-    )
-    if folder is not None and processes.is_first():
-        (folder / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
+        terms = read(records, scored, prior, protocol.tightened)
+        other = read(records, scored, prior, not protocol.tightened) if network.prediction == "score" else None
+        report = make_report(
+            terms,
+            other,
+            scored,
+            protocol.tightened,
+            draws=num_draws,
+            seed=seed,
+            protocol=protocol.name,
+            noise="masked" if isinstance(network.process, Absorbing) else "random",
+            law=_law(network, protocol, low, high),
+            lengths=_how(scored.layout, network),
+            about={**about, "versions": versions()},
+        )
+        if folder is not None and processes.is_first():
+            with storage.written(folder, "; what is scored is kept"):
+                disk.write_whole(folder / "report.json", report.to_json() + "\n")
     return report, terms
 
 

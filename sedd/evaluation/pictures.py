@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
+from sedd import disk, storage
 from sedd.errors import UserError
 from sedd.evaluation.sweep import Point
 
@@ -44,7 +45,7 @@ def sweep_figure(points: Sequence[Point]):
     axes = figure.subplots(1, 2 if judge else 1, squeeze=False)[0]
     if judge:
         _curves(axes[0], points, "nats_per_token", "standard_error", "nats per token of the judge")
-        figure.suptitle(f"judge: {judge}", fontsize="medium")
+        figure.suptitle(f"judge: {judge}", fontsize="medium", parse_math=False)
     _curves(axes[-1], points, "unigram_entropy", "unigram_entropy_error", "unigram entropy of a sample, nats")
     axes[0].legend(frameon=False)
     return figure
@@ -116,9 +117,10 @@ def _figure(width: float):
 def _save(figure, path: str | Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    path, picture = epath.Path(path), io.BytesIO()
+    path, picture = epath.Path(disk.absolute(path)), io.BytesIO()
     try:
         figure.savefig(picture, dpi=150, format=path.suffix.removeprefix(".") or None)
-        path.write_bytes(picture.getvalue())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"the picture cannot be written to {path}: {error}") from None
+    with storage.written(path):
+        path.write_bytes(picture.getvalue())

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from sedd.data.tokenizers import Tokenizer
+from sedd.disk import absolute
 from sedd.errors import UserError
 from sedd.evaluation.judges import Judge
 from sedd.evaluation.statistics import Estimate, exponential, ratio, with_error
@@ -113,7 +114,7 @@ def read_samples(path: str | Path, tokenizer: Tokenizer | None = None) -> tuple[
       UserError: there is no such file, or a line of it is no such object, or cut off.
     """
     try:
-        lines = Path(path).expanduser().read_text("utf-8").split("\n")
+        lines = Path(absolute(path)).read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as samples: {getattr(error, 'strerror', None) or error}") from None
     whole = lines[-1] == ""  # the last line has its end

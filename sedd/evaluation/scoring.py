@@ -1,11 +1,12 @@
-"""Scores rows of text: draws of each row's bound, over all devices, kept as they come so that a job can go on."""
+"""Scores rows of text: draws of each row's bound, over all devices, kept as they come so that a job can resume."""
 
+import contextlib
 import functools
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -15,12 +16,12 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sedd import parallel, processes, storage
-from sedd.data.workplace import write_whole
+from sedd import disk, parallel, processes, storage
 from sedd.diffusion import draws
 from sedd.diffusion.likelihood import Draws, count_draws, level_draws, paired, time_draws
-from sedd.diffusion.process import Absorbing
+from sedd.diffusion.process import Absorbing, Process
 from sedd.diffusion.schedule import Schedule
+from sedd.diffusion.score import ScoreStats
 from sedd.errors import UserError
 from sedd.evaluation.protocols import Protocol
 from sedd.evaluation.text import Scored
@@ -28,6 +29,7 @@ from sedd.network.network import Network
 
 _DRAWS = "draws.f32"
 _SYNC = 60  # seconds between copies into a bucket
+_KEPT = "; what is scored is kept"
 UNIFORM_SIGMA = 12.0  # where the uniform bound ends at the earliest: there its prior is below 1e-5 nats a token
 
 
@@ -77,24 +79,48 @@ def score(
 @functools.partial(jax.jit, static_argnums=range(7))
 def _records(network, schedule, protocol, num_draws, bind, mesh, limits, params, key, tokens, lengths, rows):
     """bind: tell the network the lengths; else what follows a short text stays masked: the model's exact marginal."""
-    keys, process = draws.row_keys(key, rows), network.process
+    process = network.process
     free = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    both = network.prediction == "score"
-    counts = protocol.whole and isinstance(process, Absorbing)
-    pairs = counts and paired(num_draws)
+    pairs = _counts(process, protocol) and paired(num_draws)
     if not bind:
         tokens, lengths = process.hide(tokens, ~free), None
     told = lengths if lengths is None or not pairs else jnp.repeat(lengths, 2)
-    stats = network.stats(params, lengths=told, masked_pairs=pairs, tightened=both)
-    if counts:
-        found = count_draws(process, stats, keys, tokens, num_draws, free, lengths)
-    elif protocol.whole:
-        found = level_draws(process, stats, keys, tokens, num_draws, *limits, free)
-    else:
-        times = (protocol.eps, protocol.stratum(rows), protocol.strata)
-        found = time_draws(process, protocol.schedule(schedule), stats, keys, tokens, num_draws, *times)
-    records = _flat(found)
-    return jax.lax.with_sharding_constraint(records, NamedSharding(mesh, P()))
+    stats = network.stats(params, lengths=told, masked_pairs=pairs, tightened=network.prediction == "score")
+    found = _draws(process, schedule, protocol, num_draws, limits, stats, key, tokens, rows, free, lengths)
+    return jax.lax.with_sharding_constraint(_flat(found), NamedSharding(mesh, P()))
+
+
+def _counts(process: Process, protocol: Protocol) -> bool:
+    return protocol.whole and isinstance(process, Absorbing)
+
+
+def _draws(process, schedule, protocol, num_draws, limits, stats, key, tokens, rows, free=None, lengths=None) -> Draws:
+    keys = draws.row_keys(key, rows)
+    if _counts(process, protocol):
+        return count_draws(process, stats, keys, tokens, num_draws, free, lengths)
+    if protocol.whole:
+        return level_draws(process, stats, keys, tokens, num_draws, *limits, free)
+    times = (protocol.eps, protocol.stratum(rows), protocol.strata)
+    return time_draws(process, protocol.schedule(schedule), stats, keys, tokens, num_draws, *times)
+
+
+@functools.partial(jax.jit, static_argnums=range(5))
+def _levels(process, schedule, protocol, num_draws, limits, key, rows):
+    """The levels and widths of the draws of rows: Float32[n M 2]. They depend on no text and no network."""
+    found = _draws(process, schedule, protocol, num_draws, limits, _no_stats, key, rows[:, None] * 0, rows)
+    return jnp.stack([found.level, found.width], axis=-1).transpose(1, 0, 2)
+
+
+def _no_stats(x: jax.Array, *_) -> ScoreStats:
+    return ScoreStats(*[jnp.zeros(x.shape)] * 3)
+
+
+def levels_of(
+    network: Network, schedule: Schedule, protocol: Protocol, num_draws: int, seed: int, number: int
+) -> np.ndarray:
+    """Where the draws of the first rows lie: what the records of these rows begin with, Float32[number M 2]."""
+    static = (network.process, schedule, protocol, num_draws, ends(network, schedule))
+    return np.asarray(_levels(*static, jax.random.key(seed), jnp.arange(number)))
 
 
 def _flat(found: Draws) -> jax.Array:
@@ -107,48 +133,50 @@ def _with_axis(term: jax.Array) -> jax.Array:
     return term[:, None] if term.ndim == 2 else term
 
 
-def out_folder(path: str | Path) -> epath.Path:
-    """The folder, made where it is missing. UserError if that cannot be done."""
-    folder = storage.folder_of(path)
-    if storage.is_bucket(folder):
-        storage.check_writable(folder)
-        return folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be a folder ({error.strerror}); choose another --out") from None
-    return folder
-
-
 class Record:
     """What a job has scored, in a folder, so that it can go on after any interruption.
 
         job.json     all that its numbers depend on
         draws.f32    the records of its rows, little-endian, one after another
 
-    A record cut off in the middle is made again. Without a folder all is held in memory only. Process 0 reads and
-    writes the folder, and tells the others what is there. A context manager.
+    A record cut off in the middle is made again. Without a folder all is held in memory only. Process 0 reads, writes
+    and holds the folder, and tells the others what is there. A context manager.
     """
 
-    def __init__(self, folder: epath.Path | None, job: dict, shape: tuple[int, int]):
-        """UserError if the folder holds another job."""
-        self.shape, self._mirror, self._parts, self._synced = shape, None, [], time.monotonic()
+    def __init__(
+        self,
+        folder: epath.Path | None,
+        job: dict,
+        shape: tuple[int, int],
+        rows: int,
+        levels: Callable[[int], np.ndarray],
+    ):
+        """rows: of the whole job; levels: of the first rows, as `levels_of` has them.
+
+        UserError if the folder holds another job, more than this one, or rows of another; or another job is at work.
+        """
+        self.shape, self._folder, self._mirror, self._parts = shape, folder, None, []
+        self._synced, self._held = time.monotonic(), contextlib.ExitStack()
         if folder is None:
             return
         there = np.zeros((0, *shape), np.float32)
-        with processes.together():
-            if processes.is_first():
-                _claim(out_folder(folder), job)
-                self._mirror = storage.Mirror(folder, (_DRAWS,))
-                there = self._read()
+        with contextlib.ExitStack() as held:
+            with processes.together():
+                if processes.is_first():
+                    held.enter_context(storage.locked(folder))
+                    with storage.written(folder):
+                        _claim(folder, job)
+                        self._mirror = held.enter_context(storage.Mirror(folder, (_DRAWS,)))
+                        there = self._read()
+                    _check(folder, there, rows, levels)
+            self._held = held.pop_all()
         self._parts.append(processes.array_of_first(there))
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        if self._mirror is not None:
-            self._mirror.close()
+    def __exit__(self, *error):
+        self._held.__exit__(*error)
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
@@ -158,7 +186,7 @@ class Record:
         self._parts.append(records)
         if self._mirror is None:
             return
-        with open(self._mirror.local / _DRAWS, "ab") as file:
+        with storage.written(self._folder, _KEPT), open(self._mirror.local / _DRAWS, "ab") as file:
             file.write(records.astype("<f4").tobytes())
         if time.monotonic() - self._synced > _SYNC:
             self._mirror.sync()
@@ -185,7 +213,7 @@ def _claim(folder: epath.Path, job: dict):
     if not file.exists():
         if not storage.is_empty(folder):
             raise UserError(f"{folder} is not empty and holds no evaluation; choose another --out")
-        write_whole(file, job)
+        disk.write_whole(file, json.dumps(job))
         return
     try:
         there = dict(json.loads(file.read_bytes()))
@@ -194,3 +222,14 @@ def _claim(folder: epath.Path, job: dict):
     differs = [key for key in {**there, **job} if there.get(key) != job.get(key)]
     if differs:
         raise UserError(f"{folder} holds another evaluation: its {differs[0]} differs; choose another --out")
+
+
+def _check(folder: epath.Path, there: np.ndarray, rows: int, levels: Callable[[int], np.ndarray]):
+    """UserError unless each record is that of its row, by where its draws lie: two jobs may have written the file."""
+    anew = f"remove {folder} and evaluate again"
+    if len(there) > rows:
+        raise UserError(f"{folder} holds the records of {len(there)} rows, and this evaluation has {rows}; {anew}")
+    if len(there):
+        close = np.isclose(there[..., :2], levels(len(there)), rtol=1e-3, atol=1e-5).all((1, 2))
+        if not close.all():
+            raise UserError(f"{folder} holds a record that is not that of row {int(close.argmin())}; {anew}")

@@ -1,6 +1,7 @@
 """Whose folder it is: a run goes on where its own config.json lies, and never writes into another's."""
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sedd import config as configs
-from sedd import storage
+from sedd import disk, storage
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.errors import UserError
@@ -29,16 +30,19 @@ _FREE_GROUPS = {"mesh", "checkpoint", "evaluation", "metrics"}
 def claim(workdir: epath.Path, config: ConfigDict, corpus: Corpus, layout: Layout, init_from: str | None = None):
     """Makes the folder this run's, or makes sure that it is. UserError if it holds another run, or something else.
 
-    Leaves config.json: the config, the corpus' vocabulary and hash, its layout as `layout_of` has it, and where the
-    parameters came from that the run started with. For process 0; the others see what it leaves.
+    Leaves config.json: the config with the absolute path of the corpus, its vocabulary and hash, its layout as
+    `layout_of` has it, and where the parameters came from that the run started with. For process 0, which holds the
+    folder (`storage.locked`); the others see what it leaves.
     """
     path = workdir / "config.json"
+    values = config.to_dict()
+    values["data"]["corpus"] = os.fspath(corpus.path)
     mine = {
-        "config": config.to_dict(),
+        "config": values,
         "vocab_size": corpus.vocab_size,
         "corpus": corpus.hash,
         "layout": layout.to_json(),
-        "init_from": init_from,
+        "init_from": init_from and disk.absolute(init_from),
     }
     if path.is_file():
         theirs = _read(path)
@@ -47,13 +51,12 @@ def claim(workdir: epath.Path, config: ConfigDict, corpus: Corpus, layout: Layou
             raise UserError(f"{workdir} holds another run: {', '.join(changed)}; choose another --workdir")
         if steps_saved(workdir / "checkpoints"):
             mine["init_from"] = theirs.get("init_from")
-    elif workdir.is_file() or not storage.is_empty(workdir):
+    elif not storage.is_empty(workdir):
         raise UserError(f"{workdir} is not empty and holds no run; choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    part = path.with_name("config.json.part")
-    part.write_text(json.dumps(mine, indent=2) + "\n")
-    part.replace(path)
-    corpus.tokenizer.save(workdir / "tokenizer")  # after what tells whose it is, for who is interrupted here
+    with storage.written(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        disk.write_whole(path, json.dumps(mine, indent=2) + "\n")
+        corpus.tokenizer.save(workdir / "tokenizer")  # after what tells whose it is, for who is interrupted here
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
@@ -77,5 +80,6 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str
             before, key = old["config"].get(group, {}).get(name, default[group][name]), f"{group}.{name}"
             if before != value and group not in _FREE_GROUPS and key not in _FREE:
                 yield key, before, value
-    if None not in (old.get("init_from"), new["init_from"]) and old["init_from"] != new["init_from"]:
-        yield "init_from", old["init_from"], new["init_from"]
+    before, now = old.get("init_from"), new["init_from"]
+    if None not in (before, now) and disk.absolute(before) != now:
+        yield "init_from", before, now

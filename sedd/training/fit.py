@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sedd import config as configs
-from sedd import parallel, processes, storage
+from sedd import disk, parallel, processes, storage
 from sedd.data.batches import batches, check_block_length
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.data.layout import Layout
@@ -82,8 +81,8 @@ def _settle(held: contextlib.ExitStack, workdir: epath.Path, config: ConfigDict,
         processes.check_same("config", configs.fingerprint(config))
     with processes.together():
         if processes.is_first():
-            claim(workdir, config, corpus, *about)
             held.enter_context(storage.locked(workdir))
+            claim(workdir, config, corpus, *about)
 
 
 @dataclasses.dataclass
@@ -107,20 +106,13 @@ class _Run:
         with (
             Checkpoints(self.workdir / "checkpoints", config.checkpoint) as checkpoints,
             _stop_signals() as stopping,
+            disk.faults(self.workdir, "; the last checkpoint stays"),
             storage.Mirror(self.workdir, ("metrics.jsonl", "samples.jsonl", NONFINITE)) as mirror,
         ):
             state = checkpoints.restore(parallel.placed(jax.eval_shape(init), where))
             if state is None:
                 state = init() if weights is None else init(parallel.put(weights, where.params))
-            try:
-                return self._loop(state, step, checkpoints, mirror, stopping)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise UserError(
-                    f"{self.workdir} is full ({error.strerror}); the last checkpoint stays. Make room, and the same "
-                    "command continues"
-                ) from error
+            return self._loop(state, step, checkpoints, mirror, stopping)
 
     def _loop(self, state, step, checkpoints, mirror, stopping) -> Summary:
         training, data = self.config.training, self.config.data

@@ -1,0 +1,291 @@
+"""Folders and paths: which job holds a folder, what its name may be, what a path means, and what a disk refuses."""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import small_config, small_corpus, write_files
+
+import sedd
+from sedd import config as configs
+from sedd import disk, storage
+from sedd.cli import main
+from sedd.data.sources import open_source
+from sedd.training.checkpoint import Checkpoints, restore_params, steps_saved
+from sedd.training.fit import fit
+from sedd.training.step import TrainState
+
+HOSTILE = "lr[0.1] *?%23#~:,=;&'\"é日"
+TEXT = ["the 7 times table: 7, 14, 21, 28. " * 100]
+SETTINGS = dict(split="validation", draws=2, batch_size=8, progress=False)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def model(corpus):
+    """One that was never trained."""
+    config = small_config(corpus)
+    process, schedule, network = configs.build(config, corpus.vocab_size)
+    return sedd.Model(config, jax.jit(network.init)(jax.random.key(0)), corpus.tokenizer, process, schedule, network)
+
+
+def refusal(call, *args, **settings):
+    """The one line of a UserError."""
+    with pytest.raises(sedd.UserError) as caught:
+        call(*args, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@contextlib.contextmanager
+def files_of(size):
+    """A disk on which no file can be larger than so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_second_job_in_a_folder_is_refused(corpus, model, tmp_path, capsys):
+    """By every command that writes one, and without a trace."""
+    folder, source = tmp_path / "r", write_files(tmp_path / "text", TEXT)
+    model.save(tmp_path / "model")
+    calls = [
+        lambda: model.perplexity(corpus, out=folder, **SETTINGS),
+        lambda: model.compare(model, corpus, out=folder, **SETTINGS),
+        lambda: model.save(folder),
+        lambda: fit(small_config(corpus), folder),
+    ]
+    sweep = ["sweep", f"--model={tmp_path}/model", f"--out={folder}"]
+    several = ["eval", f"--model={tmp_path}/model", "--protocol=clean,mdlm", f"--out={folder}"]
+    with storage.locked(storage.folder_of(folder)):
+        for call in calls:
+            assert f"another process is at work in {folder} (process {os.getpid()} on " in refusal(call)
+        for command in (sweep, several):
+            assert main(command) == 2 and "another process is at work in" in capsys.readouterr().err
+        assert os.listdir(folder) == [disk.LOCK]
+    with disk.locked(tmp_path / ".r.preparing"):
+        assert "another process is at work" in refusal(sedd.prepare, source, "bytes", folder, split="position:80,10,10")
+    assert os.listdir(folder) == []
+
+
+def test_a_killed_job_holds_nothing(corpus, model, tmp_path):
+    """What it leaves of its lock is in nobody's way, and goes."""
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / disk.LOCK).write_text("process 1 on another machine")
+    model.perplexity(corpus, out=tmp_path / "r", **SETTINGS)
+    assert sorted(os.listdir(tmp_path / "r")) == ["draws.f32", "job.json", "report.json"]
+
+
+def twice(records):
+    return np.concatenate([records, records])
+
+
+def in_another_order(records):
+    """As two jobs append to one file that start at the same row."""
+    return np.concatenate([records[:4], records[:4], records[4:-4]])
+
+
+@pytest.mark.parametrize("fault, message", [(twice, "and this evaluation has"), (in_another_order, "of row 4; remove")])
+def test_a_record_that_two_jobs_wrote_is_refused(corpus, model, tmp_path, fault, message):
+    """It would give a wrong number. What one job wrote is taken."""
+    whole = model.perplexity(corpus, out=tmp_path / "r", **SETTINGS)
+    assert model.perplexity(corpus, out=tmp_path / "r", **SETTINGS) == whole
+    file = tmp_path / "r/draws.f32"
+    records = np.fromfile(file, np.float32).reshape(whole.rows, -1)
+    fault(records).tofile(file)
+    assert message in refusal(model.perplexity, corpus, out=tmp_path / "r", **SETTINGS)
+
+
+def state_of(value, step):
+    params = {"layer": {"kernel": jnp.full((4, 3), value), "bias": jnp.arange(3.0)}}
+    return TrainState(jnp.int32(step), params, None, {"count": jnp.int32(step)})
+
+
+LIKE = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state_of(0.0, 0))
+NAMES = [HOSTILE, "**", "[!a]", "a.orbax-checkpoint-tmp", "7", " ", "a" * 200]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpoints_in_a_folder_of_any_name(tmp_path, name):
+    """They are read again, and older ones go; a name is no pattern."""
+    (tmp_path / "laa/1.orbax-checkpoint-tmp").mkdir(parents=True)  # what the last pattern would match
+    folder = storage.folder_of(tmp_path / name)
+    config = configs.default().checkpoint
+    config.keep = 1
+    with Checkpoints(folder, config) as saved:
+        saved.save(state_of(1.0, 1))
+    with Checkpoints(folder, config) as saved:
+        assert int(saved.restore(LIKE).step) == 1
+        saved.save(state_of(2.0, 2))
+    assert steps_saved(folder) == [2]
+    assert float(restore_params(folder, LIKE.params, ema=False)["layer"]["kernel"][0, 0]) == 2.0
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a\nb", "a\tb", "a\udcffb", "gs://bucket/lr[0.1]", "gs://bucket/a*"])
+def test_names_that_a_library_misreads_are_refused(corpus, tmp_path, monkeypatch, name):
+    """Before the first step; in a bucket also patterns, for which objects of others would be removed."""
+    monkeypatch.chdir(tmp_path)
+    assert "in the name of a folder is misread; choose another name" in refusal(fit, small_config(corpus), name)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_of_that_very_name_is_the_source(tmp_path):
+    """A pattern is one only where there is no such file."""
+    for name in ("data[1].txt", "data1.txt"):
+        (tmp_path / name).write_text(name)
+    for name in ("data[1].txt", "data1.txt"):
+        assert [path.name for path in open_source(f"text:{tmp_path}/{name}").files] == [name]
+    (tmp_path / "data[1].txt").unlink()
+    assert [path.name for path in open_source(f"text:{tmp_path}/data[1].txt").files] == ["data1.txt"]
+
+
+def test_a_run_in_a_folder_of_any_name_finds_its_corpus_from_anywhere(tmp_path, monkeypatch, capsys):
+    """From a relative path to what a user does with the run elsewhere; where the corpus is gone, one line says so."""
+    home = tmp_path / "home"
+    (home / HOSTILE).mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home / HOSTILE)
+    corpus = small_corpus(tmp_path)
+    os.rename(corpus.path, "mine")
+    config = small_config(sedd.open_corpus("mine"), "data.corpus=mine")
+    fit(config, f"~/{HOSTILE}/run")
+    monkeypatch.chdir(tmp_path)
+    run = f"~/{HOSTILE}/run"
+    assert main(["eval", f"--model={run}", "--draws=2", f"--out=~/{HOSTILE}/result", "--batch_size=8"]) == 0
+    assert (home / HOSTILE / "result/profile.png").is_file() and not (tmp_path / "~").exists()
+    model = sedd.load(run)
+    model.save("~/exported")
+    same = sedd.load(home / "exported")
+    jax.tree.map(np.testing.assert_array_equal, same.params, model.params)
+    os.rename(home / HOSTILE / "mine", home / "moved")
+    capsys.readouterr()
+    assert main(["eval", f"--model={run}", "--draws=2"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert f"{HOSTILE}/mine" in line and line.endswith("say where it is with --data=")
+
+
+def test_a_path_means_the_same_everywhere(tmp_path, monkeypatch):
+    """`~` is the home, also in Python and in tokenizers, corpora, samples and judges; a bucket is no folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert disk.absolute("~/a/../b") == disk.absolute("b") == f"{tmp_path}/b"
+    assert disk.absolute("./~") == f"{tmp_path}/~" and disk.absolute("gs://a/b") == "gs://a/b"
+    assert "a path is empty" in refusal(sedd.load, "")
+    assert "there is no user nobody-here" in refusal(sedd.load, "~nobody-here/x")
+    assert "pathlib drops a slash" in refusal(sedd.load, tmp_path.__class__("gs://bucket/run"))
+    write_files(tmp_path / "text", TEXT)
+    corpus = sedd.prepare("text:~/text/*.txt", "bytes", "~/corpus", split="position:80,10,10")
+    assert corpus.path == tmp_path / "corpus" and sedd.open_corpus("~/corpus").hash == corpus.hash
+    corpus.tokenizer.save("~/tokenizer")
+    assert sorted(os.listdir(tmp_path)) == ["corpus", "text", "tokenizer"]
+
+
+def test_a_disk_that_is_full_loses_nothing(corpus, model, tmp_path):
+    """One line for each; with room again the same call goes on, and its result is the same."""
+    whole = model.perplexity(corpus, **SETTINGS)
+    with files_of(1500):
+        line = refusal(model.perplexity, corpus, out=tmp_path / "r", **SETTINGS)
+        assert "(File too large); make room there" in line and line.endswith("what is scored is kept")
+        assert "make room there" in refusal(model.save, tmp_path / "model")
+        source = write_files(tmp_path / "text", ["short"])
+    assert (tmp_path / "r/draws.f32").stat().st_size > 0 and os.listdir(tmp_path / "model") == []
+    assert model.perplexity(corpus, out=tmp_path / "r", **SETTINGS) == whole
+    model.save(tmp_path / "model")
+    source = write_files(tmp_path / "text", TEXT)
+    with files_of(1500):
+        line = refusal(sedd.prepare, source, "bytes", tmp_path / "corpus", split="position:80,10,10")
+        assert "make room there" in line and line.endswith("what is done is kept")
+    assert (tmp_path / ".corpus.preparing/survey.json").is_file()
+    sedd.prepare(source, "bytes", tmp_path / "corpus", split="position:80,10,10")
+    assert not (tmp_path / ".corpus.preparing").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path):
+    """Its writing fails in a thread of the library's; the line is there by the end at the latest."""
+    folder = storage.folder_of(tmp_path / "checkpoints")
+    config = configs.default().checkpoint
+    with Checkpoints(folder, config) as saved:
+        saved.save(state_of(1.0, 1))
+    with files_of(64), pytest.raises(sedd.UserError, match="could not be written .*; those that are there stay"):
+        with Checkpoints(folder, config) as saved:
+            saved.save(state_of(2.0, 2))
+    assert os.listdir(folder) == ["1"]
+    with Checkpoints(folder, config) as saved:
+        assert int(saved.restore(LIKE).step) == 1
+        saved.save(state_of(2.0, 2))
+    assert steps_saved(folder) == [1, 2]
+
+
+def test_a_file_in_the_way(corpus, model, tmp_path, capsys):
+    """One line and status 2, before anything is drawn or scored."""
+    (tmp_path / "file").write_text("mine")
+    source = write_files(tmp_path / "text", TEXT)
+    model.save(tmp_path / "model")
+    flags = [f"--config.data.corpus={corpus.path}", "--config.data.block_length=16"]
+    for command in (
+        ["prepare", f"--source={source}", "--tokenizer=bytes", f"--out={tmp_path}/file/corpus"],
+        ["train", f"--workdir={tmp_path}/file/run", *flags],
+        ["eval", f"--model={tmp_path}/model", f"--out={tmp_path}/file/report"],
+        ["sweep", f"--model={tmp_path}/model", f"--out={tmp_path}/file"],
+        ["sample", f"--model={tmp_path}/model", f"--html={tmp_path}/file/page.html"],
+    ):
+        assert main(command) == 2, command
+        out, err = capsys.readouterr()
+        (line,) = [line for line in err.splitlines() if line.startswith("sedd: error: ")]
+        assert f"{tmp_path}/file" in line and "Traceback" not in err and out == ""
+    assert "something else is in the way" in refusal(model.save, tmp_path / "file/model")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def too_much(_):
+    return jnp.zeros(10**13).block_until_ready()
+
+
+def read_only(path):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+
+def no_memory(_):
+    raise MemoryError("Unable to allocate 5 GiB")
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        (too_much, "the memory of the devices is too small"),
+        (no_memory, "this machine's memory is too small (Unable to allocate 5 GiB)"),
+        (read_only, "model cannot be used (Read-only file system); choose another place"),
+    ],
+)
+def test_faults_of_the_machine_are_one_line(monkeypatch, capsys, fault, message):
+    """Those of memory name what to change; other exceptions stay as they are."""
+    monkeypatch.setattr("sedd.loading.load", lambda path, *_: fault(path))
+    flags = {"sample": ["--model=model"], "train": ["--init_from=model", "--workdir=none"]}
+    for command, words in (("sample", "--batch_size"), ("train", "training.accumulation, or set network.remat")):
+        assert main([command, *flags[command]]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("sedd: error: ") and message in line and (words in line or fault is read_only)
+    monkeypatch.setattr("sedd.loading.load", lambda path, *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["sample", "--model=model"])
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    """Also where an older one is replaced."""
+    disk.write_whole(tmp_path / "a.json", json.dumps({"a": 1}))
+    with files_of(64), pytest.raises(OSError):
+        disk.write_whole(tmp_path / "a.json", "x" * 100)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]

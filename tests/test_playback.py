@@ -216,6 +216,22 @@ def test_no_text_steers_the_terminal(quick, monkeypatch):
     assert {style for line in screen.cells for _, style in line} == {""}
 
 
+def test_an_ascii_terminal_shows_what_it_has(quick):
+    """The rest as question marks, each of one column."""
+
+    class Ascii(Screen):
+        encoding = "ascii"
+
+        def write(self, text):
+            super().write(text.encode("ascii").decode())
+
+    made, screen = make_tokenizer("characters", [TEXT, "e\u0301\x1b"], end_of_text=True), Ascii()
+    ids = made.encode(TEXT + "e\u0301\x1b")
+    show(screen, trace(ids, np.zeros(len(ids), bool), 3, made.vocab_size)[:, None], np.zeros((1, len(ids)), bool), made)
+    _, *lines, _ = screen.text()
+    assert " ".join("\n".join(lines).split()) == "Gr??e, ?the cat? ? ?? and ?! Two spaces, the end.e?"
+
+
 def test_the_cursor_comes_back_after_an_interruption(quick):
     made, screen = tokenizer("characters"), Screen()
     with pytest.raises(KeyboardInterrupt), Terminal(made, None, stream=screen) as watch:

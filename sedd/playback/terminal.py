@@ -29,7 +29,7 @@ class Terminal:
     """Draws texts in a terminal as they emerge: a `Watch`, used in a `with` statement.
 
     Frames are slowed down so that they can be followed, by 30 ms at first and in all by 8 s at most. What is drawn last
-    stays. Colours are left out where the environment has NO_COLOR.
+    stays. Colours are left out where the environment has NO_COLOR. What the stream's encoding lacks is shown as "?".
 
     texts: how many there are in all, where they come in groups. UserError if `stream` (stderr) is no terminal.
     """
@@ -40,6 +40,7 @@ class Terminal:
         self._stream = sys.stderr if stream is None else stream
         if not self._stream.isatty() or os.environ.get("TERM") == "dumb":
             raise UserError("--watch needs a terminal; leave it out, or write a page with --html=FILE")
+        self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
         self._reader, self._texts = Reader(tokenizer, mask), texts
         self._colours = {} if os.environ.get("NO_COLOR") else COLOURS
         self._before: dict[int, np.ndarray] = {}  # of each row, what is on the screen
@@ -78,7 +79,8 @@ class Terminal:
         margin = len(f"{rows[-1] + 1}  ") if many else 0
         texts = []
         for row, ids, flags in zip(rows.tolist(), tokens, given):
-            texts.append(wrapped(self._reader.runs(ids, flags, self._before.get(row)), columns - margin))
+            runs = self._reader.runs(ids, flags, self._before.get(row))
+            texts.append(wrapped(runs, columns - margin, self._encoding))
             self._before[row] = ids
         lines = [self._header(rows, steps, many)]
         fits = max(1, height - 2)
@@ -122,11 +124,11 @@ class Terminal:
         return "".join(f"{colour}{text}{PLAIN}" if colour and text else text for colour, text in colours)
 
 
-def wrapped(runs: Sequence[Run], columns: int) -> list[list[tuple[str, str]]]:
+def wrapped(runs: Sequence[Run], columns: int, encoding: str = "utf-8") -> list[list[tuple[str, str]]]:
     """Lines of (kind, text) that take at most `columns` of a terminal, broken between words where that is possible."""
     lines, line, width = [], [], 0  # of the line so far: (kind, character, columns), and its columns
     for text, kind in runs:
-        for character in map(_visible, text):
+        for character in (_visible(character, encoding) for character in text):
             size = _columns(character)
             if character == "\n" or width + size > columns:
                 alone = character in "\n " or kind == "hidden" or size == 2
@@ -160,8 +162,18 @@ def _merged(line: list[tuple[str, str, int]]) -> list[tuple[str, str]]:
 
 
 @functools.lru_cache(2**16)
-def _visible(character: str) -> str:
-    """A character as a terminal may have it: none that would move the cursor, or turn the text round."""
+def _visible(character: str, encoding: str) -> str:
+    """A character as a terminal may have it: one that the encoding has, and that takes as many columns as it says."""
+    shown = _harmless(character)
+    try:
+        shown.encode(encoding)
+    except UnicodeEncodeError:
+        return "?" if _columns(shown) else ""
+    return shown
+
+
+def _harmless(character: str) -> str:
+    """A character that does not move the cursor, nor turn the text round."""
     category = unicodedata.category(character)
     if character == "\n":
         return character

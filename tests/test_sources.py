@@ -187,6 +187,37 @@ def test_compressed_files_are_read_as_they_are(suffix, tmp_path):
     assert documents(f"csv:{tmp_path}/c*:text") == documents(f"jsonl:{tmp_path}/d*:text") == ["hello"]
 
 
+@pytest.mark.parametrize("log", [28, 31])
+def test_a_long_window_is_no_damage(log, tmp_path):
+    """As `zstd --long` writes; with a frame to be skipped, and one of an ordinary window behind it."""
+    skipped = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"12345"
+    frame = b"\x28\xb5\x2f\xfd\x00" + bytes([(log - 10) << 3]) + (3 << 3 | 1).to_bytes(3, "little") + b"one"
+    assert zstandard.get_frame_parameters(frame).window_size == 2**log
+    (tmp_path / "a.zst").write_bytes(skipped + frame + skipped + compressed(".zst", b" two"))
+    assert documents(f"text:{tmp_path}/a.zst") == ["one two"]
+
+
+def test_sizes_that_libraries_refuse_by_default_are_read(tmp_path):
+    """A field of CSV, the digits of a number beside the text, and the metadata of a Parquet file."""
+    csv.field_size_limit(2**17)
+    (tmp_path / "news.csv").write_text(f'1,title,"{"a" * 2**18}"\n')
+    assert documents(f"ag_news:{tmp_path}/news.csv") == ["title " + "a" * 2**18]
+    (tmp_path / "a.jsonl").write_text(f'{{"n": {"9" * 5000}, "text": "hello"}}\n')
+    assert documents(f"jsonl:{tmp_path}/a.jsonl:text") == ["hello"]
+    schema = pyarrow.schema({"text": pyarrow.string()})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "a.parquet", schema, store_schema=False) as file:
+        file.write_table(pyarrow.table({"text": ["hello"]}))
+        file.add_key_value_metadata({"about": "ten bytes."})
+    small = (tmp_path / "a.parquet").read_bytes()
+    size = int.from_bytes(small[-8:-4], "little")
+    varint = bytes([0x81, 0xC2, 0xD7, 0x2F])  # 100,000,001
+    footer = small[-8 - size : -8].replace(b"\x0aten bytes.", varint + b"a" * 100_000_001)
+    (tmp_path / "a.parquet").write_bytes(small[: -8 - size] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(OSError, match="size limit"):
+        pyarrow.parquet.ParquetFile(tmp_path / "a.parquet")
+    assert documents(f"parquet:{tmp_path}/a.parquet:text") == ["hello"]
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_damaged_compressed_file_is_refused(suffix, tmp_path):
     path = tmp_path / f"a{suffix}"

@@ -4,6 +4,7 @@ Files that end in `.gz` or `.zst` are decompressed as they are read. Line ends a
 """
 
 import codecs
+import csv
 import glob
 import gzip
 import io
@@ -19,6 +20,8 @@ from sedd.data.source import Source
 from sedd.errors import UserError
 
 CHUNK = 2**20  # bytes read at once
+LARGEST_WINDOW = 2**31  # bytes, of zstd --long=31; the library's own bound is 2**27
+LARGEST_FIELD = 2**31 - 1  # characters; the library's own bound of 2**17 is for all who use it
 COMPRESSED_CHUNK = 2**14  # bytes; they may hold many times their size of text
 
 
@@ -90,7 +93,7 @@ class _Zstandard(io.RawIOBase):
         import zstandard
 
         while not self._output and (self._input or self._refill()):
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._frame = self._frame or zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
             self._output = memoryview(self._frame.decompress(self._input))
             self._input = b""
             if self._frame.eof:
@@ -143,6 +146,12 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as error:
                 raise not_utf8(path, start + skipped + error.start) from error
             start += len(line)
+
+
+def csv_rows(path: Path, **dialect):
+    """A `csv.reader` of the rows of a UTF-8 file, whose fields may be of any size and hold newlines."""
+    csv.field_size_limit(max(csv.field_size_limit(), LARGEST_FIELD))
+    return csv.reader((line for _, line in numbered_lines(path)), strict=True, **dialect)
 
 
 def not_utf8(path: Path, position: int) -> UserError:

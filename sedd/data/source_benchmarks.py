@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sedd.data.detokenizers import LAMBADA, LM1B, PTB, SCIENTIFIC_PAPERS, WIKITEXT, Rule, detokenized
-from sedd.data.files import numbered_lines, open_files, text_parts
+from sedd.data.files import csv_rows, numbered_lines, open_files, text_parts
 from sedd.data.source import Source
 from sedd.data.source_jsonl import json_fields
 from sedd.errors import UserError
@@ -89,7 +89,7 @@ def _articles(path: Path) -> Iterator[str]:
 
 
 def _news(path: Path) -> Iterator[str]:
-    rows = csv.reader((line for _, line in numbered_lines(path)), skipinitialspace=True, strict=True)
+    rows = csv_rows(path, skipinitialspace=True)
     try:
         for row in rows:
             where = f"{path}, line {rows.line_num}"

@@ -8,6 +8,7 @@ from sedd.data.source import Source
 from sedd.errors import UserError
 
 ROWS = 64  # read at once
+MOST = 2**31 - 1  # bytes and entries of the metadata; the library's own bounds are 10**8 and 10**6
 
 
 def open_parquet(spec: str) -> Source:
@@ -25,7 +26,8 @@ def _documents(path: Path, column: str) -> Iterator[str]:
 
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**16) as file:
+        limits = {"thrift_string_size_limit": MOST, "thrift_container_size_limit": MOST}
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**16, **limits) as file:
             _check(path, file.schema_arrow, column)
             for batch in file.iter_batches(ROWS, columns=[column]):
                 for text in batch.column(0):

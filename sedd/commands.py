@@ -27,9 +27,9 @@ def prepare(args, _):
     rules = dict(split=args.split, mode=args.mode, padding=args.padding, workers=args.workers)
     corpus = prepare(args.source or given, args.tokenizer, args.out, args.seed, **rules)
     for split, counts in corpus.meta["splits"].items():
-        print(
-            f"{split:11}{counts['documents']:12,} documents {counts['tokens']:15,} tokens {counts['bytes']:15,} bytes"
-        )
+        sizes = f"{counts['documents']:12,} documents {counts['tokens']:15,} tokens {counts['bytes']:15,} bytes"
+        copies = counts.get("also_in_train")  # not of train, nor in corpora of before
+        print(f"{split:11}{sizes}" + (f"; {copies['documents']:,} documents also in train" if copies else ""))
     print(f"vocabulary {corpus.vocab_size:,} tokens, {corpus.layout.name}; corpus in {args.out}")
 
 

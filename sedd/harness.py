@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sedd import prompts, streams
+from sedd.data.tokenizers import Ends
 from sedd.diffusion.pickers import Margin, Picker
 from sedd.diffusion.process import Absorbing
 from sedd.diffusion.reveal import Adaptive
@@ -186,8 +187,8 @@ class Harness(LM):
         for wish in dict.fromkeys(wishes):
             at = [number for number, other in enumerate(wishes) if other == wish]
             filled = self._continued([contexts[number] for number in at], wish)
-            for number, ids in zip(at, filled, strict=True):
-                texts[number] = self._until(ids, asked[number].until)
+            for number, (context, ids) in zip(at, filled, strict=True):
+                texts[number] = self._until(context, ids, asked[number].until)
                 self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
         return texts
 
@@ -224,13 +225,14 @@ class Harness(LM):
         found = {number: ids[: len(rows[number].tokens)] for number, ids in zip(order, decoded, strict=True)}
         return [bool(np.array_equal(found[number], row.tokens)) for number, row in enumerate(rows)]
 
-    def _continued(self, contexts: list[str], wish: Wish) -> list[np.ndarray]:
-        """The tokens after each context."""
-        known = [prompts.of_text(context, self.model.tokenizer) for context in contexts]
+    def _continued(self, contexts: list[str], wish: Wish) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The tokens of each context, and those after it."""
+        known = [prompts.of_text(context, self.model.tokenizer, Ends(closes=False)) for context in contexts]
         rows = [self._in_block(prompts.joined(context, prompts.blank(wish.count))) for context in known]
         filled = self._drawn(rows, wish.sampling)
-        starts = [len(context.tokens) for context in known]
-        return [ids[start : start + wish.count] for ids, start in zip(filled, starts, strict=True)]
+        stops = [len(context.tokens) + wish.count for context in known]
+        found = zip(known, filled, stops, strict=True)
+        return [(context.tokens, ids[len(context.tokens) : stop]) for context, ids, stop in found]
 
     def _in_block(self, row: Prompt) -> Prompt:
         """A row as `answers_to` has it: it ends where lengths are told, else what follows is masked and stays so."""
@@ -268,10 +270,10 @@ class Harness(LM):
             return Wish(asked.count, self._greedy)
         return Wish(asked.count, tuple(({"seed": self.seed} | asked.sampling).items()))
 
-    def _until(self, ids: np.ndarray, stops: list[str]) -> str:
-        """The text of ids, up to an end of text, and to the first of what stops it."""
+    def _until(self, context: np.ndarray, ids: np.ndarray, stops: list[str]) -> str:
+        """The text of ids that follow a context, up to an end of text, and to the first of what stops it."""
         ended = np.flatnonzero(ids == self.model.tokenizer.end_of_text)
-        text = self.model.tokenizer.decode(ids[: ended[0]] if len(ended) else ids)
+        text = self.model.tokenizer.decode(ids[: ended[0]] if len(ended) else ids, after=context)
         return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
 
     def _newest(self, context: str, texts: list[str], room: int) -> str:

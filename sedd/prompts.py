@@ -1,13 +1,13 @@
 """What is given and what is to be filled in: rows of tokens from templates, prefixes and suffixes, or arrays."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sedd.data.layout import Layout
-from sedd.data.tokenizers import Tokenizer
+from sedd.data.tokenizers import WHOLE, Ends, Tokenizer
 from sedd.diffusion.process import Absorbing, Process
 from sedd.errors import UserError
 
@@ -28,23 +28,35 @@ def blank(length: int) -> Prompt:
     return Prompt(np.zeros(length, np.int32), np.zeros(length, bool))
 
 
-def of_text(text: str, tokenizer: Tokenizer) -> Prompt:
-    """All given."""
-    tokens = tokenizer.encode(text)
+def of_text(text: str, tokenizer: Tokenizer, ends: Ends = WHOLE) -> Prompt:
+    """All given. ends: whether the row begins and ends with it."""
+    tokens = tokenizer.encode(text, ends)
     return Prompt(tokens, np.ones(len(tokens), bool))
 
 
-def before_blank(text: str, tokenizer: Tokenizer) -> Prompt:
+def before_blank(text: str, tokenizer: Tokenizer, ends: Ends = Ends(closes=False)) -> Prompt:
     """All given, but for a space at the end where tokens begin with their space: that is left to the blank.
 
     Spelt out, such a space is a token that stands before no word in any text.
     """
 
     def size(part):
-        return len(tokenizer.encode(part))
+        return len(tokenizer.encode(part, Ends(False, False)))
 
     joins = text.endswith(" ") and any(size(f" {word}") < size(" ") + size(word) for word in set(text.split()))
-    return of_text(text[:-1] if joins else text, tokenizer)
+    return of_text(text[:-1] if joins else text, tokenizer, ends)
+
+
+def around_blanks(texts: Sequence[str], tokenizer: Tokenizer) -> list[Prompt]:
+    """The texts between which there are blanks, encoded as parts of one text; all given but for spaces beside blanks.
+
+    Where tokens end with their space, it is that behind a blank which is left to it.
+    """
+    last = len(texts) - 1
+    ends = [Ends(number == 0, number == last) for number in range(len(texts))]
+    texts = [text[text[:1] == " " and tokenizer.space_follows and number > 0 :] for number, text in enumerate(texts)]
+    rows = [before_blank(text, tokenizer, end) for text, end in zip(texts[:-1], ends)]
+    return [*rows, of_text(texts[-1], tokenizer, ends[-1])]
 
 
 def joined(*parts: Prompt) -> Prompt:
@@ -90,15 +102,14 @@ def check_size(rows: int, length: int):
 def of_template(template: str, tokenizer: Tokenizer) -> Prompt:
     """Text with blanks of so many tokens, as in "The <blank:8> sat on the <blank:5>."; see `parsed`."""
     pieces, sizes = parsed(template)
-    texts = [before_blank(text, tokenizer) for text in pieces[:-1]] + [of_text(pieces[-1], tokenizer)]
-    blanks = [blank(size) for size in sizes]
+    texts, blanks = around_blanks(pieces, tokenizer), [blank(size) for size in sizes]
     return joined(texts[0], *(part for pair in zip(blanks, texts[1:]) for part in pair))
 
 
 def between(prefix: str, suffix: str, length: int, tokenizer: Tokenizer) -> Prompt:
     """A blank between two texts, which makes them `length` tokens in all."""
     check_size(1, length)
-    before, after = before_blank(prefix, tokenizer), of_text(suffix, tokenizer)
+    before, after = around_blanks([prefix, suffix], tokenizer)
     known = len(before.tokens) + len(after.tokens)
     if known >= length:
         raise UserError(

@@ -48,6 +48,7 @@ def test_prepare_with_a_source_for_each_split(place, capsys):
     flags = ["--tokenizer=bytes", "--mode=padded", "--padding=scored", "--workers=1", f"--out={place}/padded"]
     assert main(["prepare", *sources, *flags]) == 0
     assert "packed" not in (out := capsys.readouterr().out) and "padded, its padding scored" in out
+    assert [line.partition("; ")[2] for line in out.splitlines()[:2]] == ["", "0 documents also in train"]
     assert sedd.open_corpus(place / "padded").splits == ("train", "test")
 
 

@@ -8,10 +8,13 @@ import pytest
 from small import write_files
 
 from sedd import data, disk
+from sedd.data import corpus as corpus_file
+from sedd.data import overlap
 from sedd.data import prepare as prepare_function
 from sedd.data import source as source_file
 from sedd.data import writer
 from sedd.data.splits import SPLITS, make_rule
+from sedd.data.tokenizer_bytes import Bytes
 from sedd.errors import UserError
 
 
@@ -226,6 +229,49 @@ def test_workers_and_pieces_change_nothing(tokenizer, small_pieces, tmp_path):
     )
 
 
+# What is also in train
+
+
+@pytest.mark.parametrize("mode", ["packed", "padded"])
+def test_copies_of_held_out_documents_are_counted(mode, tmp_path, capsys):
+    """However the parts that are compared lie, and said on stderr where they are more than a few."""
+    source = {
+        "train": write_files(tmp_path / "a", MANY[:40]),
+        "validation": write_files(tmp_path / "b", [*MANY[30:44], MANY[30]]),
+        "test": write_files(tmp_path / "c", [*MANY[44:], MANY[0][:-1]]),
+    }
+    corpus = data.prepare(source, "bytes", tmp_path / "corpus", mode=mode)
+    tokens = sum(len(text.encode()) + 1 for text in [*MANY[30:40], MANY[30]])
+    counts = {split: corpus.meta["splits"][split].get("also_in_train") for split in SPLITS}
+    assert counts == {
+        "train": None,
+        "validation": {"documents": 11, "tokens": tokens},
+        "test": {"documents": 0, "tokens": 0},
+    }
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("sedd: 11 of the 15 documents of validation, with 7")
+    data.prepare(source, "bytes", tmp_path / "corpus", mode=mode)
+    assert capsys.readouterr().err.splitlines() == said
+
+
+@pytest.mark.parametrize("part", [1, 7, 64, 2**16])
+def test_documents_are_compared_whole_and_in_order(part, tmp_path, monkeypatch):
+    """Against sets of documents, of a few ids so that many are alike, and some empty; read in parts of any size."""
+    monkeypatch.setattr(overlap, "PART", part)
+    random, found = np.random.default_rng(0), {}
+    for split, number in (("train", 200), ("validation", 60), ("test", 40)):
+        found[split] = [tuple(random.integers(0, 3, random.integers(0, 6)).tolist()) for _ in range(number)]
+    found["train"].append((1, 2) * 50)
+    found["test"] += [(1, 2) * 50, (1, 2) * 49]
+    for split, texts in found.items():
+        np.concatenate(texts).astype("<u2").tofile(tmp_path / f"{split}.tokens")
+        np.append(0, np.cumsum([*map(len, texts)])).astype("<i8").tofile(tmp_path / f"{split}.offsets")
+    copies = {split: [text for text in texts if text and text in found["train"]] for split, texts in found.items()}
+    assert overlap.also_in_train(tmp_path, found, np.dtype("<u2")) == {
+        split: {"documents": len(copies[split]), "tokens": sum(map(len, copies[split]))} for split in SPLITS[1:]
+    }
+
+
 # Rules
 
 
@@ -350,6 +396,30 @@ def test_a_damaged_corpus_is_refused(damage, message, tmp_path):
     damage(corpus.path)
     with pytest.raises(UserError, match=message):
         data.open_corpus(corpus.path)
+
+
+def test_an_id_outside_the_vocabulary_is_refused_when_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(Bytes, "size", 150)  # as a library might say
+    with pytest.raises(UserError, match="has the id 195, outside its vocabulary of 151 tokens; choose another tok"):
+        data.prepare(write_files(tmp_path / "text", MANY), "bytes", tmp_path / "corpus")
+    assert not (tmp_path / "corpus").exists()
+
+
+@pytest.mark.parametrize("mode", ["packed", "padded"])
+def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(mode, tmp_path, monkeypatch):
+    """Where a corpus is opened, and of what is behind the part that is looked at then, in batches and in blocks."""
+    corpus = data.prepare(write_files(tmp_path / "text", MANY), "bytes", tmp_path / "corpus", mode=mode)
+    for split in ("train", "validation"):
+        np.full(corpus.num_tokens(split), 400, "<u2").tofile(corpus.path / f"{split}.tokens")
+    wrong = "corpus has the id 400, outside its vocabulary of 257 tokens; remove it and prepare it again"
+    with pytest.raises(UserError, match=wrong):
+        data.open_corpus(corpus.path)
+    monkeypatch.setattr(corpus_file, "CHECKED", 0)
+    corpus = data.open_corpus(corpus.path)
+    for read in (lambda: data.batch(corpus, 8, 4, 0, 0), lambda: data.blocks(corpus, "validation", 8)):
+        with pytest.raises(UserError, match=wrong):
+            read()
+    assert data.blocks(corpus, "test", 8).tokens.max() <= 256
 
 
 def test_a_missing_corpus(tmp_path):

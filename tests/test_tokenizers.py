@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as huggingface
+from small import write_files
 
-from sedd.data import load_tokenizer, make_tokenizer, open_source
+from sedd.data import load_tokenizer, make_tokenizer, open_source, prepare
 from sedd.data import tokenizer_sentencepiece as sentencepiece_file
 from sedd.data.tokenizers import FORMS, given_data
 from sedd.errors import UserError
@@ -184,6 +185,39 @@ def test_truncation_and_padding_of_a_given_tokenizer_are_off(tmp_path):
     tokenizer = make_tokenizer(f"huggingface:{tmp_path}/a.json", [], end_of_text=True)
     for text in ("A", "THE QUICK BROWN FOX", ""):
         assert tokenizer.decode(tokenizer.encode(text)) == text and 0 not in tokenizer.encode(text)
+
+
+def test_what_is_random_in_a_given_tokenizer_is_off(tmp_path):
+    """Two corpora of one text are one. Control: the library draws."""
+    made = byte_level()
+    made.model.dropout = 0.5
+    made.save(str(tmp_path / "a.json"))
+    text = " ".join(TEXTS[:20])
+    assert len({tuple(made.encode(text).ids) for _ in range(5)}) == 5
+    corpora = [
+        prepare(write_files(tmp_path / "text", TEXTS[:60]), f"huggingface:{tmp_path}/a.json", tmp_path / name)
+        for name in ("one", "two")
+    ]
+    assert corpora[0].hash == corpora[1].hash
+    made.model.dropout = None
+    assert corpora[0].tokenizer.encode(text).tolist() == made.encode(text).ids
+
+
+@pytest.mark.parametrize("written", [400, 5, 301])
+def test_ids_are_those_of_the_library(written, tmp_path):
+    """An added token whose id in the file is beyond the vocabulary, another token's, or not the next one."""
+    made = byte_level(special=())
+    made.add_special_tokens([END, "<s>"])
+    about = json.loads(made.to_str())
+    about["added_tokens"][0]["id"] = written
+    (tmp_path / "a.json").write_text(json.dumps(about))
+    spec = f"huggingface:{tmp_path}/a.json"
+    end = huggingface.Tokenizer.from_str(json.dumps(about)).token_to_id(END)
+    tokenizer = make_tokenizer(spec, [], end_of_text=True)
+    assert (tokenizer.end_of_text, tokenizer.vocab_size) == (end, 302) and end in (300, 301)
+    corpus = prepare(write_files(tmp_path / "text", TEXTS[:60]), spec, tmp_path / "corpus")
+    assert [corpus.tokens(split).max() for split in corpus.splits] == [end] * 3
+    assert (corpus.tokens("train") == end).sum() == corpus.meta["splits"]["train"]["documents"]
 
 
 def test_gpt2_files_by_either_name_are_gpt2_tokens(tmp_path):

@@ -46,7 +46,7 @@ def batch(
     padded: an epoch takes each row of each document once, in an order of its own.
 
     Raises:
-      UserError: the training text is shorter than a block.
+      UserError: the training text is shorter than a block, or an id is outside of the vocabulary.
     """
     check_block_length(corpus, "train", block_length)
     examples = (k * batch_size + (np.arange(batch_size) if rows is None else rows)).tolist()
@@ -55,9 +55,9 @@ def batch(
         starts, lengths, _ = _rows(corpus, "train", block_length)
         at = np.array([_row_index(len(starts), seed, example) for example in examples])
         filled = _filled(tokens, starts[at], lengths[at], block_length, corpus.tokenizer.end_of_text)
-        return Batch(filled, lengths[at] if corpus.layout.binds_lengths else None)
+        return Batch(corpus.checked(filled), lengths[at] if corpus.layout.binds_lengths else None)
     starts = np.array([_block_start(len(tokens), block_length, seed, example) for example in examples])
-    return Batch(tokens[starts[:, None] + np.arange(block_length)].astype(np.int32), None)
+    return Batch(corpus.checked(tokens[starts[:, None] + np.arange(block_length)]).astype(np.int32), None)
 
 
 def batches(
@@ -73,8 +73,12 @@ def batches(
 
 
 def blocks(corpus: Corpus, split: str, block_length: int) -> Blocks:
-    """The whole split: packed in consecutive blocks, the last filled up with zeros; padded document by document."""
-    tokens = corpus.tokens(split)
+    """The whole split: packed in consecutive blocks, the last filled up with zeros; padded document by document.
+
+    Raises:
+      UserError: an id is outside of the vocabulary.
+    """
+    tokens = corpus.checked(corpus.tokens(split))
     if corpus.layout.padded:
         starts, lengths, document = _rows(corpus, split, block_length)
         return Blocks(_filled(tokens, starts, lengths, block_length, corpus.tokenizer.end_of_text), lengths, document)

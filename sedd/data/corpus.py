@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from sedd.data.layout import Layout
-from sedd.data.tokenizers import Tokenizer, load_tokenizer
+from sedd.data.tokenizers import Tokenizer, check_ids, load_tokenizer
 from sedd.disk import absolute
 from sedd.errors import UserError
 
 FORMAT = 3
+CHECKED = 2**24  # ids of a split that are looked at when a corpus is opened: in milliseconds, whatever its size
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Corpus:
         self._counts(split)
         return np.memmap(self.path / f"{split}.tokens", self.meta["dtype"], mode="r")
 
+    def checked(self, ids: np.ndarray) -> np.ndarray:
+        """Some of its ids as they are. UserError where one is outside of the vocabulary."""
+        check_ids(ids, self.vocab_size, str(self.path), "remove it and prepare it again")
+        return ids
+
     def offsets(self, split: str) -> np.ndarray:
         """Where each document of a split begins among its tokens, and after the last T: Int64[documents + 1]."""
         return self._offsets(split, "offsets")
@@ -85,10 +91,13 @@ class Corpus:
 
 
 def open_corpus(path: str | Path) -> Corpus:
-    """Opens a corpus directory and checks that its files have the sizes they should.
+    """Opens a corpus directory and checks that its files have the sizes they should, and their first ids.
+
+    The ids behind those are checked where they are read, by `batches` and `blocks`.
 
     Raises:
-      UserError: there is no corpus, it is damaged, or another version of sedd prepared it.
+      UserError: there is no corpus, it is damaged, an id is outside its vocabulary, or another version of sedd prepared
+        it.
     """
     path = Path(absolute(path)).resolve()
     if not path.is_dir():
@@ -103,6 +112,8 @@ def open_corpus(path: str | Path) -> Corpus:
     corpus = Corpus(path, meta, load_tokenizer(path / "tokenizer"))
     for split in meta["splits"]:
         _check_files(corpus, split)
+        if corpus.num_tokens(split):  # an empty file cannot be mapped
+            corpus.checked(corpus.tokens(split)[:CHECKED])
     return corpus
 
 

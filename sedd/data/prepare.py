@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from sedd.data.corpus import FORMAT, Corpus, open_corpus
 from sedd.data.layout import Layout, make_layout
+from sedd.data.overlap import also_in_train
 from sedd.data.source import Source
 from sedd.data.splits import SPLITS, philox
 from sedd.data.survey import PROGRESS_DELAY, Survey, survey
@@ -24,6 +26,7 @@ from sedd.errors import UserError
 
 MOST_WORKERS = 32  # threads, unless told otherwise: each holds some megabytes
 
+FEW = 0.01  # of the tokens of a split, in documents that are also in train: some are short, such as headings
 
 def prepare(
     source: str | Mapping[str, str],
@@ -40,7 +43,8 @@ def prepare(
 
     `out` appears when it is complete. Where it holds the same corpus already, that is returned as it is; where an
     earlier call was interrupted, the work goes on. The source is read two to four times, a few megabytes in memory at a
-    time. The corpus does not depend on the number of workers.
+    time. The corpus does not depend on the number of workers. `meta["splits"]` says how many documents of a split are
+    also in train, and so does a line on stderr where those are more than a few.
 
     Args:
       source: what `open_source` takes, such as `text:books/*.txt`; or one such for each split.
@@ -76,11 +80,14 @@ def prepare(
         counted = {name: survey(one) for name, one in sources.items()}
         _check_same(existing, divided(sources, counted, rule).origin() | request)
         return existing
+        _warn_of_copies(existing)
     files = stamps(file for one in sources.values() for file in one.files)
     with workplace(out, request | {"format": FORMAT, "split": split, "files": files}, "corpus") as folder:
         text = divided(sources, _counted(folder / "survey.json", sources), rule)
         _write(folder, text, layout, request, workers or min(_cores(), MOST_WORKERS))
-    return open_corpus(out)
+    corpus = open_corpus(out)
+    _warn_of_copies(corpus)
+    return corpus
 
 
 def _existing(out: Path) -> Corpus | None:
@@ -118,6 +125,8 @@ def _write(folder: Path, text: Text, layout: Layout, request: dict, workers: int
     dtype = token_dtype(tokenizer)
     arrange(written, corpus, splits, dtype, None if text.in_order else philox(seed, 1))
     meta = {
+    for split, copies in also_in_train(corpus, splits, dtype).items():
+        counts[split] = counts[split] | {"also_in_train": copies}
         "format": FORMAT,
         **request,
         **text.origin(),
@@ -130,6 +139,19 @@ def _write(folder: Path, text: Text, layout: Layout, request: dict, workers: int
 
 
 def _tokenizer(place: Path, text: Text, layout: Layout, request: dict) -> Tokenizer:
+def _warn_of_copies(corpus: Corpus):
+    """A line on stderr for each split of which more than a few tokens are of documents that are in train too."""
+    for split, counts in corpus.meta["splits"].items():
+        copies = counts.get("also_in_train")  # not of train, nor in corpora of before
+        if copies and copies["tokens"] > FEW * counts["tokens"]:
+            print(
+                f"sedd: {copies['documents']:,} of the {counts['documents']:,} documents of {split}, with "
+                f"{copies['tokens'] / counts['tokens']:.1%} of its tokens, are also in train: what is measured on them "
+                "is not held out; check that no file is in both",
+                file=sys.stderr,
+            )
+
+
     """The tokenizer, made from the training text where it is not given; kept, since that may take minutes."""
     if place.is_dir():
         return load_tokenizer(place)

@@ -1,5 +1,6 @@
 """`huggingface:FILE` and `gpt2:FOLDER`: a given `tokenizer.json`, or GPT-2's two files turned into one."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from threading import BoundedSemaphore
 
 import numpy as np
 
+from sedd.data.tokenizer_ends import Rules, marks_ends, rules_inside
 from sedd.errors import UserError
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # what ends a text, the first that there is
@@ -22,8 +24,9 @@ _CALLS = BoundedSemaphore(4)
 class HuggingFace:
     """A tokenizer of the library `tokenizers`; `data` is its `tokenizer.json`.
 
-    Its rules are its own, and some lose spaces or normalise characters. Only here, nothing is added, cut or padded, and
-    no text becomes a special token, whatever it says.
+    Its rules are its own, and some lose spaces or normalise characters. Only here, nothing is added, cut, padded or
+    drawn at random, and no text becomes a special token, whatever it says. Ids are those that the library gives, which
+    for added tokens may be others than the file says.
     """
 
     data: bytes = field(repr=False)
@@ -38,6 +41,9 @@ class HuggingFace:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # as text
+        for sampling in ("dropout", "alpha"):  # of BPE, of Unigram
+            if getattr(tokenizer.model, sampling, None) is not None:
+                setattr(tokenizer.model, sampling, None)
         return tokenizer
 
     @cached_property
@@ -46,8 +52,8 @@ class HuggingFace:
 
     @cached_property
     def _special(self) -> dict[str, int]:
-        added = json.loads(self.data).get("added_tokens", [])
-        return {token["content"]: token["id"] for token in added if token["special"]}
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: number for number, token in sorted(added.items()) if token.special}
 
     @cached_property
     def _forbidden(self) -> np.ndarray:
@@ -61,26 +67,44 @@ class HuggingFace:
         """The id of the first of `ENDS` among the special tokens."""
         return next((self._special[end] for end in ENDS if end in self._special), None)
 
-    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+    @cached_property
+    def marks_ends(self) -> bool:
+        return marks_ends(self._tokenizer)
+
+    @cached_property
+    def _rules(self) -> dict[tuple[bool, bool], Rules]:
+        """The rules by whether a text begins with what is encoded, and whether it ends with it."""
+        whole = dict.fromkeys(itertools.product((True, False), repeat=2), Rules(self._tokenizer))
+        return whole | rules_inside(self._tokenizer) if self.marks_ends else whole
+
+    def encode_all(self, texts: Sequence[str], opens: bool = True, closes: bool = True) -> list[np.ndarray]:
+        rules = Rules(self._tokenizer) if opens and closes else self._rules[opens, closes]
         with _CALLS:
-            encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-            encoded = [np.array(one.ids, np.int32) for one in encoded]
+            encoded = rules.tokenizer.encode_batch_fast([*map(rules.frame, texts)], add_special_tokens=False)
+            found = [rules.within(one.ids) for one in encoded]
         return [
-            self._spelt(text) if np.isin(ids, self._forbidden).any() else ids
-            for text, ids in zip(texts, encoded, strict=True)
+            self._spelt(text, opens, closes) if ids is None or np.isin(ids, self._forbidden).any() else ids
+            for text, (ids, _) in zip(texts, found, strict=True)
         ]
 
-    def _spelt(self, text: str) -> np.ndarray:
+    def _spelt(self, text: str, opens: bool, closes: bool) -> np.ndarray:
         """The ids of a text in which the model itself found special tokens, which are cut until it does not."""
-        encoded = self._tokenizer.encode(text, add_special_tokens=False)
-        ids = np.array(encoded.ids, np.int32)
-        starts = [encoded.offsets[index][0] for index in np.flatnonzero(np.isin(ids, self._forbidden))]
-        if not starts:
+        rules = self._rules[opens, closes]
+        encoded = rules.tokenizer.encode(rules.frame(text), add_special_tokens=False)
+        ids, first = rules.within(encoded.ids)
+        if ids is None:
+            return self.encode_all([text])[0]
+        wrong = np.flatnonzero(np.isin(ids, self._forbidden))
+        if not len(wrong):
             return ids
         if len(text) == 1:
             raise UserError(f"the tokenizer takes the character {text!r} for a special token; leave it out")
+        starts = [encoded.offsets[first + index][0] - len(rules.before) for index in wrong]
         cuts = sorted({0, len(text), *starts, *(start + 1 for start in starts)})
-        return np.concatenate([self._spelt(text[start:end]) for start, end in zip(cuts, cuts[1:])])
+        parts = itertools.pairwise(cuts)
+        return np.concatenate(
+            [self._spelt(text[start:end], opens and start == 0, closes and end == len(text)) for start, end in parts]
+        )
 
     def decode(self, ids: np.ndarray) -> str:
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)

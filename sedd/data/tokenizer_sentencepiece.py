@@ -18,6 +18,11 @@ MOST_TEXT = 10_000_000  # characters; more is sampled: training holds it all, an
 LINE_COST = 50  # characters; what a line costs beside its text
 THREADS = 16  # the model depends on their number, though not on the number of cores
 
+# A message of protocol buffers with more after it is merged with that. These are the fields of normalizer_spec
+# (sentencepiece_model.proto) that put a space before a text, drop spaces, and replace characters; here they do nothing.
+KEEPS_SPACES = b"\x1a\x04\x18\x00\x20\x00"
+KEEPS_ALL = KEEPS_SPACES + b"\x1a\x02\x12\x00"
+
 
 @dataclass(frozen=True)
 class SentencePiece:
@@ -66,14 +71,12 @@ class SentencePiece:
 
     @cached_property
     def _processor(self):
-        import sentencepiece
+        return _processor(self.data)
 
-        processor = sentencepiece.SentencePieceProcessor()
-        try:
-            processor.LoadFromSerializedProto(self.data)
-        except RuntimeError as error:
-            raise UserError("the tokenizer file is no SentencePiece model; give another one") from error
-        return processor
+    @cached_property
+    def _inside(self):
+        """Two that are without rules for the ends of a text: one that normalises, and one that does not."""
+        return _processor(self.data + KEEPS_SPACES), _processor(self.data + KEEPS_ALL)
 
     @property
     def size(self) -> int:
@@ -84,11 +87,39 @@ class SentencePiece:
         """The end-of-sentence id of a given model; one made here has none."""
         return self._processor.eos_id() if self._processor.eos_id() >= 0 else None
 
-    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return self._processor.encode(list(texts), return_type="numpy")
+    @cached_property
+    def marks_ends(self) -> bool:
+        return self._processor.normalize(" a ") != f"{SPACE}a{SPACE}"
+
+    def encode_all(self, texts: Sequence[str], opens: bool = True, closes: bool = True) -> list[np.ndarray]:
+        if opens and closes:
+            return self._processor.encode(list(texts), return_type="numpy")
+        return self._inside[1].encode([self._normalised(text, opens, closes) for text in texts], return_type="numpy")
+
+    def _normalised(self, text: str, opens: bool, closes: bool) -> str:
+        """A part of a text as it stands in the whole, normalised."""
+        found = self._inside[0].normalize(text)
+        if SPACE * 2 not in self._processor.normalize("a  a"):  # the model has no two spaces in a row
+            found = re.sub(f"{SPACE}+", SPACE, found)
+            found = found.lstrip(SPACE) if opens else found
+            found = found.rstrip(SPACE) if closes else found
+        alone = self._processor.normalize("a")
+        before, after = (SPACE if alone.startswith(SPACE) else ""), (SPACE if alone.endswith(SPACE) else "")
+        return found and before * opens + found + after * closes
 
     def decode(self, ids: np.ndarray) -> str:
         return self._processor.decode(ids.tolist())
+
+
+def _processor(data: bytes):
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(data)
+    except RuntimeError as error:
+        raise UserError("the tokenizer file is no SentencePiece model; give another one") from error
+    return processor
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

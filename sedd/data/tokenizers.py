@@ -5,11 +5,11 @@ A new tokenizer is a file like `tokenizer_bytes.py`, a line in `TOKENIZERS` and 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from etils import epath
@@ -31,9 +31,14 @@ class Pieces(Protocol):
     data: bytes
     size: int
     end_of_text: int | None  # an id of its own vocabulary that ends a text; no text has it in its ids
+    marks_ends: bool  # whether a text's first and last ids may be others than those of the same words inside of a text
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids in [0, size) of each text, Int32[L]."""
+        """The ids in [0, size) of each text, Int32[L].
+
+        Where `marks_ends`, it also takes whether the text of which each is a part begins with it, and ends with it:
+        encode_all(texts, opens, closes), all of them alike.
+        """
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids in [0, size)."""
@@ -64,6 +69,16 @@ GIVEN: dict[str, tuple[str, str, Callable[[Path], bytes]]] = {
 FORMS = (*MADE.values(), *(form for form, _, _ in GIVEN.values()))
 
 
+class Ends(NamedTuple):
+    """Which ends of a part of a text are ends of the text."""
+
+    opens: bool = True
+    closes: bool = True
+
+
+WHOLE = Ends()
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """Pieces of text as ids, and where wanted one that ends a text: the pieces' own, else one after the last.
@@ -89,20 +104,65 @@ class Tokenizer:
     def _end(self) -> int:
         return self.pieces.size if self.pieces.end_of_text is None else self.pieces.end_of_text
 
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, Int32[L]; one longer than a million characters is encoded in parts."""
-        return np.concatenate([self.pieces.encode_all([part])[0] for part in cut(text)])
+    def encode(self, text: str, ends: Ends = WHOLE) -> np.ndarray:
+        """The ids of a text, or of a part of one, Int32[L]; one of more than a million characters is encoded in parts.
 
-    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each of some texts, Int32[L], none of them very long. Threads may call it at the same time."""
-        return self.pieces.encode_all(texts)
+        ends: whether the text begins and ends with it. Some tokenizers put a space before a text, or drop those at its
+        ends, and must not do so where other text or a blank is next to a part.
+        """
+        pieces = list(cut(text))
+        texts, found = zip(*self.parts(zip(pieces, [False] * (len(pieces) - 1) + [True]), ends.opens))
+        return np.concatenate(self.encode_all(texts, [*found[:-1], found[-1]._replace(closes=ends.closes)]))
 
-    def decode(self, ids: np.ndarray) -> str:
+    def encode_all(self, texts: Sequence[str], ends: Sequence[Ends] | None = None) -> list[np.ndarray]:
+        """The ids of each of some texts, or parts of texts, Int32[L], none of them very long. Threads may share it."""
+        if ends is None or set(ends) == {WHOLE} or not self.pieces.marks_ends:
+            return self.pieces.encode_all(texts)
+        found = [np.zeros(0, np.int32)] * len(texts)
+        for kind in set(ends):
+            at = [number for number, text in enumerate(texts) if ends[number] == kind and (text or kind == WHOLE)]
+            for number, ids in zip(at, self.pieces.encode_all([texts[number] for number in at], *kind)):
+                found[number] = ids
+        return found
+
+    def parts(self, pieces: Iterable[tuple[str, bool]], opens: bool = True) -> Iterator[tuple[str, Ends]]:
+        """The pieces of texts, each with whether its text ends with it, as parts of which each can be encoded apart.
+
+        White space on both sides of a cut passes to the side of the word that it belongs to. opens: whether the first
+        text begins with the first piece.
+        """
+        waiting = None
+        for text, closes in pieces:
+            if waiting is not None:
+                before, ends = waiting
+                if not ends.closes and self.pieces.marks_ends:
+                    word, rest = before.rstrip(), text.lstrip()
+                    space = before[len(word) :] + text[: len(text) - len(rest)]
+                    before, text = (word + space, rest) if self.space_follows else (word, space + rest)
+                yield before, ends
+                opens = ends.closes or (ends.opens and not before)
+            waiting = text, Ends(opens, closes)
+        if waiting is not None:
+            yield waiting
+
+    @cached_property
+    def space_follows(self) -> bool:
+        """Whether a space belongs to the word before it, and not as usual to the one behind it or to none."""
+        if not self.pieces.marks_ends:
+            return False
+        word, spaced = self.encode_all(["a", "a "], [Ends(False, False)] * 2)
+        return not np.array_equal(word, spaced[: len(word)])
+
+    def decode(self, ids: np.ndarray, after: np.ndarray | None = None) -> str:
         """The text of ids, Int[L]; an end of text reads `<|endoftext|>`, bytes that are no UTF-8 read U+FFFD.
+
+        after: Int[K], the ids that these follow in a text; some tokenizers drop a space where a text begins.
 
         Raises:
           ValueError: an id is not in the vocabulary (the mask is not either).
         """
+        if after is not None:
+            return self.decode(np.concatenate([after, ids]))[len(self.decode(after)) :]
         ids = np.asarray(ids, np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise ValueError(f"ids must be from 0 to {self.vocab_size - 1}, got {ids.min()} to {ids.max()}")
@@ -121,6 +181,13 @@ class Tokenizer:
         about = {"kind": self.kind, "end_of_text": self.end_of_text, "fingerprint": self.fingerprint}
         (directory / "tokenizer.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         (directory / "tokenizer.model").write_bytes(self.pieces.data)
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, what: str, advice: str) -> None:
+    """UserError where an id is outside of the vocabulary: a model has no row for it. ids: UInt or Int, of any shape."""
+    for wrong in (ids.min(initial=0), ids.max(initial=0)):
+        if not 0 <= wrong < vocab_size:
+            raise UserError(f"{what} has the id {wrong}, outside its vocabulary of {vocab_size} tokens; {advice}")
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:

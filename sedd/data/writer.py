@@ -5,6 +5,7 @@ depend on their number. What is written is recorded every few seconds, and taken
 """
 
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -19,7 +20,7 @@ import numpy as np
 from sedd.data.layout import Layout
 from sedd.data.source import LONGEST_PIECE
 from sedd.data.splits import Segment
-from sedd.data.tokenizers import Tokenizer
+from sedd.data.tokenizers import Ends, Tokenizer, check_ids
 from sedd.disk import write_whole
 
 COPIED = 2**24  # bytes copied at a time
@@ -61,9 +62,9 @@ def write_splits(
         return done["splits"]
     writers = [_SplitWriter(folder, split, token_dtype(tokenizer), done["splits"].get(split)) for split in splits]
     try:
-        chunks = _chunks(segments)
+        chunks = _chunks(_parts(tokenizer, segments))
         for _ in range(done["chunks"]):
-            progress(sum(len(segment.text.encode("utf-8")) for segment in next(chunks)))
+            progress(sum(len(segment.text.encode("utf-8")) for segment, _ in next(chunks)))
         recorded = time.monotonic()
         for number, (chunk, tokens) in enumerate(_in_order(tokenizer, chunks, splits, workers), done["chunks"] + 1):
             for writer, part in zip(writers, tokens):
@@ -113,12 +114,19 @@ def hash_of_splits(folder: Path, splits: Iterable[str], tokenizer: Tokenizer, la
     return digest.hexdigest()
 
 
-def _chunks(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
+def _parts(tokenizer: Tokenizer, segments: Iterable[Segment]) -> Iterator[tuple[Segment, Ends]]:
+    """The segments as parts of texts that can be encoded apart: a document, or what of it is in a split, is a text."""
+    segments, others = itertools.tee(segments)
+    parts = tokenizer.parts((segment.text, segment.closes) for segment in others)
+    return ((segment._replace(text=text), ends) for segment, (text, ends) in zip(segments, parts))
+
+
+def _chunks(parts: Iterable[tuple[Segment, Ends]]) -> Iterator[list[tuple[Segment, Ends]]]:
     """Segments in groups of about a million characters: what a thread tokenises at a time."""
     chunk, characters = [], 0
-    for segment in segments:
-        chunk.append(segment)
-        characters += len(segment.text)
+    for part in parts:
+        chunk.append(part)
+        characters += len(part[0].text)
         if characters >= LONGEST_PIECE:
             yield chunk
             chunk, characters = [], 0
@@ -143,14 +151,15 @@ def _in_order(tokenizer: Tokenizer, chunks: Iterator, splits: list[str], workers
         pool.shutdown(cancel_futures=True)
 
 
-def _tokenise(tokenizer: Tokenizer, chunk: list[Segment], splits: list[str]) -> list[Tokens]:
-    """The tokens of a chunk, of each split."""
-    encoded = tokenizer.encode_all([segment.text for segment in chunk])
+def _tokenise(tokenizer: Tokenizer, chunk: list[tuple[Segment, Ends]], splits: list[str]) -> list[Tokens]:
+    """The tokens of a chunk, of each split. UserError where an id is not in the vocabulary."""
+    segments, ends = zip(*chunk)
+    encoded = tokenizer.encode_all([segment.text for segment in segments], ends)
     end_of_text = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int32)
     found = []
     for split in splits:
-        parts, ends, byte_ends, total, num_bytes, num_characters = [end_of_text[:0]], [], [], 0, 0, 0
-        for segment, ids in zip(chunk, encoded):
+        parts, stops, byte_stops, total, num_bytes, num_characters = [end_of_text[:0]], [], [], 0, 0, 0
+        for segment, ids in zip(segments, encoded):
             if segment.split != split:
                 continue
             parts.append(ids)
@@ -161,10 +170,12 @@ def _tokenise(tokenizer: Tokenizer, chunk: list[Segment], splits: list[str]) -> 
                 parts.append(end_of_text)
                 total += len(end_of_text)
             if segment.closes:
-                ends.append(total)
-                byte_ends.append(num_bytes)
-        ids = np.concatenate(parts).astype(token_dtype(tokenizer))
-        found.append(Tokens(ids, np.array(ends, OFFSET), np.array(byte_ends, OFFSET), num_bytes, num_characters))
+                stops.append(total)
+                byte_stops.append(num_bytes)
+        ids = np.concatenate(parts)
+        check_ids(ids, tokenizer.vocab_size, "text that the tokenizer encoded", "choose another tokenizer")
+        ids = ids.astype(token_dtype(tokenizer))
+        found.append(Tokens(ids, np.array(stops, OFFSET), np.array(byte_stops, OFFSET), num_bytes, num_characters))
     return found
 
 

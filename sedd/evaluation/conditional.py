@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd.data.layout import Layout
-from sedd.data.tokenizers import Tokenizer
+from sedd.data.tokenizers import Ends, Tokenizer
 from sedd.diffusion import draws
 from sedd.diffusion.exact import importance_bound, order_log_likelihoods, subset_log_likelihood
 from sedd.diffusion.likelihood import count_draws, level_draws
@@ -71,7 +71,7 @@ def answers_to(
     if not texts:
         raise UserError("there are no answers to score")
     masks = isinstance(process, Absorbing)
-    context = encoded(given, tokenizer, "what is given") if given else np.zeros(0, np.int32)
+    context = encoded(given, tokenizer, "what is given", Ends(closes=False)) if given else np.zeros(0, np.int32)
     shape = (len(texts), block_length)
     tokens, free = np.full(shape, process.mask if masks else 0, np.int32), np.zeros(shape, bool)
     lengths = np.zeros(len(texts), np.int32)

@@ -12,7 +12,7 @@ from sedd.data.batches import blocks
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout, cut
 from sedd.data.source import Source
-from sedd.data.tokenizers import END_OF_TEXT, Tokenizer
+from sedd.data.tokenizers import END_OF_TEXT, WHOLE, Ends, Tokenizer
 from sedd.errors import UserError
 
 RUN = 16  # blocks of packed text in a cluster of the standard error: neighbours come from the same documents
@@ -78,13 +78,13 @@ def from_source(source: Source, tokenizer: Tokenizer, block_length: int, layout:
         return dataclasses.replace(scored, data={"source": source.spec, "hash": scored.data["hash"]})
     end = [] if source.joiner is not None or tokenizer.end_of_text is None else [tokenizer.end_of_text]
     parts, size, count, digest = [], np.zeros(2, int), 0, hashlib.sha256()
-    for text, ends_document in tqdm(source, desc="tokenising", unit=" documents", delay=2):
-        parts.append(tokenizer.encode_all([text])[0])
-        if ends_document:
+    for text, ends in tokenizer.parts(tqdm(source, desc="tokenising", unit=" documents", delay=2)):
+        parts += tokenizer.encode_all([text], [ends])
+        if ends.closes:
             parts.append(np.array(end, np.int32))
         size += len(text.encode()), len(text)
-        digest.update(text.encode() + b"\0" * ends_document)
-        count += ends_document
+        digest.update(text.encode() + b"\0" * ends.closes)
+        count += ends.closes
     tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     if not tokens.size:
         raise UserError(f"the source {source.spec} holds no text; choose another")
@@ -131,7 +131,8 @@ def from_rows(rows: np.ndarray, layout: Layout, data: dict[str, Any], num_docume
 def documents(text: Corpus | Source | Sequence[str], split: str, tokenizer: Tokenizer) -> tuple[list, dict[str, Any]]:
     """The ids of each document, Int32[T], without an end of text, empty documents too; and where they come from."""
     if isinstance(text, Corpus):
-        end, tokens, offsets = text.tokenizer.end_of_text, np.asarray(text.tokens(split)), text.offsets(split)
+        end, offsets = text.tokenizer.end_of_text, text.offsets(split)
+        tokens = text.checked(np.asarray(text.tokens(split)))
         found = [tokens[start:stop].astype(np.int32) for start, stop in zip(offsets[:-1], offsets[1:])]
         found = [ids[:-1] if len(ids) and ids[-1] == end else ids for ids in found]
         return found, {"corpus": str(text.path), "split": split, "hash": text.hash}
@@ -151,8 +152,8 @@ def marked_ids(text: str, tokenizer: Tokenizer, what: str) -> np.ndarray:
     return np.concatenate([first, *(np.append(tokenizer.end_of_text, ids) for ids in others)]).astype(np.int32)
 
 
-def encoded(text: str, tokenizer: Tokenizer, what: str) -> np.ndarray:
-    """The ids of a text, Int32[T]. UserError where it is no text at all."""
+def encoded(text: str, tokenizer: Tokenizer, what: str, ends: Ends = WHOLE) -> np.ndarray:
+    """The ids of a text, or of a part of one, Int32[T]. UserError where it is no text at all."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -160,7 +161,7 @@ def encoded(text: str, tokenizer: Tokenizer, what: str) -> np.ndarray:
         raise UserError(
             f"{what} holds {bad!a}, which is no character; read it with the encoding that it was written in"
         ) from None
-    return tokenizer.encode(text)
+    return tokenizer.encode(text, ends)
 
 
 def _documents(source: Source) -> Iterable[str]:

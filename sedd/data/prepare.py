@@ -25,8 +25,8 @@ from sedd.disk import absolute, write_whole
 from sedd.errors import UserError
 
 MOST_WORKERS = 32  # threads, unless told otherwise: each holds some megabytes
-
 FEW = 0.01  # of the tokens of a split, in documents that are also in train: some are short, such as headings
+
 
 def prepare(
     source: str | Mapping[str, str],
@@ -79,8 +79,8 @@ def prepare(
     if existing:
         counted = {name: survey(one) for name, one in sources.items()}
         _check_same(existing, divided(sources, counted, rule).origin() | request)
-        return existing
         _warn_of_copies(existing)
+        return existing
     files = stamps(file for one in sources.values() for file in one.files)
     with workplace(out, request | {"format": FORMAT, "split": split, "files": files}, "corpus") as folder:
         text = divided(sources, _counted(folder / "survey.json", sources), rule)
@@ -124,9 +124,9 @@ def _write(folder: Path, text: Text, layout: Layout, request: dict, workers: int
         counts = write_splits(written, text.segments(seed), splits, tokenizer, workers, progress.update)
     dtype = token_dtype(tokenizer)
     arrange(written, corpus, splits, dtype, None if text.in_order else philox(seed, 1))
-    meta = {
     for split, copies in also_in_train(corpus, splits, dtype).items():
         counts[split] = counts[split] | {"also_in_train": copies}
+    meta = {
         "format": FORMAT,
         **request,
         **text.origin(),
@@ -138,7 +138,6 @@ def _write(folder: Path, text: Text, layout: Layout, request: dict, workers: int
     (corpus / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-def _tokenizer(place: Path, text: Text, layout: Layout, request: dict) -> Tokenizer:
 def _warn_of_copies(corpus: Corpus):
     """A line on stderr for each split of which more than a few tokens are of documents that are in train too."""
     for split, counts in corpus.meta["splits"].items():
@@ -152,6 +151,7 @@ def _warn_of_copies(corpus: Corpus):
             )
 
 
+def _tokenizer(place: Path, text: Text, layout: Layout, request: dict) -> Tokenizer:
     """The tokenizer, made from the training text where it is not given; kept, since that may take minutes."""
     if place.is_dir():
         return load_tokenizer(place)

@@ -209,6 +209,10 @@ def validate(config: ConfigDict) -> ConfigDict:
     for key, choices in _CHOICES.items():
         if get(key) not in choices:
             raise UserError(f"config: {key} must be one of {', '.join(choices)}, not {get(key)}")
+    for group, members in config.items():
+        for name, value in members.items():
+            if type(value) in (int, float) and name != "seed" and not abs(value) < 2**31:
+                raise UserError(f"config: {group}.{name} must be less than 2**31, not {value}")
     for group, names in _POSITIVE.items():
         for name in names:
             if config[group][name] <= 0:

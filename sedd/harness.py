@@ -29,7 +29,7 @@ from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import from_texts
 from sedd.generation import Generator
 from sedd.loading import load, with_tokenizer
-from sedd.model import Model
+from sedd.model import Model, check_draws
 from sedd.prompts import Prompt
 
 try:
@@ -95,6 +95,8 @@ class Harness(LM):
     ):
         super().__init__()
         self.method, draws = method or "auto", settings.whole("draws", draws, None)
+        if draws is not None:
+            check_draws(draws)
         self.seed, self.max_gen_toks = settings.whole("seed", seed, 0), settings.whole("max_gen_toks", max_gen_toks, 64)
         if self.method not in METHODS:
             raise UserError(f"there is no method {method!r}; there are {', '.join(METHODS)}")

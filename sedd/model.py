@@ -34,6 +34,8 @@ from sedd.network.network import Network
 from sedd.parallel import fingerprint, named
 from sedd.prompts import Prompt
 
+MOST_DRAWS = 2**20
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
@@ -191,6 +193,7 @@ class Model:
         ignored: there the text ends with the answer, as the model has to be told its length. See
         `sedd.evaluation.conditional` for the methods. UserError for an empty answer, or more tokens than a block.
         """
+        check_draws(draws)
         texts = [answer] if isinstance(answer, str) else list(answer)
         answers = answers_to(given, texts, self._require_tokenizer(), self.process, self.block_length, self.layout)
         found = log_likelihoods(self.network, self.schedule, self.params, answers, method, draws, seed)
@@ -245,9 +248,9 @@ class Model:
     ) -> tuple[Report, Terms]:
         protocol = get_protocol(protocol)
         draws = draws if draws is not None else protocol.draws or self.config.evaluation.draws
-        for name, value in (("draws", draws), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}")
+        check_draws(draws)
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
         text = [texts_or_corpus] if isinstance(texts_or_corpus, str) else texts_or_corpus
         if split is not None and not isinstance(text, Corpus):
             raise UserError(f"there is no split {split!r}: a corpus has splits, a source or a list of texts has none")
@@ -280,6 +283,12 @@ class Model:
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer, so it takes no text; load it with one, or use token arrays")
         return self.tokenizer
+
+
+def check_draws(draws: int):
+    """UserError, before they take any memory, for a number of draws that nothing can be estimated with."""
+    if not 1 <= draws <= MOST_DRAWS:
+        raise UserError(f"draws must be at least 1 and at most {MOST_DRAWS:,}, not {draws}")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -200,6 +200,7 @@ def test_a_page_that_plays_back(place, capsys):
         ("eval --model={0}/run --data={0}/other/corpus", "another tokenizer"),
         ("eval --model={0}/run --split=tset", "there are train, validation, test"),
         ("eval --model={0}/run --draws=0", "draws must be at least 1"),
+        ("eval --model={0}/run --draws=1e12", "at most 1,048,576, not 1000000000000"),
         ("eval --model={0}/run --config.training.steps=1", "takes no --config"),
         ("eval", "either a --model, or --samples"),
         ("eval --model={0}/run --protocol=paper", "there are clean, sedd-paper, mdlm, duo"),

@@ -269,6 +269,7 @@ def test_a_model_without_tokenizer_is_given_one(model):
         (lambda harness: Harness("no/such/folder"), "there is no folder no/such/folder"),
         (lambda harness: Harness(), "name the model, as in --model_args pretrained=runs/mine"),
         (lambda harness: Harness(harness.model, method="best"), "there is no method 'best'; there are auto, exact"),
+        (lambda harness: Harness(harness.model, draws=10**12), "draws must be at least 1 and at most 1,048,576"),
         (lambda harness: Harness(harness.model, draws="many"), "draws must be a whole number, not 'many'"),
         (lambda harness: Harness(harness.model, metod="auto"), "takes no metod=auto; the nearest is method"),
         (lambda harness: Harness(harness.model, dtype="float16"), "takes no dtype=float16, only auto or float32"),

@@ -135,6 +135,13 @@ MISTAKES = [
     (["push", *PLACE, "--push=data/other"], "data/other: there is none here; gs://BUCKET/data/other takes it from"),
     (["run", *PLACE, "--env=A", "--", "sedd"], "A is not KEY=VALUE"),
     (["launch", *PLACE], "invalid choice: 'launch'"),
+    (["run", *PLACE, "sedd", "train"], "unrecognized arguments: sedd train; a command for the machines comes after --"),
+    (["create", *PLACE, "--type=v4-8", "--create_arg", "--reserved"], "is written --create_arg=-..."),
+    (["up", *PLACE, "--type=v4-8", "--poll=-1", "--", "sedd"], "-1 is no number of seconds"),
+    (["up", *PLACE, "--type=v4-8", "--backoff=nan", "--", "sedd"], "nan is no number of seconds"),
+    (["status", *PLACE, "--retries=-1"], "-1 is no whole number"),
+    (["logs", *PLACE, "--lines=1e3"], "1e3 is no whole number"),
+    (["stop", *PLACE, "--grace=soon"], "soon is no whole number"),
 ]
 
 
@@ -145,7 +152,20 @@ def test_mistakes(argv, message, capfd):
         status = launch.main(argv)
     except SystemExit as stopped:
         status = stopped.code
-    assert status == 2 and message in capfd.readouterr().err.splitlines()[-1]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert status == 2 and message in line
+
+
+def test_what_to_type_next_can_be_typed(capfd):
+    """Whatever the names."""
+    options = launch.parse(["delete", "--name=my tpu", "--zone=a", "--project=p'q"])
+    options.then_delete = False
+    job = launch.Job(launch.Gcloud(options), launch.Calls(0, 0.0, True), options)
+    job.there = True
+    launch._settle(job, ended=False)
+    *_, step, name, zone, project = shlex.split(capfd.readouterr().err)
+    again = launch.parse([step, name, zone, project])
+    assert (again.name, again.zone, again.project) == ("my tpu", "a", "p'q")
 
 
 def test_a_missing_program(monkeypatch, capfd):
@@ -209,6 +229,13 @@ def test_an_attempt(code, status):
     assert done.returncode == status
     if code.startswith("import sys"):
         assert (done.stdout, done.stderr) == ("1\n", "all is saved, and the same command continues\n")
+
+
+@pytest.mark.parametrize("command", [[], ["no-such-program", "train"]])
+def test_an_attempt_at_nothing_is_one_line(command):
+    argv = [sys.executable, FOLDER / "attempt.py", *command]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 127 and done.stderr.count("\n") == 1 and "there is no such command" in done.stderr
 
 
 def test_an_attempt_that_is_told_to_end():

@@ -12,11 +12,16 @@ import subprocess
 import sys
 
 STOPPED = 75  # EX_TEMPFAIL: try again
+NOT_FOUND = 127  # as a shell has it
 SAID = b"the same command continues"
 
 
 def main(argv: list[str]) -> int:
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE)
+    try:
+        process = subprocess.Popen(argv, stderr=subprocess.PIPE)
+    except (OSError, IndexError) as error:  # of an empty command
+        print(f"attempt: there is no such command: {' '.join(argv)} ({error})", file=sys.stderr)
+        return NOT_FOUND
     # All processes of a machine that goes down are told; of a container only the first one is, and passes it on. A
     # second signal would end sedd before it has saved.
     signal.signal(signal.SIGTERM, lambda *_: process.terminate() if os.getpid() == 1 else None)

@@ -79,7 +79,7 @@ class Calls:
 def _once(argv: list[str], **how) -> str:
     shown = shlex.join(argv)
     try:
-        done = subprocess.run(argv, text=True, **how)
+        done = subprocess.run(argv, encoding="utf-8", errors="replace", **how)
     except FileNotFoundError:
         raise Failed(f"there is no {argv[0]} on the PATH; install it", NOT_FOUND, final=True) from None
     except subprocess.TimeoutExpired:

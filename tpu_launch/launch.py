@@ -8,6 +8,8 @@ says what to do when one fails.
 """
 
 import argparse
+import re
+import shlex
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -69,10 +71,21 @@ def _settle(job: Job, ended: bool) -> int:
             say(f"error: {failed}")
     if not job.there:
         return 0
-    project = f" --project={job.options.project}" if job.options.project else ""
-    delete = f"python tpu_launch/launch.py delete --name={job.name} --zone={job.options.zone}{project}"
-    say(f"{job.name} is paid for until: {delete}")
+    places = {"name": job.name, "zone": job.options.zone, "project": job.options.project}
+    flags = " ".join(f"--{flag}={shlex.quote(value)}" for flag, value in places.items() if value)
+    say(f"{job.name} is paid for until: python tpu_launch/launch.py delete {flags}")
     return int(job.options.then_delete)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message):
+        if found := re.fullmatch(r"argument (--\w+): expected one argument", message):
+            message += f"; one that begins with - is written {found[1]}=-..."
+        if message.startswith("unrecognized arguments"):
+            message += "; a command for the machines comes after --"
+        self.exit(MISTAKE, f"{self.prog}: error: {message}\n")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -90,7 +103,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
@@ -116,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     step("status", "What machines and workers do.", _add_ssh)
     logs = step("logs", "What the workers print.", _add_ssh)
     logs.add_argument("--worker", default="all", help="0, 1, ... (%(default)s)")
-    logs.add_argument("--lines", type=int, default=20, help="from the end of each log (%(default)s)")
+    logs.add_argument("--lines", type=_count, default=20, help="from the end of each log (%(default)s)")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until Ctrl-C")
     step("stop", "End the command on all workers, for good; training saves first.", _add_ssh, _add_grace)
     step("delete", "Delete the machines.")
@@ -129,8 +142,8 @@ def _add_place(parser):
     parser.add_argument("--project", help="(gcloud's own)")
     parser.add_argument("--backend", choices=BACKENDS, default="gcloud", help="(%(default)s)")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, run none")
-    parser.add_argument("--retries", type=int, default=5, help="of each command, and of the job (%(default)s)")
-    parser.add_argument("--backoff", type=float, default=10, help="seconds before one, then doubled (%(default)s)")
+    parser.add_argument("--retries", type=_count, default=5, help="of each command, and of the job (%(default)s)")
+    parser.add_argument("--backoff", type=_seconds, default=10, help="seconds before one, then doubled (%(default)s)")
 
 
 def _add_machines(parser):
@@ -141,7 +154,7 @@ def _add_machines(parser):
 
 
 def _add_poll(parser):
-    parser.add_argument("--poll", type=float, default=60, help="seconds between looks (%(default)s)")
+    parser.add_argument("--poll", type=_seconds, default=60, help="seconds between looks (%(default)s)")
 
 
 def _add_ssh(parser):
@@ -164,7 +177,7 @@ def _add_command(parser):
 
 
 def _add_grace(parser):
-    parser.add_argument("--grace", type=int, default=300, help="seconds to save in, before it is killed (%(default)s)")
+    parser.add_argument("--grace", type=_count, default=300, help="seconds to save in, then it is killed (%(default)s)")
 
 
 def _source(text: str) -> Source:
@@ -175,6 +188,22 @@ def _source(text: str) -> Source:
     return Source(text, str(path))
 
 
+def _count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 on")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds from 0 on")
+    return seconds
+
+
 def _setting(text: str) -> tuple[str, str]:
     key, found, value = text.partition("=")
     if not found or not key.isidentifier():
@@ -183,4 +212,5 @@ def _setting(text: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of a worker's log, what the terminal has no character for
     sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,6 @@ class Bytes:
 
     size: ClassVar[int] = 256
     end_of_text: ClassVar[None] = None
-    marks_ends: ClassVar[bool] = False
     data: bytes = b""
 
     @classmethod

@@ -16,7 +16,6 @@ class Characters:
     """Ids in the order of code points. `data` is the alphabet, in UTF-8."""
 
     end_of_text: ClassVar[None] = None
-    marks_ends: ClassVar[bool] = False
     data: bytes = field(repr=False)
 
     @classmethod

@@ -11,6 +11,7 @@ from threading import BoundedSemaphore
 import numpy as np
 
 from sedd.data.tokenizer_ends import Rules, marks_ends, rules_inside
+from sedd.disk import absolute
 from sedd.errors import UserError
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # what ends a text, the first that there is
@@ -116,6 +117,7 @@ def gpt2_data(folder: Path) -> bytes:
     Raises:
       UserError: they are not there, or not like GPT-2's.
     """
+    folder = Path(absolute(folder))
     names = next((names for names in GPT2_FILES if all((folder / name).is_file() for name in names)), None)
     if names is None:
         wanted = " or ".join(" and ".join(names) for names in GPT2_FILES)

@@ -31,13 +31,13 @@ class Pieces(Protocol):
     data: bytes
     size: int
     end_of_text: int | None  # an id of its own vocabulary that ends a text; no text has it in its ids
-    marks_ends: bool  # whether a text's first and last ids may be others than those of the same words inside of a text
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids in [0, size) of each text, Int32[L].
 
-        Where `marks_ends`, it also takes whether the text of which each is a part begins with it, and ends with it:
-        encode_all(texts, opens, closes), all of them alike.
+        A tokenizer whose first and last ids of a text may be others than those of the same words inside of one says so
+        by an attribute `marks_ends`. It is then also asked for parts of texts, as encode_all(texts, opens, closes):
+        whether the texts begin, and whether they end, with these parts.
         """
 
     def decode(self, ids: np.ndarray) -> str:
@@ -45,9 +45,10 @@ class Pieces(Protocol):
 
 
 def _file(path: Path) -> bytes:
-    if not path.is_file():
+    file = Path(absolute(path))
+    if not file.is_file():
         raise UserError(f"there is no tokenizer file {str(path)!r}; correct the path")
-    return path.read_bytes()
+    return file.read_bytes()
 
 
 TOKENIZERS: dict[str, type[Pieces]] = {
@@ -116,7 +117,7 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[str], ends: Sequence[Ends] | None = None) -> list[np.ndarray]:
         """The ids of each of some texts, or parts of texts, Int32[L], none of them very long. Threads may share it."""
-        if ends is None or set(ends) == {WHOLE} or not self.pieces.marks_ends:
+        if ends is None or set(ends) == {WHOLE} or not self._marks_ends:
             return self.pieces.encode_all(texts)
         found = [np.zeros(0, np.int32)] * len(texts)
         for kind in set(ends):
@@ -135,7 +136,7 @@ class Tokenizer:
         for text, closes in pieces:
             if waiting is not None:
                 before, ends = waiting
-                if not ends.closes and self.pieces.marks_ends:
+                if not ends.closes and self._marks_ends:
                     word, rest = before.rstrip(), text.lstrip()
                     space = before[len(word) :] + text[: len(text) - len(rest)]
                     before, text = (word + space, rest) if self.space_follows else (word, space + rest)
@@ -145,10 +146,14 @@ class Tokenizer:
         if waiting is not None:
             yield waiting
 
+    @property
+    def _marks_ends(self) -> bool:
+        return getattr(self.pieces, "marks_ends", False)
+
     @cached_property
     def space_follows(self) -> bool:
         """Whether a space belongs to the word before it, and not as usual to the one behind it or to none."""
-        if not self.pieces.marks_ends:
+        if not self._marks_ends:
             return False
         word, spaced = self.encode_all(["a", "a "], [Ends(False, False)] * 2)
         return not np.array_equal(word, spaced[: len(word)])
@@ -258,7 +263,7 @@ def given_data(spec: str) -> bytes | None:
     if kind not in GIVEN or not option:
         raise UserError(f"unknown tokenizer {spec!r}; write {', '.join(FORMS)}")
     _, kind, read = GIVEN[kind]
-    data = read(Path(absolute(option)))
+    data = read(Path(option))
     try:
         TOKENIZERS[kind](data).size  # noqa: B018, it loads the vocabulary
     except UserError as error:

@@ -246,6 +246,15 @@ def test_a_saved_tokenizer_comes_back(tokenizer, tmp_path):
         assert np.array_equal(loaded.encode(text), tokenizer.encode(text))
 
 
+def test_a_saved_tokenizer_whose_end_of_text_was_another_id_is_refused(tmp_path):
+    """As where a library, or an older version, read the file otherwise."""
+    make_tokenizer("bytes", [], end_of_text=True).save(tmp_path)
+    about = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(about.replace("256", "5"))
+    with pytest.raises(UserError, match="is damaged; prepare the corpus or export the model again"):
+        load_tokenizer(tmp_path)
+
+
 def test_the_fingerprint_tells_tokenizers_apart():
     made = [make_tokenizer(spec, TEXTS, ends) for spec in [*SPECS, "sentencepiece:350"] for ends in (False, True)]
     assert len({tokenizer.fingerprint for tokenizer in made}) == len(made)

@@ -206,7 +206,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         about = json.loads((directory / "tokenizer.json").read_bytes())
         pieces = TOKENIZERS[about["kind"]]((directory / "tokenizer.model").read_bytes())
         tokenizer = Tokenizer(about["kind"], pieces, about["end_of_text"] is not None)
-        if tokenizer.fingerprint == about["fingerprint"]:
+        if (tokenizer.fingerprint, tokenizer.end_of_text) == (about["fingerprint"], about["end_of_text"]):
             return tokenizer
     except FileNotFoundError as error:
         names = ("tokenizer.json", "tokenizer.model")  # in a bucket, the error does not name the file

@@ -176,7 +176,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     rules = "documents:0.9,0.05,0.05, position:90,5,5 or last:100000 (documents; position where they are few)"
     prep.add_argument("--split", metavar="RULE", help=rules)
     prep.add_argument("--tokenizer", default="sentencepiece:8000", help=f"{', '.join(tokenizers.FORMS)} (%(default)s)")
-    prep.add_argument("--out", required=True, help="the corpus directory to make")
+    prep.add_argument("--out", action=_Once, required=True, help="the corpus directory to make")
     modes = "packed, one stream of text, or padded, documents in rows of their own (%(default)s)"
     prep.add_argument("--mode", default="packed", help=modes)
     prep.add_argument("--padding", help="of padded documents: scored, or ignored (the default)")
@@ -184,9 +184,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     prep.add_argument("--workers", type=_whole, help="threads (one a core); the corpus does not depend on them")
 
     train = command("train", commands.train, "Train, or continue the run that is in --workdir.", True)
-    train.add_argument("--config", help="a file with get_config(), such as experiments/quickstart.py; else the default")
-    train.add_argument("--workdir", help="where the run goes; required, but for a dry run")
-    train.add_argument("--init_from", metavar="MODEL", help="a model whose weights a new run starts from")
+    text = "a file with get_config(), such as experiments/quickstart.py; else the default"
+    train.add_argument("--config", action=_Once, help=text)
+    train.add_argument("--workdir", action=_Once, help="where the run goes; required, but for a dry run")
+    text = "a model whose weights a new run starts from"
+    train.add_argument("--init_from", action=_Once, metavar="MODEL", help=text)
     train.add_argument("--dry_run", action="store_true", help="print sizes, memory and operations; train nothing")
 
     evaluate = command(
@@ -203,10 +205,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate.add_argument("--draws", type=_whole, help="noise levels a block (the protocol's; the config's)")
     evaluate.add_argument("--seed", type=_whole, help="of the noise (0)")
     evaluate.add_argument("--batch_size", type=_whole, help="blocks at a time over all devices; changes no number")
-    evaluate.add_argument("--out", help="a folder for the report, and for what is scored, so that a job can go on")
+    text = "a folder for the report, and for what is scored, so that a job can go on"
+    evaluate.add_argument("--out", action=_Once, help=text)
     text = "instead of text: what `sedd sample --json` printed"
     evaluate.add_argument("--samples", action=_Once, metavar="FILE", help=text)
-    evaluate.add_argument("--judge", help="with --samples: a folder of a language model, for generative perplexity")
+    text = "with --samples: a folder of a language model, for generative perplexity"
+    evaluate.add_argument("--judge", action=_Once, help=text)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     sample = command("sample", commands.sample, "Draw texts.")
@@ -220,8 +224,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     compare.add_argument("--samplers", default="tweedie,euler", help=f"of {_SAMPLERS} (%(default)s)")
     compare.add_argument("--steps", default="8,16,32,64,128", help="of each sampler (%(default)s)")
     compare.add_argument("--num_samples", type=_whole, default=64, help="at each point (%(default)s)")
-    compare.add_argument("--judge", help="a folder of a language model (the model itself, by its bound)")
-    compare.add_argument("--out", help="a folder for sweep.json and sweep.png")
+    compare.add_argument("--judge", action=_Once, help="a folder of a language model (the model itself, by its bound)")
+    compare.add_argument("--out", action=_Once, help="a folder for sweep.json and sweep.png")
     _add_drawing(compare)
 
     infill = command("infill", commands.infill, "Fill in the blanks of texts.")
@@ -247,7 +251,8 @@ def _add_sampling(parser):
     parser.add_argument("--sampler", default="tweedie", help=f"{_SAMPLERS} (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a text")
     parser.add_argument("--watch", action="store_true", help="show the texts emerging, in the terminal")
-    parser.add_argument("--html", metavar="FILE", help="write a page that plays back how the texts emerged")
+    text = "write a page that plays back how the texts emerged"
+    parser.add_argument("--html", action=_Once, metavar="FILE", help=text)
 
 
 def _add_drawing(parser):

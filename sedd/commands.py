@@ -99,7 +99,8 @@ def evaluate(args, _):
         raise UserError("--judge goes with --samples; a model's own number needs none")
     if args.data and args.source:
         raise UserError("give either --data or --source")
-    protocols = [get_protocol(name.strip()).name for name in (args.protocol or "clean").split(",")]
+    names = ["clean"] if args.protocol is None else args.protocol.split(",")
+    protocols = [get_protocol(name.strip()).name for name in names]
     if args.against and len(protocols) > 1:
         raise UserError("--against takes one protocol")
     _join()

@@ -218,6 +218,8 @@ def test_a_page_that_plays_back(place, capsys):
         ("eval --samples={0}/tiny.txt --protocol=mdlm", "--protocol goes with --model"),
         ("eval --samples={0}/tiny.txt --seed=1", "--seed goes with --model"),
         ("eval --model={0}/run --model={0}/other", "--model: given twice"),
+        ("eval --model={0}/run --protocol=", "there are clean, sedd-paper, mdlm, duo"),
+        ("train --config=a.py --config=b.py --workdir={0}/new", "--config: given twice, as a.py and b.py"),
         ("eval --samples={0}/tiny.txt --tokenizer=characters", "is made from text; name one that is there"),
         ("eval --samples={0}/tiny.txt", "is cut off"),
         ("sweep --model={0}/run --steps=8,many", "--steps takes numbers"),

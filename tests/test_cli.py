@@ -2,6 +2,7 @@
 
 import ast
 import html
+import importlib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -317,6 +319,21 @@ def test_what_to_type_next_can_be_typed(place, capsys, monkeypatch):
         args, _ = parse(shlex.split(line)[1:])
         assert args.model == workdir
     assert len(lines) == 3
+
+
+def test_what_the_quickstart_says_to_type_next_can_be_typed(capsys, monkeypatch):
+    module = importlib.import_module("sedd.quickstart")
+    report = types.SimpleNamespace(num_bytes=1, bits_per_byte=1.0, bits_per_byte_error=0.1)
+    drawn = types.SimpleNamespace(texts=["text"])
+    model = types.SimpleNamespace(block_length=32, perplexity=lambda _: report, sample=lambda **_: drawn)
+    model.infill = lambda *_, **__: drawn
+    for name, value in (("prepare", None), ("train", model), ("baselines", {})):
+        monkeypatch.setattr(module, name, lambda *_, value=value: value)
+    assert main(["quickstart", "--workdir=my runs/a's"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  sedd")]
+    found = [parse(shlex.split(line)[1:])[0] for line in lines]
+    assert [args.model for args in found[:3]] == ["my runs/a's"] * 3 and len(found) == 5
+    assert found[1].template == ["GREEK SMALL LETTER<blank:1> WITH TONOS"]
 
 
 def test_version_and_exit_status_of_the_process():

@@ -129,7 +129,7 @@ def program():
 sys.exit(streams.run(program))
 """
     (tmp_path / "program.py").write_text(code)
-    runs = [f"{sys.executable} program.py {ends}; echo $? >&2" for ends in ("> /dev/full", ">&-", "2>&-")]
+    runs = [f"{sys.executable} program.py {ends}; echo $? >&2" for ends in ("> /dev/full", ">&-", "<&- 2>&-")]
     environment = {**os.environ, "PYTHONPATH": str(Path(streams.__file__).parent)}  # so that no JAX is imported
     command = ["bash", "-c", "; ".join(runs)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -14,6 +14,7 @@ from sedd.errors import UserError
 from sedd.network.attention import ATTENTION, check_sizes
 from sedd.network.network import PREDICTIONS, Network
 from sedd.network.trunk import REMAT
+from sedd.seeds import check_seed
 
 PROCESSES = {"absorbing": Absorbing, "uniform": Uniform}
 SCHEDULES = {
@@ -106,7 +107,6 @@ _POSITIVE = {
     "evaluation": ("draws",),
 }
 _NOT_NEGATIVE = (
-    "training.seed",
     "training.skips",
     "optimizer.weight_decay",
     "checkpoint.keep_every",
@@ -228,6 +228,7 @@ def validate(config: ConfigDict) -> ConfigDict:
     except ValueError as error:
         raise UserError(f"config: {error}") from None
     training, network = config.training, config.network
+    check_seed(training.seed, "config: training.seed")
     if not 0 < training.min_time < 1:
         raise UserError(f"config: training.min_time must lie in (0, 1), not {training.min_time}")
     if config.checkpoint.keep_best and not config.evaluation.every:

@@ -15,6 +15,7 @@ from sedd import parallel, processes, prompts
 from sedd.data.layout import Layout
 from sedd.data.splits import philox
 from sedd.data.tokenizers import Tokenizer
+from sedd.diffusion.draws import fold, root_key
 from sedd.diffusion.process import Absorbing
 from sedd.diffusion.samplers import Sampler, State, advance, begin
 from sedd.diffusion.schedule import Schedule
@@ -23,6 +24,7 @@ from sedd.errors import UserError
 from sedd.network.network import Network
 from sedd.prompts import Laid, Prompt
 from sedd.samplers import Wanted, named_sampler
+from sedd.settings import jax_defaults
 
 _WINDOWS = 2**31  # later windows fold this, and their number, into the key; the rows of the first fold smaller ones
 _LOOKS = 32  # how often a loop of many steps returns to the host, which shows how far it is and can be interrupted
@@ -87,6 +89,7 @@ class Generator:
             lengths = [self.block_length] * num_samples
         return self.draw([prompts.blank(length) for length in lengths], **settings)
 
+    @jax_defaults()
     def draw(
         self,
         rows: list[Prompt],
@@ -116,8 +119,7 @@ class Generator:
             raise UserError(f"top_p must lie in (0, 1], not {top_p}")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
-        if not -(2**63) <= seed < 2**63:
-            raise UserError(f"seed must be a number of 64 bits, not {seed}")
+        key = root_key(seed)
         parts = parallel.row_parts(self.params)
         group = min(len(rows), batch_size or parts * self.network.rows_at_once(self.block_length))
         params, where = parallel.beside(self.params, group)
@@ -126,7 +128,7 @@ class Generator:
         hidden = watch is not None or not processes.is_first()
         with tqdm(desc="sampling", unit="step", delay=2, total=0, disable=hidden) as bar:
             generator = dataclasses.replace(self, params=params)
-            loop = _Loop(generator, where, sampler, reshaped, jax.random.key(seed), trace, watch, bar)
+            loop = _Loop(generator, where, sampler, reshaped, key, trace, watch, bar)
             starts = range(0, len(rows), group)
             drawn = [loop(laid, np.arange(start, start + group), len(starts)) for start in starts]
         return self._collected(drawn, rows, laid)
@@ -241,7 +243,7 @@ class _Loop(NamedTuple):
                 within, state, known = (array[shown, :width] for array in (laid.within[row], whole(x), given))
                 self.watch(rows[shown], np.where(within, state, -1), known & within, steps)
 
-            key = jax.random.fold_in(self.key, _WINDOWS + number) if number else self.key
+            key = fold(self.key, _WINDOWS + number) if number else self.key
             start = np.take_along_axis(tokens, at, axis=1)
             state = self._run(key, start, here, lengths, rows, groups * len(windows), look if self.watch else None)
             np.put_along_axis(tokens, at, state.tokens, axis=1)

@@ -14,6 +14,7 @@ from sedd import config as configs
 from sedd import parallel, pretrained, storage
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import given_tokenizer, load_tokenizer
+from sedd.diffusion.draws import root_key
 from sedd.errors import UserError
 from sedd.model import Model
 from sedd.parallel import named, placed
@@ -52,7 +53,7 @@ def _load(path: str | Path) -> Model:
     config.network.attention = "xla"  # the same function, at any length and on any device
     tokenizer = load_tokenizer(directory / "tokenizer") if (directory / "tokenizer").is_dir() else None
     process, schedule, network = configs.build(config, about["vocab_size"])
-    like = jax.eval_shape(network.init, jax.random.key(0))
+    like = jax.eval_shape(network.init, root_key(0))
     weights = directory / "weights.safetensors"
     params = _exported(weights, like) if weights.is_file() else _trained(directory, step, config, like)
     layout = Layout.from_json(about["layout"]) if "layout" in about else Layout()  # of 0.1.0, all of them packed

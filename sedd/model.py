@@ -33,6 +33,8 @@ from sedd.generation import Drawing, Generator, Samples
 from sedd.network.network import Network
 from sedd.parallel import fingerprint, named
 from sedd.prompts import Prompt
+from sedd.seeds import check_seed
+from sedd.settings import jax_defaults
 
 MOST_DRAWS = 2**20
 
@@ -58,6 +60,7 @@ class Model:
         """The length it was trained at, in tokens; the default of sampling and infilling."""
         return self.config.data.block_length
 
+    @jax_defaults()
     def log_score(
         self,
         tokens: jax.Array,
@@ -246,6 +249,7 @@ class Model:
         out: str | Path | None = None,
         progress: bool = True,
     ) -> tuple[Report, Terms]:
+        check_seed(seed)
         protocol = get_protocol(protocol)
         draws = draws if draws is not None else protocol.draws or self.config.evaluation.draws
         check_draws(draws)

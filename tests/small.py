@@ -1,4 +1,6 @@
-"""A corpus and a network small enough to be trained inside a test."""
+"""A corpus and a network small enough to be trained inside a test; and the settings of JAX that it may run under."""
+
+import contextlib
 
 import jax
 
@@ -12,6 +14,25 @@ NETWORK = ("network.width=16", "network.layers=2", "network.heads=2", "network.c
 ADAMW = ("optimizer.name=adamw", "optimizer.learning_rate=0.01", "optimizer.warmup_steps=2")  # compiles twice as fast
 SETTINGS = (*NETWORK, *ADAMW, "data.block_length=16", "training.batch_size=8", "training.steps=6")
 MUON = ("optimizer.name=muon", "optimizer.learning_rate=0.02")  # as in the default
+
+# The global settings of JAX that change numbers, or what runs at all, each set to something else than its default.
+JAX_SETTINGS = {
+    "prng rbg": lambda: jax.default_prng_impl("rbg"),
+    "prng unsafe_rbg": lambda: jax.default_prng_impl("unsafe_rbg"),
+    "threefry not partitionable": lambda: jax.threefry_partitionable(False),
+    "x64": lambda: jax.enable_x64(True),
+    "strict dtypes": lambda: jax.numpy_dtype_promotion("strict"),
+    "strict ranks": lambda: jax.numpy_rank_promotion("raise"),
+}
+
+
+@contextlib.contextmanager
+def unusual_jax_settings(*names):
+    """A block under these settings of JAX; all of them where none is named."""
+    with contextlib.ExitStack() as stack:
+        for name in names or JAX_SETTINGS:
+            stack.enter_context(JAX_SETTINGS[name]())
+        yield
 
 
 def write_files(folder, texts):

@@ -53,8 +53,8 @@ def test_rows_do_not_depend_on_their_grouping(numbers):
     assert np.array_equal(data.batch(reopened, 32, 5, 7, 79).tokens, rows[-5:])
 
 
-def test_every_integer_is_a_seed(numbers):
-    seeds = (-2, -1, 0, 1, 2**63, 2**64 - 3)
+def test_every_number_of_64_bits_is_a_seed(numbers):
+    seeds = (0, 1, 2**32, 2**63, 2**64 - 3, 2**64 - 1)
     assert len({data.batch(numbers, 32, 8, seed, 0).tokens.tobytes() for seed in seeds}) == len(seeds)
 
 

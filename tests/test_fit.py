@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from small import SETTINGS, parts, small_config, small_corpus
+from small import SETTINGS, parts, small_config, small_corpus, unusual_jax_settings
 
 import sedd
 from sedd import config as configs
@@ -48,7 +48,8 @@ def test_training_learns_and_reports(corpus, tmp_path, capsys):
     assert all(corpus.tokenizer.decode(np.array(sample["tokens"])) == sample["text"] for sample in samples)
     err = capsys.readouterr().err
     assert "step 60, sample 2 of 2\n" + samples[-1]["text"] in err and "step 50: validation_nats_per_token" in err
-    again = sedd.train(config, tmp_path / "run")  # finished: nothing is left to do
+    with unusual_jax_settings():  # it is read, whatever these are
+        again = sedd.train(config, tmp_path / "run")  # finished: nothing is left to do
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == len(records)
 
@@ -107,7 +108,8 @@ def test_interrupted_and_started_again_is_uninterrupted(corpus, whole, tmp_path,
 def test_restore_walks_back_to_the_newest_that_verifies(corpus, tmp_path, capsys):
     """A changed byte is noticed; without any whole checkpoint there is one clear line, and nothing starts anew."""
     config = small_config(corpus, "checkpoint.every=3")
-    wanted = sedd.train(config, tmp_path / "run").params
+    with unusual_jax_settings():
+        wanted = sedd.train(config, tmp_path / "run").params
     damage(tmp_path / "run/checkpoints/6")
     older = sedd.load(tmp_path / "run").params
     assert re.search(r"step 6 is damaged \(.*\); going back to step 3\n", capsys.readouterr().err)

@@ -37,7 +37,7 @@ ROOMS = [
     "network",
     "diffusion",
 ]
-LEAVES = {"disk", "errors", "version"}  # what anyone may import
+LEAVES = {"disk", "errors", "seeds", "settings", "version"}  # what anyone may import
 ALONE = {"data", "diffusion"}  # rooms that know of no other
 DIFFUSION = [
     "correct",
@@ -89,8 +89,18 @@ def test_the_mathematics_knows_no_network():
         assert "flax" not in file.read_text()
         for module in imports(file):
             other = module.split(".")[-1]
-            if other != "diffusion":
+            if other not in LEAVES | {"diffusion"}:
                 assert DIFFUSION.index(name) < DIFFUSION.index(other), f"{name} imports {other}"
+
+
+def test_keys_are_made_in_one_place():
+    """Where their implementation is named: JAX's default may be one whose numbers depend on the batch."""
+    for file in PACKAGE.rglob("*.py"):
+        calls = (node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
+        names = {ast.unparse(function) for function in calls}
+        made = {name for name in names if name.split(".")[-1] in ("PRNGKey", "wrap_key_data", "default_rng")}
+        made |= names & {"jax.random.key", "random.key", "jax.random.fold_in", "random.fold_in"}
+        assert not made or file.name == "draws.py", f"{file.name} calls {', '.join(made)}"
 
 
 def test_importing_does_nothing():

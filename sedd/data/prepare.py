@@ -23,6 +23,7 @@ from sedd.data.workplace import stamps, workplace
 from sedd.data.writer import arrange, hash_of_splits, token_dtype, write_splits
 from sedd.disk import absolute, write_whole
 from sedd.errors import UserError
+from sedd.seeds import check_seed
 
 MOST_WORKERS = 32  # threads, unless told otherwise: each holds some megabytes
 FEW = 0.01  # of the tokens of a split, in documents that are also in train: some are short, such as headings
@@ -61,7 +62,7 @@ def prepare(
       UserError: a spec is wrong, the source is empty or too short to split, or `out` holds something else.
     """
     out = Path(absolute(out)).resolve()
-    layout = make_layout(mode, padding)
+    layout, seed = make_layout(mode, padding), check_seed(seed)
     if workers is not None and workers < 1:
         raise UserError(f"there must be at least one worker, not {workers}")
     existing = _existing(out)

@@ -17,6 +17,7 @@ import numpy as np
 from sedd.data.source import Piece
 from sedd.data.survey import Survey
 from sedd.errors import UserError
+from sedd.seeds import check_seed
 
 SPLITS = ("train", "validation", "test")
 FEW_DOCUMENTS = 40  # fewer are cut in order by default, since 5 per cent of them is no sample
@@ -143,8 +144,8 @@ def check_sizes(rule: Rule, counted: Survey, source: str):
 
 
 def philox(seed: int, purpose: int) -> np.random.Generator:
-    """The random numbers of one purpose."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, purpose], np.uint64)))
+    """The random numbers of one purpose. UserError for a seed that is none."""
+    return np.random.Generator(np.random.Philox(key=np.array([check_seed(seed), purpose], np.uint64)))
 
 
 def _shared(total: int, proportions: tuple[float, ...]) -> dict[str, int]:

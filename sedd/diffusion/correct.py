@@ -81,8 +81,8 @@ class Gibbs(Corrector):
         # Rows with less room repeat their positions, which then draw the same.
         count = jnp.maximum(jnp.sum(free, axis=-1, keepdims=True), 1)
         room = jnp.clip(count // _APART, 1, self.width)
-        start = jnp.floor(draws.uniform(keys)[:, None] * count).astype(jnp.int32)
-        slots = (start + jnp.arange(self.width) % room * count // room) % count
+        start = jnp.floor(draws.uniform(keys)[:, None] * count.astype(jnp.float32)).astype(jnp.int32)
+        slots = (start + jnp.arange(self.width)[None] % room * count // room) % count
         return jnp.take_along_axis(jnp.argsort(~free, axis=-1, stable=True), slots, axis=-1).astype(jnp.int32)
 
     def correct(self, process, keys, denoiser, x, sigma, entry):

@@ -1,7 +1,9 @@
 """Every random draw of the diffusion, and how its key is made.
 
 Noise is keyed by (seed, global row, purpose or step, position), never by the shape of a batch: no grouping of rows
-into batches, and no choice of the positions that are asked for, changes a sample. Keys are typed (`jax.random.key`).
+into batches, and no choice of the positions that are asked for, changes a sample. That needs keys whose numbers are the
+same alone and in a batch, as threefry's are; those of JAX's hardware generators ("rbg") are not. So a key is made by
+`root_key`, which names its implementation, and one from elsewhere becomes one of that kind (`threefry`).
 
 JAX's default Gumbel noise is truncated in float32: it never draws an event rarer than about 1e-7, and an outcome of
 probability 1e-3 that is spread over 50 000 states never at all (Zheng et al., arXiv 2409.02908). So all draws here are
@@ -12,12 +14,42 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from sedd.errors import UserError
+from sedd.seeds import check_seed
 
 BLOCK = 128  # states in a block of `categorical`, at most: the unit to which heads are padded
+_THREEFRY = "threefry2x32"
+
+
+def root_key(seed: int) -> jax.Array:
+    """The key of a seed of 64 bits, whatever generator JAX makes keys of by default. Key[].
+
+    Below 2**32 it is JAX's own `jax.random.key(seed)`, which cuts larger seeds to 32 bits. UserError for other numbers.
+    """
+    words = divmod(check_seed(seed), 2**32)
+    return jax.random.wrap_key_data(jnp.array(words, jnp.uint32), impl=_THREEFRY)
+
+
+def threefry(keys: jax.Array) -> jax.Array:
+    """Keys of any kind as ones of threefry: typed, or the words of untyped ones. Key[...] or UInt32[... W] -> Key[...].
+
+    By their first 64 bits: in those an "rbg" key is the key that JAX's default makes of the same seed. UserError for
+    what is no key.
+    """
+    typed = jax.dtypes.issubdtype(getattr(keys, "dtype", None), jax.dtypes.prng_key)
+    if typed and str(jax.random.key_impl(keys)) == _THREEFRY:
+        return keys
+    words = jax.random.key_data(keys) if typed else keys
+    if getattr(words, "dtype", None) != np.uint32 or words.ndim < 1 or words.shape[-1] < 2:
+        raise UserError("a key is made by jax.random.key(seed), and has at least 64 bits")
+    return jax.random.wrap_key_data(jnp.asarray(words[..., :2]), impl=_THREEFRY)
 
 
 def _each(draw: Callable, keys: jax.Array, *args: jax.Array):
     """Maps `draw(key, *args)` over every key of an array of keys."""
+    keys = threefry(keys)
     for _ in range(keys.ndim):
         draw = jax.vmap(draw)
     return draw(keys, *args)
@@ -25,6 +57,7 @@ def _each(draw: Callable, keys: jax.Array, *args: jax.Array):
 
 def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
     """The key of each row by its global index. rows: Int[B] -> Key[B]."""
+    key = threefry(key)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
@@ -78,7 +111,8 @@ def categorical(keys: jax.Array, log_weights: jax.Array) -> jax.Array:
     # Weights are padded, and summed, in one pass over the states; padded log weights would be a copy of them.
     weights = jnp.pad(jnp.exp(log_weights - top), [(0, 0)] * keys.ndim + [(0, -states % size)])
     mass = jnp.sum(weights.reshape(*keys.shape, -1, size), axis=-1)
-    within = _race(fold(keys, 0), jnp.log(mass))[..., None] * size + jnp.arange(size, dtype=jnp.int32)
+    first = _race(fold(keys, 0), jnp.log(mass))[..., None] * size
+    within = first + jax.lax.broadcasted_iota(jnp.int32, (*keys.shape, size), keys.ndim)
     there = jnp.take_along_axis(log_weights, within, axis=-1, mode="fill", fill_value=-jnp.inf) - top
     return within[..., 0] + _race(fold(keys, 1), there)
 

@@ -43,10 +43,11 @@ def subset_log_likelihood(
     if n == 0:
         return jnp.zeros(())
     log_r = _log_r_of_subsets(process, denoiser, x0, positions, batch_size, lengths)
-    subsets, bits = jnp.arange(2**n)[:, None], 1 << jnp.arange(n)
+    subsets, bits = jnp.arange(2**n)[:, None], (1 << jnp.arange(n))[None]
     holds = (subsets & bits) > 0
     before = subsets & ~bits  # each set without each of its members
-    step = log_r[before, jnp.arange(n)] - jnp.log(n + 1 - jnp.sum(holds, axis=-1, keepdims=True)).astype(log_r.dtype)
+    left = n + 1 - jnp.sum(holds, axis=-1, keepdims=True, dtype=log_r.dtype)
+    step = log_r[before, jnp.arange(n)[None]] - jnp.log(left)
 
     def grow(_, log_g):  # the k-th time, the sets of k members get their sums
         reached = jax.nn.logsumexp(jnp.where(holds, log_g[before] + step, -jnp.inf), axis=-1)
@@ -64,13 +65,14 @@ def _log_r_of_subsets(process, denoiser, x0, positions, batch_size, lengths) -> 
     n = positions.shape[0]
     rows = min(batch_size, 2**n - 1)
     groups = -(-(2**n - 1) // rows)
-    told, asked = x0[positions], jnp.broadcast_to(positions, (rows, n))
+    told, asked = (jnp.broadcast_to(array, (rows, n)) for array in (x0[positions], positions))
+    lengths = None if lengths is None else jnp.broadcast_to(lengths, rows)
 
     def answers(subsets):
-        revealed = (subsets[:, None] >> jnp.arange(n)) & 1 > 0
+        revealed = (subsets[:, None] >> jnp.arange(n)[None]) & 1 > 0
         x = jnp.broadcast_to(x0, (rows, *x0.shape)).at[:, positions].set(process.hide(told, ~revealed))
         log_clean = denoiser(x, process.sigma_seen(x, lengths), asked)
-        return jnp.take_along_axis(log_clean, jnp.broadcast_to(told, asked.shape)[..., None], axis=-1)[..., 0]
+        return jnp.take_along_axis(log_clean, told[..., None], axis=-1)[..., 0]
 
     return jax.lax.map(answers, jnp.arange(groups * rows).reshape(groups, rows)).reshape(-1, n)
 

@@ -96,7 +96,7 @@ def level_draws(
     """
 
     def at(keys, stratum, strata):
-        level = (stratum + _uniform(draws.fold(keys, 0))) / strata
+        level = _within(stratum, strata, draws.fold(keys, 0))
         bound = sigma_bound(process, stats_fn, draws.fold(keys, 1), x0, level, low, high, free)
         sigma, weight = _noise_at(process, level, low, high)
         terms = (-jnp.expm1(-sigma), weight * jnp.exp(-sigma), bound.diffusion, bound.reconstruction)
@@ -130,8 +130,8 @@ def count_draws(
     pairs = paired(num_draws)
 
     def at(keys, stratum, strata):
-        share = (stratum + _uniform(draws.fold(keys, 0))) / strata
-        k = jnp.minimum(1 + (share * n).astype(jnp.int32), n)
+        share = _within(stratum, strata, draws.fold(keys, 0))
+        k = jnp.minimum(1 + (share * n.astype(share.dtype)).astype(jnp.int32), n)
         rows = (draws.fold(keys, 1), x0, k, free, lengths)
         if not pairs:
             loss = count_loss(process, stats_fn, *rows).sum(-1)
@@ -168,7 +168,7 @@ def time_draws(
     """
 
     def at(keys, *_):
-        t = eps + (1 - eps) * (stratum + _uniform(draws.fold(keys, 0))) / strata
+        t = eps + (1 - eps) * _within(stratum, strata, draws.fold(keys, 0))
         loss = denoising_loss(process, schedule, stats_fn, draws.fold(keys, 1), x0, t).sum(-1)
         share = -jnp.expm1(-schedule.sigma(t))
         width = (1 - eps) * schedule.rate(t) * jnp.exp(-schedule.sigma(t))  # d share, of one time's
@@ -214,6 +214,7 @@ def _noise_at(process: Process, level: jax.Array, low: float, high: float) -> tu
     return sigma, power * even ** (power - 1) * span / alpha
 
 
-def _uniform(keys: jax.Array) -> jax.Array:
-    """U[0, 1), one a key, in the default precision."""
-    return draws.uniform(keys, jnp.result_type(float))
+def _within(stratum: jax.Array, strata: int, keys: jax.Array) -> jax.Array:
+    """Uniform on a stratum of [0, 1), one draw a key, in the default precision. Int[] or Int[B], Key[B] -> Float[B]."""
+    dtype = jnp.result_type(float)
+    return (jnp.asarray(stratum, dtype) + draws.uniform(keys, dtype)) / strata

@@ -66,5 +66,6 @@ def count_loss(
     x = process.hide(x0, masked)
     sigma = process.sigma_seen(x, lengths)
     entropy = process.score_entropy(stats_fn(x, sigma, x0), x, x0, sigma[:, None])
+    n, k = n.astype(sigma.dtype), k.astype(sigma.dtype)
     weight = jnp.expm1(sigma) * n / k  # e^sigma - 1 turns the score entropy into a cross-entropy
     return jnp.where(masked, weight[:, None] * entropy, 0.0)

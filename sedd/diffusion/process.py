@@ -61,7 +61,7 @@ class Process(abc.ABC):
         """A draw of x at noise sigma. keys: Key[B]; x0: Int[B L] -> Int32[B L]; SEDD, equations 13 and 14."""
         sites = draws.sites(keys, jnp.arange(x0.shape[-1]))
         touched = draws.bernoulli(draws.fold(sites, 0), -jnp.expm1(-jnp.broadcast_to(sigma, x0.shape)))
-        return jnp.where(touched, self._noise(draws.fold(sites, 1)), x0).astype(jnp.int32)
+        return jnp.where(touched, self._noise(draws.fold(sites, 1)), x0.astype(jnp.int32))
 
     def prior(self, keys: jax.Array, length: int) -> jax.Array:
         """A draw from the law in which the noise ends. Key[B] -> Int32[B length]."""
@@ -114,9 +114,12 @@ class Absorbing(Process):
         With k of a row's n positions masked it is that of the middle of the k-th of n equal shares,
         1 - alpha = (k - 1/2) / n. lengths: Int[B], n where it is not all L; what follows is not counted.
         """
-        within = True if lengths is None else jnp.arange(x.shape[-1]) < lengths[..., None]
-        masked = jnp.sum((x == self.mask) & within, axis=-1)
-        share = (jnp.maximum(masked, 1) - 0.5) / (x.shape[-1] if lengths is None else jnp.maximum(lengths, 1))
+        masked = x == self.mask
+        if lengths is not None:
+            masked &= jax.lax.broadcasted_iota(lengths.dtype, x.shape, x.ndim - 1) < lengths[..., None]
+        masked = jnp.sum(masked, axis=-1, dtype=float)
+        length = x.shape[-1] if lengths is None else jnp.maximum(lengths, 1).astype(masked.dtype)
+        share = (jnp.maximum(masked, 1) - 0.5) / length
         return -jnp.log1p(-share)
 
     def log_transition(self, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -215,7 +218,7 @@ class Uniform(Process):
         """
         here = jnp.take_along_axis(log_clean, x[..., None], axis=-1)[..., 0]
         rates = jax.nn.sigmoid(self.log_score(log_clean, here, sigma)) / self.vocab_size
-        return jnp.where(jnp.arange(self.vocab_size) == x[..., None], 0.0, rates)
+        return jnp.where(jax.nn.one_hot(x, self.vocab_size, dtype=bool), 0.0, rates)
 
     def log_transition(self, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
         """log q(x | x0) at noise sigma. Float[...]."""
@@ -263,7 +266,7 @@ class Uniform(Process):
 
     def rate(self, log_clean: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
         """The reverse rates pi_x s_y per unit sigma, 0 at y = x. Float[... V]; SEDD, equation 3."""
-        current = jnp.arange(self.vocab_size) == x[..., None]
+        current = jax.nn.one_hot(x, self.vocab_size, dtype=bool)
         here = jnp.take_along_axis(log_clean, x[..., None], axis=-1)[..., 0]
         score = jnp.exp(self.log_score(log_clean, here, sigma))
         return jnp.where(current, 0.0, score / self.vocab_size)
@@ -274,7 +277,7 @@ class Uniform(Process):
         p(y) = q(x | y) m_y / m_x, q from sigma_next to sigma, m_y at sigma_next, m_x at sigma: for y != x a product
         of positive numbers, whose sum is taken without the term at x.
         """
-        current = jnp.arange(self.vocab_size) == x[..., None]
+        current = jax.nn.one_hot(x, self.vocab_size, dtype=bool)
         sigma = jnp.broadcast_to(sigma, x.shape)
         sigma_next = jnp.broadcast_to(sigma_next, x.shape)
         here = jnp.take_along_axis(log_clean, x[..., None], axis=-1)[..., 0]

@@ -81,11 +81,12 @@ def _calls(bucket: jax.Array, free: jax.Array, calls: int, width: int) -> Call:
     number = jnp.where(free[rows, order], number, calls)  # of the call; what is given has none
     if width == length:
         number = jnp.zeros_like(number).at[rows, order].set(number)
-        return Call(None, number == jnp.arange(calls)[:, None, None])
+        return Call(None, number[None] == jnp.arange(calls)[:, None, None])
     size = jnp.zeros((len(free), calls), int).at[rows, number].add(1, mode="drop")
     end = jnp.cumsum(size, axis=-1).T[..., None]
     start = end - size.T[..., None]
-    slots = jnp.minimum(start, length - width) + jnp.arange(width)  # near the end a call looks at earlier ones again
+    # Near the end a call looks at earlier ones again.
+    slots = jnp.minimum(start, length - width) + jnp.arange(width)[None, None]
     return Call(order[rows, slots].astype(jnp.int32), (slots >= start) & (slots < end))
 
 
@@ -177,7 +178,7 @@ class FixedCounts(Reveal):
     def uncovered(self, count: jax.Array) -> jax.Array:
         """How many of `count` free positions are uncovered after each call but the last. Int[...] -> Int[... K - 1]."""
         share = np.cumsum(self.weights)[:-1] / np.sum(self.weights)
-        product = count.astype(jnp.float32)[..., None] * share.astype(np.float32)
+        product = count.astype(jnp.float32)[..., None] * share.astype(np.float32).reshape(*[1] * count.ndim, -1)
         return jnp.round(product).astype(jnp.int32)
 
     def bucket(self, keys, free):

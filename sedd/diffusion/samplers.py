@@ -150,7 +150,7 @@ class Trapezoidal(Tweedie):
         return Jump(jnp.clip(2 * new.p_move - old.p_move, 0.0, 1.0), jnp.log(jnp.maximum(weights, 0.0)))
 
     def calls(self, steps):
-        return 2 * steps - (steps == self.steps)
+        return jnp.where(steps == self.steps, 2 * steps - 1, 2 * steps)
 
 
 def halves(entry: Interval) -> tuple[Interval, Interval]:
@@ -301,5 +301,5 @@ def sample(
     task, state = begin(key, sampler, tokens, free, rows, trace)
     steps, _, x, states = advance(task, state, denoiser, sampler)
     if trace:
-        states = jnp.where(jnp.arange(task.steps)[:, None, None] < steps, states, x)
+        states = jnp.where(jnp.arange(task.steps)[:, None, None] < steps, states, x[None])
     return Sampled(x, sampler.calls(steps), states)

@@ -36,8 +36,8 @@ def score_stats(log_score: jax.Array, x: jax.Array, x0: jax.Array) -> ScoreStats
 
     A mask column is left out where x is the mask; elsewhere the absorbing process has no use for the statistics.
     """
-    others = jnp.arange(log_score.shape[-1]) != x[..., None]
-    count = jnp.sum(others, axis=-1)
+    others = ~jax.nn.one_hot(x, log_score.shape[-1], dtype=bool)
+    count = jnp.sum(others, axis=-1, dtype=log_score.dtype)
     target = jnp.take_along_axis(log_score, x0[..., None], axis=-1)[..., 0]
 
     def total(values):

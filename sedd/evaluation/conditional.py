@@ -29,6 +29,8 @@ from sedd.errors import UserError
 from sedd.evaluation.scoring import ends
 from sedd.evaluation.text import encoded
 from sedd.network.network import Network
+from sedd.seeds import check_seed
+from sedd.settings import jax_defaults
 
 METHODS = ("auto", "exact", "bound", "orders", "margin", "entropy")
 MOST_EXACT = 12  # tokens: 4095 network rows
@@ -96,6 +98,7 @@ def answers_to(
     return Answers(tokens, free, None if masks and not layout.binds_lengths else lengths)
 
 
+@jax_defaults()
 def log_likelihoods(
     network: Network,
     schedule: Schedule,
@@ -111,7 +114,7 @@ def log_likelihoods(
     tokens at 64), and else "bound" for all: a bound and what it bounds cannot be compared. num_draws: network rows of
     "bound", orders of "orders". UserError, before any compilation.
     """
-    counts = answers.free.sum(axis=1)
+    seed, counts = check_seed(seed), answers.free.sum(axis=1)
     if method not in METHODS:
         raise UserError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
     if num_draws < 2 * _REPLICATE or num_draws % _REPLICATE:
@@ -129,7 +132,7 @@ def log_likelihoods(
     if method == "exact":
         found = (_exact(network, params, answers, number) for number in range(len(counts)))
         return [LogLikelihood(nats, None, "exact", False) for nats in found]
-    rows = (jax.random.key(seed), answers.tokens, answers.free, answers.lengths)
+    rows = (draws.root_key(seed), answers.tokens, answers.free, answers.lengths)
     return _together(network, params, rows, method, num_draws)
 
 
@@ -233,7 +236,7 @@ def _uniform(network, schedule, params, answers: Answers, method, num_draws, see
         )
     if method not in ("auto", "bound"):
         raise UserError(f"method={method!r} is for the absorbing process; a uniform model has 'bound'")
-    run = functools.partial(_levels, network, *ends(network, schedule), params, jax.random.key(seed))
+    run = functools.partial(_levels, network, *ends(network, schedule), params, draws.root_key(seed))
     rows = (answers.tokens, answers.free, answers.lengths)
     return [_mean(row, "levels") for row in _replicated(run, network, num_draws, *rows)]
 

@@ -31,11 +31,14 @@ from sedd.evaluation.scoring import Record, ends, levels_of, num_values, score
 from sedd.evaluation.statistics import ratio
 from sedd.evaluation.text import Scored
 from sedd.network.network import Network
+from sedd.seeds import check_seed
+from sedd.settings import jax_defaults
 from sedd.version import __version__
 
 SHOWN = 0.5  # seconds between running estimates
 
 
+@jax_defaults()
 def perplexity(
     network: Network,
     schedule: Schedule,
@@ -55,7 +58,7 @@ def perplexity(
     about: what identifies model and tokenizer, for the record; folder: keeps what is scored (`Record`), goes on from
     what is there, and has report.json in the end; mesh: by default over all devices, the parameters on each of them.
     """
-    about = {**(about or {}), "data": scored.data}
+    seed, about = check_seed(seed), {**(about or {}), "data": scored.data}
     job = {} if folder is None else _job(network, schedule, scored, about, protocol, num_draws, seed)
     if mesh is None:
         mesh = parallel.data_mesh()

@@ -68,7 +68,7 @@ def score(
     size = -(-size // devices) * devices
     bind = scored.layout.binds_lengths or not isinstance(network.process, Absorbing)
     static = (network, schedule, protocol, num_draws, bind, mesh, ends(network, schedule))
-    run = functools.partial(_records, *static, params, jax.random.key(seed))
+    run = functools.partial(_records, *static, params, draws.root_key(seed))
     here = parallel.local_rows(mesh, size)
     for first in range(start, number, size):
         at = np.arange(first, first + size) % number  # one shape for all; what is over is dropped
@@ -120,7 +120,7 @@ def levels_of(
 ) -> np.ndarray:
     """Where the draws of the first rows lie: what the records of these rows begin with, Float32[number M 2]."""
     static = (network.process, schedule, protocol, num_draws, ends(network, schedule))
-    return np.asarray(_levels(*static, jax.random.key(seed), jnp.arange(number)))
+    return np.asarray(_levels(*static, draws.root_key(seed), jnp.arange(number)))
 
 
 def _flat(found: Draws) -> jax.Array:

@@ -17,7 +17,8 @@ def attend(how: str, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Arra
     What the queries beyond a row's length get is nobody's business. UserError where `how` does not run here.
     """
     check_platform(how, jax.default_backend())
-    return ATTENTION[how](q, k, v, lengths)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # JAX's own functions promote
+        return ATTENTION[how](q, k, v, lengths)
 
 
 def check_platform(how: str, platform: str):
@@ -79,7 +80,7 @@ def _splash_of_device(q, k, v, lengths):
 
 def _valid(x, lengths):
     """Bool[B L]"""
-    return jnp.arange(x.shape[1]) < lengths[:, None]
+    return jnp.arange(x.shape[1])[None] < lengths[:, None]
 
 
 ATTENTION = {"xla": _xla, "cudnn": _cudnn, "splash": _splash}

@@ -15,6 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from sedd.diffusion import draws
 from sedd.diffusion.process import Absorbing, Process, log_expm1
 from sedd.diffusion.score import Denoiser, ScoreStats, StatsFn, clean_stats, score_stats
 from sedd.network.trunk import Head, Trunk, padded
@@ -78,15 +79,15 @@ class Network:
 
     def init(self, key: jax.Array) -> dict:
         """Fresh parameters, float32: {"trunk": ..., "head": ...}. Pure; can be jitted, sharded or only traced."""
-        tokens, sigma = jnp.zeros((1, 2), jnp.int32), jnp.ones(1)
-        for_trunk, for_head = jax.random.split(key)
+        tokens, sigma = jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.float32)
+        for_trunk, for_head = jax.random.split(draws.threefry(key))
         trunk = self.trunk.init(for_trunk, tokens, sigma)
-        hidden, condition = jnp.zeros((1, 2, self.width)), jnp.zeros((1, 1, self.condition))
-        return {"trunk": trunk["params"], "head": self.head.init(for_head, hidden, condition)["params"]}
+        sites = (jnp.zeros((1, 2, self.width), jnp.float32), jnp.zeros((1, 1, self.condition), jnp.float32))
+        return {"trunk": trunk["params"], "head": self.head.init(for_head, *sites)["params"]}
 
     def num_parameters(self) -> int:
         """How many parameters there are, the rows of padding not counted."""
-        params = jax.eval_shape(self.init, jax.random.key(0))
+        params = jax.eval_shape(self.init, draws.root_key(0))
         stored = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
         spare = padded(self.process.num_states) - self.process.num_states
         return stored - spare * (self.width + self.width + 1)
@@ -103,7 +104,7 @@ class Network:
         """
 
         def denoise(x, sigma, positions=None):
-            told = jnp.clip(sigma, *self.sigma_range)
+            told = self._clipped(sigma)
             hidden, condition = self._hidden(params, x, told, lengths=lengths, given=given)
             if positions is not None:
                 hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
@@ -130,7 +131,8 @@ class Network:
         """
 
         def stats(x, sigma, x0):
-            hidden, condition = self._hidden(params, x, jnp.clip(sigma, *self.sigma_range), keys, lengths, given)
+            sigma = sigma.astype(jnp.float32)
+            hidden, condition = self._hidden(params, x, self._clipped(sigma), keys, lengths, given)
             sites = (hidden, jnp.broadcast_to(condition[:, None], (*x.shape, self.condition)), x, x0)
             sites = (*sites, jnp.broadcast_to(sigma[:, None], x.shape))
             if not masked_pairs:
@@ -153,6 +155,7 @@ class Network:
         Told the noise as it is, unclipped, like the published models. Under no mask the absorbing process has no use
         for it.
         """
+        sigma = sigma.astype(jnp.float32)
         hidden, condition = self._hidden(params, x, sigma, lengths=lengths, given=given)
         logits = self._logits(params, hidden, condition[:, None])
         if self.prediction == "score":
@@ -160,6 +163,9 @@ class Network:
         log_clean = self._log_clean(logits, x, sigma[:, None])
         log_noised = self.process.log_noised(log_clean, sigma[:, None])
         return log_noised - jnp.take_along_axis(log_noised, x[..., None], axis=-1)
+
+    def _clipped(self, sigma):
+        return jnp.clip(sigma.astype(jnp.float32), *self.sigma_range)
 
     def _hidden(self, params, x, sigma, keys=None, lengths=None, given=None):
         if given is not None and not self.observed:
@@ -177,7 +183,7 @@ class Network:
     def _free_log_score(self, logits, x, sigma):
         if isinstance(self.process, Absorbing):
             logits = logits - (log_expm1(sigma) + math.log(self.process.vocab_size))[..., None]
-        return jnp.where(jnp.arange(self.process.num_states) == x[..., None], 0.0, logits)
+        return jnp.where(jax.nn.one_hot(x, self.process.num_states, dtype=bool), 0.0, logits)
 
     def _stats(self, params, tightened, hidden, condition, x, x0, sigma) -> ScoreStats:
         logits = self._logits(params, hidden, condition)

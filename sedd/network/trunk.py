@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from sedd.diffusion import draws
 from sedd.network.attention import attend
 from sedd.network.layout import ROWS, SPLIT, laid
 
@@ -82,13 +83,13 @@ class Linear(nn.Module):
     def __call__(self, x):
         features = self.features if isinstance(self.features, tuple) else (self.features,)
         init = nn.initializers.zeros if self.zero else _like_torch(x.shape[-1])
-        kernel = self.param("kernel", init, (x.shape[-1], *features))
+        kernel = self.param("kernel", init, (x.shape[-1], *features), jnp.float32)
         taken, made = SPLIT if self.split == "in" else None, SPLIT if self.split == "out" else None
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # on CPUs the gradient of 3-D products takes twice as long
         made = (*(None,) * (len(features) - 1), made)
         y = checkpoint_name(_product(flat, kernel, taken, made), "dot")
         if self.use_bias:
-            y = y + self.param("bias", init, features).astype(self.dtype)
+            y = y + self.param("bias", init, features, jnp.float32)[None].astype(self.dtype)
         return y.reshape(*x.shape[:-1], *features)
 
 
@@ -104,15 +105,20 @@ def _dropout(x, rate: float, keys, number):
     """Drops entries by each example's own key. x: Float[B L D]; keys: Key[B], or None to drop nothing."""
     if keys is None or rate == 0:
         return x
-    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, x.shape[1:]))(keys)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(draws.fold(keys, number))
     return jnp.where(kept, x / (1 - rate), 0.0)
+
+
+def _frequencies(count: int):
+    """The geometric series from 1 towards 1 / 10000. Float32[1 count]."""
+    return (10000.0 ** (-jnp.arange(count, dtype=jnp.float32) / count))[None]
 
 
 def _rotated(x):
     """Rotary positions, base 10000, halves paired (Su et al., arXiv 2104.09864). x: Float[B L ... K]."""
     length, half = x.shape[1], x.shape[-1] // 2
-    frequency = 10000.0 ** (-jnp.arange(half) / half)
-    angle = (jnp.arange(length)[:, None] * frequency).reshape(length, *[1] * (x.ndim - 3), half)
+    position, frequency = jnp.arange(length, dtype=jnp.float32), _frequencies(half)
+    angle = (position[:, None] * frequency).reshape(1, length, *[1] * (x.ndim - 3), half)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -169,13 +175,13 @@ class Trunk(nn.Module):
 
         Returns hidden: Float32[B L D] and condition: Float32[B C].
         """
-        table = self.param("embedding", nn.initializers.normal(self.embedding_std), (padded(self.states), self.width))
+        normal, shape = nn.initializers.normal(self.embedding_std), (padded(self.states), self.width)
+        table = self.param("embedding", normal, shape, jnp.float32)
         h = laid(laid(table, SPLIT)[tokens], ROWS)
         if self.observed:
-            flag = self.param("given", nn.initializers.normal(self.embedding_std), (self.width,))
-            h = h if given is None else jnp.where(given[..., None], h + flag, h)
-        frequency = 10000.0 ** (-jnp.arange(FREQUENCIES // 2) / (FREQUENCIES // 2))
-        angle = sigma[:, None].astype(jnp.float32) * frequency
+            flag = self.param("given", normal, (self.width,), jnp.float32)
+            h = h if given is None else jnp.where(given[..., None], h + flag[None, None], h)
+        angle = sigma[:, None].astype(jnp.float32) * _frequencies(FREQUENCIES // 2)
         features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
         hidden = nn.silu(Linear(self.condition, name="sigma_in")(features))
         condition = nn.silu(Linear(self.condition, name="sigma_out")(hidden))

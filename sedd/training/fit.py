@@ -17,9 +17,11 @@ from sedd import disk, parallel, processes, storage
 from sedd.data.batches import batches, check_block_length
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.data.layout import Layout
+from sedd.diffusion.draws import root_key
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.network.network import Network
+from sedd.settings import jax_defaults
 from sedd.training.board import Board, check_installed
 from sedd.training.checkpoint import Checkpoints, steps_saved
 from sedd.training.chips import peak_flops
@@ -42,6 +44,7 @@ class Interrupted(KeyboardInterrupt):
         self.step = step
 
 
+@jax_defaults()
 def fit(config: ConfigDict, workdir: str | Path, weights: dict | None = None, init_from: str | None = None) -> Summary:
     """Trains to `config.training.steps`, from the newest checkpoint where the folder holds this run.
 
@@ -168,7 +171,7 @@ class _Run:
 
 def _fitting(weights: dict, network: Network, what: str) -> dict:
     """The weights, laid out as the network's parameters are. UserError, naming the first leaf that does not fit."""
-    like = jax.eval_shape(network.init, jax.random.key(0))
+    like = jax.eval_shape(network.init, root_key(0))
     given, expected = parallel.named(weights), parallel.named(like)
 
     def shown(leaf):

@@ -38,10 +38,10 @@ def random_given(keys: jax.Array, valid: jax.Array) -> jax.Array:
     both are given. At least one token stays free, in a row that has any; valid tokens stand before the others.
     """
     kind, share, place = (draws.uniform(draws.fold(keys, number))[:, None] for number in range(3))
-    n, position = jnp.sum(valid, axis=-1, keepdims=True), jnp.arange(valid.shape[-1])
-    count = jnp.minimum((share * n).astype(jnp.int32), n - 1)  # share * n can be rounded to n
+    n, position = jnp.sum(valid, axis=-1, keepdims=True), jnp.arange(valid.shape[-1])[None]
+    count = jnp.minimum((share * n.astype(share.dtype)).astype(jnp.int32), n - 1)  # share * n can be rounded to n
     scattered = draws.ranks(draws.fold(keys, 3), valid) < count
-    begin = jnp.round(jnp.clip(2 * place - 0.5, 0, 1) * count).astype(jnp.int32)
+    begin = jnp.round(jnp.clip(2 * place - 0.5, 0, 1) * count.astype(place.dtype)).astype(jnp.int32)
     around = (position < begin) | (position >= begin + n - count)
     return valid & (kind >= 0.5) & jnp.where(kind < 0.75, scattered, around)
 
@@ -90,7 +90,7 @@ class Objective:
 
         None: all are scored; none is given, and the network has no flag for it. lengths: Int[B].
         """
-        valid = None if lengths is None else jnp.arange(length) < lengths[:, None]
+        valid = None if lengths is None else jnp.arange(length)[None] < lengths[:, None]
         if not self.network.observed:
             return valid, None
         valid = jnp.ones((len(rows), length), bool) if valid is None else valid
@@ -111,7 +111,7 @@ class Objective:
         # most ceil(u (n - n')) <= n - n' for n > n', and at most 0 else; so it is 1 + max(n, n') or less.
         level = self._level(rows // 2, key, self.batch_size // 2)
         lengths = jnp.maximum(lengths, 1)  # a row without tokens costs nothing, whatever it is told
-        below = jnp.minimum((level * lengths).astype(jnp.int32), lengths - 1)
+        below = jnp.minimum((level * lengths.astype(level.dtype)).astype(jnp.int32), lengths - 1)
         return jnp.where(rows % 2 == 0, 1 + below, lengths - below)
 
     def sigma(
@@ -126,4 +126,4 @@ class Objective:
     def _level(self, index, key, count):
         """U[0, 1) in the stratum of each index among `count`. Int[B] -> Float[B]."""
         own = draws.uniform(draws.fold(draws.row_keys(key, index), _LEVEL))
-        return (jnp.asarray(strata(count))[index] + own) / count
+        return (jnp.asarray(strata(count), own.dtype)[index] + own) / count

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from sedd import parallel
 from sedd.data.batches import Batch
+from sedd.diffusion import draws
 from sedd.training.objective import Objective
 from sedd.training.optimizer import learning_rate
 
@@ -36,7 +37,7 @@ def init_state(
 ) -> TrainState:
     """The state before the first step, a pure function to be jitted with its shardings; from fresh parameters, or
     from those told."""
-    params = objective.network.init(jax.random.key(config.training.seed)) if params is None else params
+    params = objective.network.init(draws.root_key(config.training.seed)) if params is None else params
     ema = jax.tree.map(jnp.copy, params) if config.training.ema_decay else None
     return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
 
@@ -79,7 +80,7 @@ def make_step(
             return advanced(state, batch)
 
     def advanced(state, batch):
-        key = jax.random.fold_in(jax.random.key(training.seed), state.step)
+        key = draws.fold(draws.root_key(training.seed), state.step)
         loss, gradient, of_each = loss_and_gradient(state.params, batch, key)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

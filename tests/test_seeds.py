@@ -1,0 +1,80 @@
+"""Seeds of 64 bits: all bits are used, and what is no seed is one line, wherever a seed is taken."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import small_config, small_corpus
+
+import sedd
+from sedd import config as configs
+from sedd import data
+from sedd.diffusion import draws
+
+NO_SEEDS = (-1, 2**64, 1.5, "7", None)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def model(corpus):
+    config = small_config(corpus)
+    process, schedule, network = configs.build(config, corpus.vocab_size)
+    return sedd.Model(config, network.init(draws.root_key(0)), corpus.tokenizer, process, schedule, network)
+
+
+def test_a_key_has_all_bits_of_its_seed():
+    """Below 2**32 it is JAX's own."""
+    for seed in (0, 7, 2**31, 2**32 - 1, np.int64(5)):
+        wanted = jax.random.key(seed, impl="threefry2x32")
+        np.testing.assert_array_equal(jax.random.key_data(draws.root_key(seed)), jax.random.key_data(wanted))
+    seeds = [7, 7 + 2**32, 7 + 2**63, 2**64 - 1, 2**32 - 1]
+    assert len({draws.uniform(draws.root_key(seed)).item() for seed in seeds}) == len(seeds)
+
+
+def test_samples_and_bounds_use_all_bits(model):
+    drawn = [model.sample(4, length=16, steps=2, seed=seed).tokens for seed in (7, 7 + 2**32, 7 + 2**63)]
+    assert not np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[1], drawn[2])
+
+
+def test_training_and_its_batches_use_all_bits(corpus):
+    seeds = (7, 7 + 2**32, 7 + 2**63)
+    assert len({data.batch(corpus, 16, 8, seed, 0).tokens.tobytes() for seed in seeds}) == len(seeds)
+    for seed in (2**32 + 7, 2**64 - 1):
+        assert configs.override(configs.default(), [f"training.seed={seed}"]).training.seed == seed
+
+
+@pytest.mark.parametrize("seed", NO_SEEDS)
+def test_what_is_no_seed_is_one_line(model, corpus, tmp_path, seed):
+    """Before anything is drawn, compiled or written."""
+    for ask in (
+        lambda: model.sample(seed=seed),
+        lambda: model.infill("the <blank:3>", seed=seed),
+        lambda: model.perplexity(corpus, seed=seed, out=tmp_path / "out"),
+        lambda: model.compare(model, corpus, seed=seed),
+        lambda: model.log_likelihood("a", seed=seed),
+        lambda: data.batch(corpus, 16, 8, seed, 0),
+        lambda: sedd.prepare(f"text:{corpus.path.parent}/texts/*.txt", "characters", tmp_path / "made", seed),
+        lambda: draws.root_key(seed),
+    ):
+        with pytest.raises(sedd.UserError, match="^seed must be a whole number from 0 to 2..64 - 1") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_is_told_which_numbers_are_seeds():
+    for seed in (-1, 2**64):
+        with pytest.raises(sedd.UserError, match="config: training.seed must be a whole number from 0"):
+            configs.override(configs.default(), [f"training.seed={seed}"])
+    with pytest.raises(sedd.UserError, match="config: training.steps must be less than 2..31"):
+        configs.override(configs.default(), [f"training.steps={2**31}"])
+
+
+def test_an_index_beyond_31_bits_has_noise_of_its_own():
+    """Rows are keyed by numbers of 32 bits; later blocks of long texts take those from 2**31 on."""
+    rows = jnp.array([5, 2**31 - 1, 2**31, 2**31 + 5, 2**32 - 1], jnp.uint32)
+    assert len(np.unique(draws.uniform(draws.row_keys(draws.root_key(0), rows)))) == len(rows)

@@ -1,0 +1,208 @@
+"""The global settings of JAX, which people switch on for their own programs: no result depends on one."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import JAX_SETTINGS, MUON, NETWORK, small_config, small_corpus, unusual_jax_settings
+
+import sedd
+from sedd import config as configs
+from sedd.diffusion import draws
+from sedd.diffusion.exact import order_log_likelihoods, subset_log_likelihood
+from sedd.diffusion.likelihood import count_draws, level_draws, time_draws
+from sedd.diffusion.loss import denoising_loss
+from sedd.diffusion.score import edited, in_block, nucleus, stats_from, temperature, told_share
+from sedd.evaluation.conditional import Answers, log_likelihoods
+from sedd.evaluation.perplexity import perplexity
+from sedd.evaluation.text import from_corpus
+from sedd.generation import Generator
+from sedd.network.network import Network
+from sedd.parallel import data_mesh
+from sedd.samplers import SAMPLERS, Wanted, named_sampler
+from sedd.training.objective import Objective
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def generator(corpus):
+    """A small model that was never trained, but believes something."""
+    config = small_config(corpus, "network.layers=1")
+    _, schedule, network = configs.build(config, corpus.vocab_size)
+    params = jax.tree.map(
+        lambda leaf: 0.3 * np.cos(np.arange(leaf.size, dtype=np.float32)).reshape(leaf.shape),
+        jax.eval_shape(network.init, draws.root_key(0)),
+    )
+    return Generator(network, params, schedule, corpus.tokenizer, corpus.layout, config.data.block_length)
+
+
+def numbers(generator, corpus):
+    """A bound in batches of two sizes, samples, and the likelihood of an answer."""
+    model = generator.network, generator.schedule, generator.params
+    scored, device, found = from_corpus(corpus, "train", 16), data_mesh(jax.devices()[:1]), {}
+    for rows in (8, 32):
+        settings = dict(num_draws=2, batch_size=rows, mesh=device, progress=False)
+        found[f"bound, {rows} rows"] = perplexity(*model, scored, **settings)[0].nats_per_token
+    found["samples"] = generator.sample(32, length=12, steps=3, batch_size=8).tokens
+    tokens, free = np.zeros((1, 16), np.int32), np.arange(16)[None] == 3
+    found["answer"] = log_likelihoods(*model, Answers(tokens, free, None), "exact")[0].nats
+    return found
+
+
+@pytest.fixture(scope="module")
+def usual(generator, corpus):
+    return numbers(generator, corpus)
+
+
+@pytest.mark.parametrize("name", JAX_SETTINGS)
+def test_evaluation_and_sampling_do_not_depend_on_a_setting(generator, corpus, usual, name):
+    """Bit for bit; and a bound depends on no batch size, but for the rounding of its sums."""
+    with unusual_jax_settings(name):
+        found = numbers(generator, corpus)
+    for what, value in usual.items():
+        np.testing.assert_array_equal(found[what], value, err_msg=what)
+    assert found["bound, 8 rows"] == pytest.approx(found["bound, 32 rows"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [(), MUON], ids=["adamw", "muon"])
+def test_training_does_not_depend_on_settings(corpus, tmp_path, optimizer):
+    """State and losses, bit for bit; each trained model loads under the other's settings. Parameters are float32."""
+    config = small_config(corpus, "training.ema_decay=0.9", "evaluation.every=3", *optimizer)
+    wanted = sedd.train(config, tmp_path / "usual")
+    with unusual_jax_settings():
+        found = sedd.train(config, tmp_path / "unusual")
+        again = sedd.load(tmp_path / "usual")
+        again.save(tmp_path / "exported")
+        exported = sedd.load(tmp_path / "exported")
+    for params in (found.params, again.params, exported.params, sedd.load(tmp_path / "unusual").params):
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+        jax.tree.map(np.testing.assert_array_equal, params, wanted.params)
+    usual, unusual = (read_records(tmp_path / run / "metrics.jsonl") for run in ("usual", "unusual"))
+    for name in ("loss", "gradient_norm", "validation_nats_per_token"):
+        assert [record.get(name) for record in usual] == [record.get(name) for record in unusual]
+
+
+def read_records(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg", "untyped"])
+def test_keys_of_any_kind_draw_as_independently_of_the_batch(impl):
+    """A key of the caller's is one of threefry: noise of a row is the same alone and among others."""
+    key = jax.random.PRNGKey(7) if impl == "untyped" else jax.random.key(7, impl=impl)
+    keys = jax.random.split(key, 8)
+    for make in (lambda rows: draws.row_keys(key, rows), lambda rows: draws.fold(keys[rows], 3)):
+        whole = draws.uniform(make(jnp.arange(8)))
+        assert len(np.unique(whole)) == 8
+        np.testing.assert_array_equal(draws.uniform(make(jnp.arange(2, 5))), whole[2:5])
+    if impl != "unsafe_rbg":  # the same seed draws the same
+        usual, found = (draws.uniform(draws.row_keys(one, jnp.arange(8))) for one in (draws.root_key(7), key))
+        np.testing.assert_array_equal(found, usual)
+
+
+def test_what_is_no_key_is_refused():
+    for nothing in (0, None, np.zeros(2), jnp.zeros((), jnp.uint32)):
+        with pytest.raises(sedd.UserError, match="a key is made by jax.random.key"):
+            draws.row_keys(nothing, jnp.arange(3))
+
+
+# What runs inside a caller's own program, under the caller's settings. All is traced only: promotions fail there.
+
+STRICT = ("strict dtypes", "strict ranks")
+V, L, B = 5, 8, 4
+PROCESSES = {"absorbing": sedd.Absorbing(V), "uniform": sedd.Uniform(V)}
+
+
+def small_network(process, **settings):
+    sizes = {name.partition(".")[2]: int(value) for name, value in (setting.split("=") for setting in NETWORK)}
+    return Network(process, sigma_range=(1e-3, 7.0), **sizes, **settings)
+
+
+@pytest.mark.parametrize(
+    "name, levels, settings, jax_settings",
+    [
+        ("absorbing", "counts", dict(prediction="denoiser", dropout=0.1, scan=True), STRICT),
+        ("absorbing", "times", dict(prediction="score"), ("x64", "prng rbg")),
+        ("uniform", "times", dict(prediction="score", observed=True), STRICT),
+    ],
+)
+def test_a_network_is_float32_under_any_settings(name, levels, settings, jax_settings):
+    """Parameters, gradients, scores and beliefs."""
+    network = small_network(PROCESSES[name], **settings)
+    objective = Objective(network, sedd.LogLinear(), B, levels)
+    tokens, lengths = jnp.ones((B, L), jnp.int32), jnp.array([3, 8, 5, 8])
+
+    def step(key, sigma):
+        params = network.init(key)
+        gradient = jax.grad(lambda params: jnp.sum(objective(params, tokens, jnp.arange(B), key, lengths)))(params)
+        believed = network.denoiser(params)(tokens, sigma, tokens[:, :2])
+        return params, gradient, believed, network.log_score(params, tokens, sigma)
+
+    with unusual_jax_settings(*jax_settings):
+        found = jax.eval_shape(step, jax.random.key(0), jnp.ones(B))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32"}
+
+
+def believed(process):
+    """A Denoiser of a few numbers that see the tokens and the noise, under the strictest settings."""
+
+    def denoiser(x, sigma, positions=None):
+        seen = jax.nn.one_hot(x, V, dtype=sigma.dtype) * sigma[:, None, None]
+        log_clean = jax.nn.log_softmax(seen + jnp.sum(seen, axis=1, keepdims=True), axis=-1)
+        return log_clean if positions is None else jnp.take_along_axis(log_clean, positions[..., None], axis=1)
+
+    return denoiser
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_run_under_strict_promotion(name):
+    for process in PROCESSES.values():
+        wanted = Wanted(process, sedd.LogLinear(), 3, L, unaware=process is PROCESSES["uniform"])
+        try:
+            sampler = named_sampler(name, wanted)
+        except sedd.UserError:
+            continue  # of the other process
+        free = np.arange(L) % 3 > 0
+
+        def run(key, tokens, free):
+            denoiser = edited(believed(process), lambda log_r: nucleus(temperature(log_r, 0.9), 0.8))  # noqa: B023
+            if process is PROCESSES["absorbing"]:  # noqa: B023
+                denoiser = in_block(told_share(process, denoiser), L + 2, V)  # noqa: B023
+            drawn = sedd.sample(key, denoiser, sampler, tokens, free, trace=True)  # noqa: B023
+            likelihood = getattr(sampler, "log_likelihood", lambda *_: jnp.zeros(B))  # noqa: B023
+            return drawn, likelihood(denoiser, tokens, free)
+
+        with unusual_jax_settings(*STRICT):
+            drawn, _ = jax.eval_shape(run, jax.random.key(0), jnp.zeros((B, L), jnp.int32), jnp.tile(free, (B, 1)))
+        assert drawn.tokens.dtype == drawn.trace.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_likelihoods_run_under_strict_promotion(name):
+    process, lengths = PROCESSES[name], jnp.array([3, 8, 5, 8])
+    stats, tokens = stats_from(process, believed(process)), jnp.ones((B, L), jnp.int32)
+    free = jnp.arange(L)[None] < lengths[:, None]
+
+    def run(key):
+        keys = draws.row_keys(key, jnp.arange(B))
+        found = [
+            denoising_loss(process, sedd.Geometric(), stats, keys, tokens, jnp.full(B, 0.5), free),
+            level_draws(process, stats, keys, tokens, 4, 1e-3, 12.0, free),
+            time_draws(process, sedd.LogLinear(), stats, keys, tokens, 2, 1e-3, jnp.arange(B), B),
+            process.transition_matrix(jnp.float32(0.5)),
+            process.rate_matrix(),
+        ]
+        if name == "absorbing":
+            found += [count_draws(process, stats, keys, tokens, number, free, lengths) for number in (3, 4)]
+            found.append(order_log_likelihoods(process, believed(process), keys, tokens, free, lengths))
+            found.append(subset_log_likelihood(process, believed(process), tokens[0], jnp.arange(3), 4, lengths[0]))
+        return found
+
+    with unusual_jax_settings(*STRICT):
+        jax.eval_shape(run, jax.random.key(0))

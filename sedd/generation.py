@@ -24,6 +24,7 @@ from sedd.errors import UserError
 from sedd.network.network import Network
 from sedd.prompts import Laid, Prompt
 from sedd.samplers import Wanted, named_sampler
+from sedd.seeds import check_seed
 from sedd.settings import jax_defaults
 
 _WINDOWS = 2**31  # later windows fold this, and their number, into the key; the rows of the first fold smaller ones
@@ -112,14 +113,8 @@ class Generator:
             self._check_length(len(row.tokens))
         prompts.check_size(len(rows) * (steps if trace else 1), max(len(row.tokens) for row in rows))
         laid = prompts.laid_out(rows, self.network.process, self.block_length, self.layout)
-        sampler = self.sampler(sampler, steps, laid)
-        if not 0 < temperature < float("inf"):
-            raise UserError(f"temperature must be positive, not {temperature}")
-        if not 0 < top_p <= 1:
-            raise UserError(f"top_p must lie in (0, 1], not {top_p}")
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, not {batch_size}")
-        key = root_key(seed)
+        self.check(steps, sampler, temperature, top_p, seed, batch_size)
+        sampler, key = self.sampler(sampler, steps, laid), root_key(seed)
         parts = parallel.row_parts(self.params)
         group = min(len(rows), batch_size or parts * self.network.rows_at_once(self.block_length))
         params, where = parallel.beside(self.params, group)
@@ -132,6 +127,25 @@ class Generator:
             starts = range(0, len(rows), group)
             drawn = [loop(laid, np.arange(start, start + group), len(starts)) for start in starts]
         return self._collected(drawn, rows, laid)
+
+    def check(
+        self,
+        steps: int = 128,
+        sampler: str | Sampler = "tweedie",
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ):
+        """UserError for settings with which nothing can be drawn, whatever the rows."""
+        self.sampler(sampler, steps)
+        check_seed(seed)
+        if not 0 < temperature < float("inf"):
+            raise UserError(f"temperature must be positive, not {temperature}")
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p must lie in (0, 1], not {top_p}")
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
 
     def sampler(self, sampler: str | Sampler, steps: int, laid: Laid | None = None) -> Sampler:
         """The sampler of a name, made for the rows told (a free block), or the one that is told.

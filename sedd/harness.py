@@ -182,6 +182,8 @@ class Harness(LM):
         """
         asked = [settings.generation(request.args[1], self.max_gen_toks) for request in requests]
         wishes = [self._wish(one) for one in asked]
+        for wish in dict.fromkeys(wishes):  # before anything is drawn
+            self._generator.check(**dict(wish.sampling))
         whole = [request.args[0] for request in requests]
         contexts = [self._newest(context, [""], self._room - wish.count) for context, wish in zip(whole, wishes)]
         self._warn_of(contexts, whole)
@@ -248,10 +250,12 @@ class Harness(LM):
 
     def _drawn(self, rows: list[Prompt], sampling: tuple[tuple[str, Any], ...]) -> np.ndarray:
         """The tokens of the rows once they are filled in: Int32[N L]."""
-        model = self.model
-        # Without a tokenizer: the rows hold masks, which have no text.
-        generator = Generator(model.network, model.params, model.schedule, None, model.layout, model.block_length)
-        return generator.draw(rows, **dict(sampling)).tokens
+        return self._generator.draw(rows, **dict(sampling)).tokens
+
+    @property
+    def _generator(self) -> Generator:
+        """That of the model without its tokenizer: the rows hold masks, which have no text."""
+        return dataclasses.replace(self.model.generator, tokenizer=None)
 
     @property
     def _greedy(self) -> tuple[tuple[str, Any], ...]:

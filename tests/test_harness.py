@@ -333,6 +333,15 @@ def test_settings_that_cannot_be_had(asked, message):
     assert "\n" not in str(caught.value)
 
 
+def test_mistakes_are_found_before_anything_is_drawn(harness, monkeypatch):
+    """Also those of a later task."""
+    monkeypatch.setattr(Harness, "_drawn", lambda *_: pytest.fail("something is drawn"))
+    for wrong in ({"top_p": 2}, {"sampler": "best"}, {"steps": 0}, {"temperature": -1}, {"seed": -1}):
+        settings = [{"max_gen_toks": 3}, {"max_gen_toks": 4, "do_sample": True, **wrong}]
+        with pytest.raises(sedd.UserError, match=f"{next(iter(wrong))}|sampler"):
+            harness.generate_until(asked(*(("the", one) for one in settings), kind="generate_until"))
+
+
 @pytest.fixture(scope="module")
 def uniform(corpus):
     return Harness(scattered(corpus, "process.name=uniform", "training.levels=times"), draws=8)

@@ -444,7 +444,7 @@ def test_records_are_there_before_the_checkpoint(cloud, corpus, trained):
     for step in (2, 4, 6):
         there = trained[f"run/checkpoints/{step}/commit_success.txt"]
         steps = [json.loads(line)["step"] for line in there["run/metrics.jsonl"].data.splitlines()]
-        assert steps == list(range(1, step + 1))
+        assert steps == list(range(1, len(steps) + 1)) and len(steps) >= step  # it may be committed later
 
 
 @pytest.mark.slow

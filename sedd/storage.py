@@ -25,7 +25,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")  # buckets are reached in one way
 
 
 class _Folder(type(epath.Path("/"))):
-    """A path of epath's whose `glob` takes a pattern for what lies in it, and its own name for a name."""
+    """An epath whose `glob` reads patterns in its argument only: etils reads `[` in the path itself as one too."""
 
     def glob(self, pattern: str) -> Iterator[epath.Path]:
         return map(self._new, self._backend.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))

@@ -82,7 +82,7 @@ def test_a_second_job_in_a_folder_is_refused(corpus, model, tmp_path, capsys):
 
 
 def test_a_killed_job_holds_nothing(corpus, model, tmp_path):
-    """What it leaves of its lock is in nobody's way, and goes."""
+    """The lock file that it leaves does not block the next job, which removes it."""
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / disk.LOCK).write_text("process 1 on another machine")
     model.perplexity(corpus, out=tmp_path / "r", **SETTINGS)
@@ -194,7 +194,7 @@ def test_a_path_means_the_same_everywhere(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_full_loses_nothing(corpus, model, tmp_path):
-    """One line for each; with room again the same call goes on, and its result is the same."""
+    """One line for each; with room again the same call resumes, and its result is the same."""
     whole = model.perplexity(corpus, **SETTINGS)
     with files_of(1500):
         line = refusal(model.perplexity, corpus, out=tmp_path / "r", **SETTINGS)

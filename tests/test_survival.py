@@ -168,6 +168,19 @@ def test_a_fault_costs_one_line_and_one_interval(two_steps, tmp_path, capfd, mon
     assert complaints == []
 
 
+def test_a_reader_follows_a_run_that_removes_what_it_reads(two_steps, tmp_path, monkeypatch):
+    """The steps that were listed are gone, and a newer one is there. Control: where none is newer it is an error."""
+    folder = epath.Path(tmp_path / "checkpoints")
+    shutil.copytree(two_steps, folder)
+    (folder / "1").rmtree()
+    listed = [[1], [2]]
+    monkeypatch.setattr("sedd.training.checkpoint.steps_saved", lambda _: listed.pop(0) if len(listed) > 1 else [2])
+    assert restore_params(folder, like(state_of(0.0, 0).params), ema=False)["layer"]["kernel"][0, 0] == 2.0
+    monkeypatch.setattr("sedd.training.checkpoint.steps_saved", lambda _: [1])
+    with pytest.raises(sedd.UserError, match="no checkpoint in .* can be used: that of step 1"):
+        restore_params(folder, like(state_of(0.0, 0).params), ema=False)
+
+
 def test_nothing_is_passed_over_without_a_fault(two_steps, tmp_path, capfd):
     """The control; and what an interrupted save left goes when the next one is made, not when somebody reads."""
     folder = tmp_path / "checkpoints"

@@ -166,7 +166,14 @@ def restore_params(directory: epath.Path, like: dict, ema: bool, step: int | Non
     Reads only, also beside a run that is writing. UserError where there is none.
     """
     name = "ema" if ema else "params"
-    found = _newest(directory, {name: like}, None if step is None else [step])
+    while True:
+        steps = processes.of_first(steps_saved(directory)) if step is None else [step]
+        try:
+            found = _newest(directory, {name: like}, steps)
+            break
+        except UserError:  # a run beside may have removed these while they were read, and written newer ones
+            if step is not None or processes.of_first(steps_saved(directory))[-1:] <= steps[-1:]:
+                raise
     if found is None:
         raise UserError(f"{directory} holds no checkpoint yet; train a little longer")
     return found[1][name]

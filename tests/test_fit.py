@@ -20,9 +20,11 @@ from sedd import config as configs
 from sedd import parallel
 from sedd.data.corpus import open_corpus
 from sedd.data.prepare import prepare
-from sedd.training.checkpoint import Checkpoints
+from sedd.network.network import Network
+from sedd.training.checkpoint import Checkpoints, _manifest, steps_saved
 from sedd.training.claim import claim
-from sedd.training.fit import fit
+from sedd.training.fit import Interrupted, fit
+from sedd.training.held_out import HeldOut
 from sedd.training.step import make_step
 
 
@@ -103,6 +105,51 @@ def test_interrupted_and_started_again_is_uninterrupted(corpus, whole, tmp_path,
         np.testing.assert_array_equal(found[name], array, err_msg=name)
     of = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] for run in (whole, workdir)]
     assert of[0] == of[1] and len(of[0]) == 300
+
+
+EVALUATED = ("evaluation.every=2", "training.ema_decay=0.9", "checkpoint.keep_best=true")
+
+
+@pytest.fixture(scope="module")
+def evaluated(corpus, tmp_path_factory):
+    """A run of four steps, with a bound and a sample at 2 and 4, that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("evaluated") / "run"
+    fit(small_config(corpus, "training.steps=4", *EVALUATED), workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("at, before", [("bound", 2), ("samples", 2), ("bound", 4)])
+def test_a_signal_ends_an_evaluation_at_once(corpus, evaluated, tmp_path, monkeypatch, at, before):
+    """Between two batches of the bound, or two steps of the sampler. The state is saved, and nothing is lost or
+    recorded twice: the run that resumes evaluates that step first. Control: without a signal all of it is called."""
+    config, workdir, calls = small_config(corpus, "training.steps=4", *EVALUATED), tmp_path / "run", []
+    monkeypatch.setattr(Network, "rows_at_once", lambda *_: 1)  # several batches on eight devices
+    original = getattr(HeldOut, at)
+
+    def interrupted(self, params, check):
+        def counted():
+            calls[-1] += 1
+            check()
+
+        calls.append(0)
+        if 2 * len(calls) == before:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, params, counted)
+
+    monkeypatch.setattr(HeldOut, at, interrupted)
+    with pytest.raises(Interrupted, match=f"stopped at step {before}; all is saved"):
+        fit(config, workdir)
+    assert calls[-1] == 1 and all(number > 1 for number in calls[:-1])
+    assert max(steps_saved(epath.Path(workdir / "checkpoints"))) == before
+    monkeypatch.undo()
+    fit(config, workdir)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        runs = [[json.loads(line) for line in (run / name).open()] for run in (evaluated, workdir)]
+        for record in (*runs[0], *runs[1]):
+            record.pop("tokens_per_second", None)
+        assert runs[0] == runs[1]
+    manifests = [_manifest(epath.Path(run / f"checkpoints/{before}")) for run in (evaluated, workdir)]
+    assert manifests[0] == manifests[1] and manifests[0]["bound"] > 0
 
 
 def test_restore_walks_back_to_the_newest_that_verifies(corpus, tmp_path, capsys):

@@ -13,7 +13,7 @@ import functools
 import importlib.metadata
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -52,11 +52,13 @@ def perplexity(
     mesh: Mesh | None = None,
     batch_size: int | None = None,
     progress: bool = True,
+    on_batch: Callable[[], None] | None = None,
 ) -> tuple[Report, Terms]:
     """Scores all rows, each `num_draws` times. The same seed gives the same number, on any devices, in any batches.
 
     about: what identifies model and tokenizer, for the record; folder: keeps what is scored (`Record`), goes on from
-    what is there, and has report.json in the end; mesh: by default over all devices, the parameters on each of them.
+    what is there, and has report.json in the end; mesh: by default over all devices, the parameters on each of them;
+    on_batch: called after each batch of rows, and may raise to end the job there.
     """
     seed, about = check_seed(seed), {**(about or {}), "data": scored.data}
     job = {} if folder is None else _job(network, schedule, scored, about, protocol, num_draws, seed)
@@ -75,6 +77,8 @@ def perplexity(
         for records in score(network, schedule, params, *settings, start=len(record)):
             record.append(records)
             bar.update(records)
+            if on_batch is not None:
+                on_batch()
         records = record.records()
         terms = read(records, scored, prior, protocol.tightened)
         other = read(records, scored, prior, not protocol.tightened) if network.prediction == "score" else None

@@ -10,6 +10,7 @@ and never goes back to an older checkpoint by itself. A checkpoint is a folder n
 import contextlib
 import dataclasses
 import functools
+import json
 import sys
 import textwrap
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sedd import parallel, processes, storage
+from sedd import disk, parallel, processes, storage
 from sedd.errors import UserError
 from sedd.parallel import named
 from sedd.training.digests import digests
@@ -99,6 +100,16 @@ class Checkpoints:
                 self._bounds[step] = bound
             args = ocp.args.Composite(**arrays, manifest=ocp.args.JsonSave(manifest))
             self._manager.save(step, args=args, force=True)
+
+    def add_bound(self, step: int, bound: float | None):
+        """Adds the bound to the checkpoint of a step that was written without one. None: there is none."""
+        if bound is None or step in self._bounds:
+            return
+        self._bounds[step] = bound
+        with processes.together(), self._written():
+            if processes.is_first():
+                manifest = _manifest(self.directory / str(step)) | {"bound": bound}
+                disk.write_whole(self.directory / str(step) / "manifest" / "metadata", json.dumps(manifest))
 
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest state that verifies, or None where none was ever written; what is passed over is put aside.

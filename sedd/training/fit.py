@@ -28,8 +28,8 @@ from sedd.training.chips import peak_flops
 from sedd.training.claim import claim
 from sedd.training.estimate import step_flops
 from sedd.training.guard import NONFINITE, Guard
-from sedd.training.held_out import BOUND, HeldOut, check_split, layout_of
-from sedd.training.metrics import Metrics, Summary
+from sedd.training.held_out import HeldOut, check_split, layout_of
+from sedd.training.metrics import BOUND, Metrics, Summary, has_bound
 from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
 from sedd.training.profile import Profile
@@ -124,24 +124,30 @@ class _Run:
         profile = Profile(mirror.local / "profile", start, self.config.metrics.profile)
         stop = asked = False
         with contextlib.closing(source), profile, self._metrics(mirror.local, start) as log:
-            for number in range(start + 1, training.steps + 1):
+            if start and self._is_evaluated(start) and not processes.of_first(has_bound(mirror.local, start)):
+                bound, stop = self._evaluation(state, log, stopping)  # a signal ended it before
+                mirror.sync()
+                checkpoints.add_bound(start, bound)
+            for number in range(start + 1, 1 + (start if stop else training.steps)):
                 with profile.step(number):
                     batch = parallel.spread(self.mesh, next(source), rows, training.batch_size)
                     state, metrics = step(state, batch)
-                # Whether any process was asked to stop, heard by all of them a step later.
+                # True where a process received a signal; all processes read it one step later.
                 stop, asked = bool(asked), processes.any_of(stopping.is_set())
                 log.record(number, metrics)
-                last = number == training.steps
-                bound = self._evaluated(number, last, state, log)
-                if number % self.config.checkpoint.every == 0 or stop or last or bound is not None:
+                bound = None
+                if self._is_evaluated(number) and not stop:
+                    bound, stop = self._evaluation(state, log, stopping)
+                if number % self.config.checkpoint.every == 0 or stop or number == training.steps or bound is not None:
                     log.settle()
                     mirror.sync()  # first: records that a checkpoint is ahead of would be lost with this process
                     checkpoints.save(state, bound)
                 if stop:
                     break
-        if int(state.step) < training.steps:
+        number = int(state.step)
+        if stop and (number < training.steps or self._is_evaluated(number)):
             checkpoints.finish()
-            raise Interrupted(int(state.step))
+            raise Interrupted(number)
         return log.summary()
 
     def _metrics(self, folder: Path, start: int) -> Metrics:
@@ -157,16 +163,34 @@ class _Run:
             least = flops / (rate * jax.device_count())
         return Metrics(folder, start, training.steps, guard, board, least)
 
-    def _evaluated(self, number: int, last: bool, state: TrainState, log: Metrics) -> float | None:
-        """The bound and the samples of a step that has them; returns the bound where a checkpoint is to have it."""
+    def _is_evaluated(self, number: int) -> bool:
+        """True for the steps after which the model is evaluated."""
         every = self.config.evaluation.every
-        if not every or not (number % every == 0 or last):
-            return None
+        return bool(every) and (number % every == 0 or number == self.config.training.steps)
+
+    def _evaluation(self, state: TrainState, log: Metrics, stopping: threading.Event) -> tuple[float | None, bool]:
+        """Records the bound and the samples of a step. Returns the bound, where a checkpoint is chosen by it, and False.
+
+        A signal to any process ends it between two batches, or two steps of sampling: nothing is recorded, and the
+        result is (None, True). A resumed run evaluates that step first.
+        """
         held_out = HeldOut(self.config, self.corpus, self.layout, self.schedule, self.network, self.mesh)
-        bound = held_out.bound(state.best)
-        log.bound(number, bound)
-        log.samples(number, *held_out.samples(state.best))
-        return bound[BOUND] if self.config.checkpoint.keep_best else None
+
+        def check():
+            if bool(processes.any_of(stopping.is_set())):
+                raise _Stopped
+
+        try:
+            bound, drawn = held_out.bound(state.best, check), held_out.samples(state.best, check)
+        except _Stopped:
+            return None, True
+        log.bound(int(state.step), bound)
+        log.samples(int(state.step), *drawn)
+        return bound[BOUND] if self.config.checkpoint.keep_best else None, False
+
+
+class _Stopped(Exception):
+    """A signal came during an evaluation."""
 
 
 def _fitting(weights: dict, network: Network, what: str) -> dict:

@@ -1,6 +1,7 @@
 """What is asked of a model while it trains: the bound on the validation split, and a few texts."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,8 +17,7 @@ from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import from_corpus
 from sedd.generation import Generator
 from sedd.network.network import Network
-
-BOUND = "validation_nats_per_token"  # what a bound is called in the metrics
+from sedd.training.metrics import BOUND
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,22 +31,26 @@ class HeldOut:
     network: Network
     mesh: Mesh
 
-    def bound(self, params: dict) -> dict[str, float]:
-        """The bound on the validation split, as a record of the metrics."""
+    def bound(self, params: dict, on_batch: Callable[[], None]) -> dict[str, float]:
+        """The bound on the validation split, as a record of the metrics. on_batch: called after each batch of rows."""
         scored = from_corpus(self.corpus, "validation", self.config.data.block_length)
         draws = self.config.evaluation.draws
-        settings = dict(num_draws=draws, mesh=self.mesh, progress=False)
+        settings = dict(num_draws=draws, mesh=self.mesh, progress=False, on_batch=on_batch)
         report, _ = perplexity(self.network, self.schedule, params, scored, **settings)
         return {BOUND: report.nats_per_token, "validation_bits_per_byte": report.bits_per_byte}
 
-    def samples(self, params: dict) -> tuple[list[str], list[np.ndarray]]:
-        """`evaluation.samples` texts, drawn with the same noise each time, and their tokens, Int[L] each."""
+    def samples(self, params: dict, on_step: Callable[[], None]) -> tuple[list[str], list[np.ndarray]]:
+        """`evaluation.samples` texts, drawn with the same noise each time, and their tokens, Int[L] each.
+
+        on_step: called after each step of the sampler.
+        """
         if not self.config.evaluation.samples:
             return [], []
         block, seed = self.config.data.block_length, self.config.training.seed
         generator = Generator(self.network, params, self.schedule, self.corpus.tokenizer, self.layout, block)
         sampler = "counts" if isinstance(self.network.process, Absorbing) else "tweedie"  # one law, fewer calls
-        drawn = generator.sample(self.config.evaluation.samples, sampler=sampler, seed=seed)
+        settings = dict(sampler=sampler, seed=seed, watch=lambda *_: on_step())
+        drawn = generator.sample(self.config.evaluation.samples, **settings)
         return drawn.texts, [row[row >= 0] for row in drawn.tokens]
 
 

@@ -14,6 +14,9 @@ from sedd.training.board import Board
 from sedd.training.guard import Guard
 
 
+BOUND = "validation_nats_per_token"  # the name of the bound on the validation split in metrics.jsonl
+
+
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """What one call of `fit` did. None where there was nothing to measure."""
@@ -111,7 +114,7 @@ class Metrics:
         self.settle()
         self._write(step, values)
         self._say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-        self._bound = values["validation_nats_per_token"]
+        self._bound = values[BOUND]
         self._clock = None  # what that took is not the next step's
 
     def samples(self, step: int, texts: list[str], tokens: list[np.ndarray]):
@@ -162,6 +165,14 @@ class Metrics:
         self._file.flush()
         if self._board is not None:
             self._board.numbers(step, values)
+
+
+def has_bound(folder: Path, step: int) -> bool:
+    """True where metrics.jsonl of the folder holds the bound of a step."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    records = (json.loads(line) for line in lines if line.endswith("\n"))
+    return any(record["step"] == step and BOUND in record for record in records)
 
 
 def _rate(tokens_per_second: float, utilisation: float | None) -> str:

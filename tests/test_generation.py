@@ -69,6 +69,12 @@ def test_longer_than_a_block(request, of):
     assert long.network_calls == len(long.trace) if of == "generator" else long.network_calls == 4 * 7
 
 
+def test_samples_use_all_64_bits_of_a_seed(generator):
+    seeds = (2, 2 + 2**32, 2 + 2**63, 2**64 - 1)
+    drawn = {generator.sample(3, steps=4, seed=seed, trace=True).tokens.tobytes() for seed in seeds}
+    assert len(drawn) == len(seeds)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rows, split", [(19, True), (3, False)])
 def test_rows_over_devices(generator, rows, split):

@@ -45,7 +45,7 @@ def count_loss(
     lengths: jax.Array | None = None,
     mirrored: jax.Array | None = None,
 ) -> jax.Array:
-    """The score entropy with exactly k of each row's n free tokens masked, times n / k (Ou et al., arXiv 2406.03736).
+    """The cross-entropy of exactly k of each row's n free tokens, masked, times n / k (Ou et al., arXiv 2406.03736).
 
     With k uniform on 1 .. n the mean of a row's sum is the bound of decoding in random order: the integral over all
     noise, from 0 to infinity, with nothing cut off. A network that is told the noise is told `process.sigma_seen`, a
@@ -65,7 +65,6 @@ def count_loss(
     masked = (order < k[:, None]) & free
     x = process.hide(x0, masked)
     sigma = process.sigma_seen(x, lengths)
-    entropy = process.score_entropy(stats_fn(x, sigma, x0), x, x0, sigma[:, None])
-    n, k = n.astype(sigma.dtype), k.astype(sigma.dtype)
-    weight = jnp.expm1(sigma) * n / k  # e^sigma - 1 turns the score entropy into a cross-entropy
+    entropy = process.cross_entropy(stats_fn(x, sigma, x0), x, sigma[:, None])
+    weight = n.astype(sigma.dtype) / k.astype(sigma.dtype)
     return jnp.where(masked, weight[:, None] * entropy, 0.0)

@@ -167,14 +167,19 @@ class Absorbing(Process):
     def score_entropy(self, stats: ScoreStats, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
         """The score entropy in nats per unit sigma, 0 where x is no mask. Float[...]; SEDD, equation 10.
 
-        With w = 1 / (e^sigma - 1) and c = log(sum s / w) it is w [(log sum s - log s_x0) + (e^c - 1 - c)]: the
-        cross-entropy of the normalised score, and what its normaliser is off. Both parts are positive.
+        It is w = 1 / (e^sigma - 1) times the `cross_entropy`.
+        """
+        return jnp.where(x == self.mask, jnp.exp(-log_expm1(sigma)) * self.cross_entropy(stats, x, sigma), 0.0)
+
+    def cross_entropy(self, stats: ScoreStats, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        """The score entropy over its weight w = 1 / (e^sigma - 1), in nats, 0 where x is no mask. Float[...].
+
+        With c = log(sum s / w) it is (log sum s - log s_x0) + (e^c - 1 - c): the cross-entropy of the normalised score,
+        and what its normaliser is off. Both parts are positive.
         """
         masked = x == self.mask
-        log_weight = -log_expm1(sigma)
-        excess = jnp.where(masked, stats.log_sum - log_weight, 0.0)
-        loss = (stats.log_sum - stats.target) + (jnp.expm1(excess) - excess)
-        return jnp.where(masked, jnp.exp(log_weight) * loss, 0.0)
+        excess = jnp.where(masked, stats.log_sum + log_expm1(sigma), 0.0)
+        return jnp.where(masked, (stats.log_sum - stats.target) + (jnp.expm1(excess) - excess), 0.0)
 
     def prior_divergence(self, sigma: float) -> float:
         """KL(q_sigma(. | x0) || pi) of a token, nats: infinite until every token is masked."""

@@ -1,0 +1,168 @@
+"""Compiled sums of the closed forms are those of their operations one by one, at thousands of noise levels.
+
+XLA on CPUs (jaxlib 0.10.2 and 0.12.0.1, at every level of optimisation) computes wrong numbers where a reduction of
+4,096 entries or more is over an expression with f(s) and f(c s), c a constant other than 1, f one of expm1, log1p, log:
+it takes both for one. What is computed operation by operation is right.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sedd.diffusion import draws
+from sedd.diffusion.likelihood import count_draws, level_draws, time_draws
+from sedd.diffusion.loss import count_loss, denoising_loss
+from sedd.diffusion.process import Absorbing, Uniform, log_expm1
+from sedd.diffusion.samplers import Interval, halves, leap
+from sedd.diffusion.schedule import Geometric, LogLinear
+from sedd.diffusion.score import clean_stats, score_stats
+
+V, SITES = 3, 12_288
+PROCESSES = {"absorbing": Absorbing(V), "uniform": Uniform(V)}
+SCHEDULES = (LogLinear(), Geometric(1e-3, 12.0))
+
+
+def off(function, *arguments):
+    """How far the compiled sums of what a function returns are from those of its operations one by one, at most.
+
+    In units of the sums of sizes. Each sum is a program of its own: several of one array hide the fault.
+    """
+    with jax.disable_jit():
+        due = jax.tree.leaves(function(*arguments))
+    sums = (lambda *arguments, i=i: jnp.sum(jax.tree.leaves(function(*arguments))[i]) for i in range(len(due)))
+    sizes = (max(float(jnp.sum(jnp.abs(leaf))), 1e-30) for leaf in due)
+    found = (float(jax.jit(total)(*arguments)) for total in sums)
+    return max(abs(one - float(jnp.sum(leaf))) / size for one, leaf, size in zip(found, due, sizes))
+
+
+def test_the_comparison_finds_what_is_wrong():
+    """The control, which says whether the installed XLA has the fault; the rest shows little where it has not."""
+    u = jnp.linspace(0.01, 0.9, 5000)
+    has_fault = float(jax.jit(lambda u: jnp.sum(jnp.log1p(u) - jnp.log1p(-u)))(u)) == 0
+    assert (off(lambda u: jnp.log1p(u) - jnp.log1p(-u), u) > 0.1) == has_fault
+    assert (off(lambda u: jnp.expm1(u) * jnp.exp(-log_expm1(u)), u) > 0.1) == has_fault
+    assert off(jnp.log1p, u) < 1e-5
+
+
+def sites(process):
+    """(s, t, r, f, x, x0), each site with a noise of its own: two noises s > t, log r, a log score, tokens and x0."""
+    s = jnp.exp(jnp.linspace(jnp.log(1e-3), jnp.log(12.0), SITES))
+    r = jax.nn.log_softmax(2 * jnp.sin(jnp.arange(1.0, SITES * V + 1) ** 2).reshape(SITES, V))
+    f = jnp.cos(jnp.arange(SITES * V) * 0.7).reshape(SITES, V)
+    x = jnp.full(SITES, V) if isinstance(process, Absorbing) else jnp.arange(SITES) % V
+    return s, s * (0.5 + 0.4 * jnp.sin(s)), r, f, x, jnp.arange(SITES) // V % V
+
+
+def entropies(p):
+    """What losses and bounds are made of."""
+
+    def entropy(s, t, r, f, x, x0):
+        return p.score_entropy(score_stats(f, x, x0), x, x0, s)
+
+    found = {
+        "score_entropy": entropy,
+        "score_entropy of log r": lambda s, t, r, f, x, x0: p.score_entropy(clean_stats(p, r, x, x0, s), x, x0, s),
+        "its gradient": jax.grad(lambda s, t, r, f, x, x0: jnp.sum(entropy(s, t, r, f, x, x0)), 3),
+        "reconstruction": lambda s, t, r, f, x, x0: p.reconstruction(score_stats(f, x, x0), x, x0, s),
+    }
+    if isinstance(p, Absorbing):
+        found["cross_entropy"] = lambda s, t, r, f, x, x0: p.cross_entropy(score_stats(f, x, x0), x, s)
+    return found
+
+
+def others(p):
+    """All other methods of a process, and what samplers make of them. What can be -inf stands as its exponential."""
+
+    def here(r, x):
+        return jnp.take_along_axis(r, jnp.minimum(x, V - 1)[:, None], axis=-1)[:, 0]
+
+    def weights(jump):
+        return jump.p_move, jnp.exp(jump.log_dest)
+
+    found = {
+        "log_noised": lambda s, t, r, *_: p.log_noised(r, s),
+        "log_transition": lambda s, t, r, f, x, x0: jnp.exp(p.log_transition(x, x0, s)),
+        "log_score": lambda s, t, r, f, x, x0: p.log_score(r, here(r, x), s),
+        "clean_from_score": lambda s, t, r, f, *_: jnp.exp(p.clean_from_score(f, s)),
+        "tightened": lambda s, t, r, f, *_: p.tightened(f, s),
+        "rate": lambda s, t, r, f, x, x0: p.rate(r, x, s),
+        "leap": lambda s, t, r, f, x, x0: weights(leap(p.rate(r, x, s), t)),
+        "redraw": lambda s, t, r, *_: weights(p.redraw(r, s)),
+        "tweedie": lambda s, t, r, f, x, x0: weights(p.tweedie(r, x, s, t)),
+        "tweedie to half the noise": lambda s, t, r, f, x, x0: weights(p.tweedie(r, x, s, 0.5 * s)),
+        "halves": lambda s, t, *_: halves(Interval(s, 0.5 * s, t)),
+    }
+    if isinstance(p, Uniform):
+        found["barker"] = lambda s, t, r, f, x, x0: p.barker(r, x, s)
+    return found
+
+
+def bounds(p):
+    """Losses and bounds of rows with a noise of their own each, of a score that a factor scales."""
+    rows, x0 = jnp.arange(SITES), jnp.zeros((SITES, 2), int)
+    keys, t, k = draws.row_keys(draws.root_key(0), rows), (rows + 0.5) / SITES, 1 + rows % 2
+    place = jnp.arange(2 * V).reshape(1, 2, V)
+
+    def stats(factor):
+        return lambda x, sigma, x0: score_stats(factor * jnp.sin(sigma[:, None, None] + x[..., None] + place), x, x0)
+
+    losses = {
+        f"denoising_loss, {schedule}": lambda factor, schedule=schedule: denoising_loss(
+            p, schedule, stats(factor), keys, x0, t
+        )
+        for schedule in SCHEDULES
+    }
+    found = {
+        "level_draws": lambda factor: level_draws(p, stats(factor), keys, x0, 2, 1e-3, 12.0),
+        "time_draws": lambda factor: time_draws(p, LogLinear(), stats(factor), keys, x0, 2, 1e-3, rows, SITES),
+    }
+    if isinstance(p, Absorbing):
+        losses["count_loss"] = lambda factor: count_loss(p, stats(factor), keys, x0, k)
+        for n in (3, 4):
+            found[f"count_draws, {n}"] = lambda factor, n=n: count_draws(p, stats(factor), keys, x0, n)
+    for name, loss in losses.items():
+        found[f"{name}, gradient"] = jax.grad(lambda factor, loss=loss: jnp.sum(loss(factor)))
+    return found | losses
+
+
+def check(functions, arguments, tolerance):
+    for name, function in functions.items():
+        assert off(function, *arguments) < tolerance, name
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_entropies(name):
+    check(entropies(PROCESSES[name]), sites(PROCESSES[name]), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROCESSES)
+def test_entropies_in_float64(name, float64):
+    check(entropies(PROCESSES[name]), sites(PROCESSES[name]), 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", PROCESSES)
+def test_every_other_method_of_a_process(name, x64):
+    with jax.enable_x64(x64):
+        check(others(PROCESSES[name]), sites(PROCESSES[name]), 1e-12 if x64 else 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", PROCESSES)
+def test_every_loss_and_bound(name, x64):
+    with jax.enable_x64(x64):
+        check(bounds(PROCESSES[name]), (jnp.asarray(0.7),), 1e-10 if x64 else 1e-4)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule(schedule):
+    functions = {
+        "sigma": schedule.sigma,
+        "rate": schedule.rate,
+        "alpha": schedule.alpha,
+        "time": lambda t: schedule.time(schedule.sigma(t)),
+    }
+    check(functions, (jnp.linspace(1e-3, 1.0, SITES),), 1e-5)

@@ -169,7 +169,7 @@ class _Run:
         return bool(every) and (number % every == 0 or number == self.config.training.steps)
 
     def _evaluation(self, state: TrainState, log: Metrics, stopping: threading.Event) -> tuple[float | None, bool]:
-        """Records the bound and the samples of a step. Returns the bound, where a checkpoint is chosen by it, and False.
+        """Records the bound and samples of a step. Returns the bound, where a checkpoint is chosen by it, and False.
 
         A signal to any process ends it between two batches, or two steps of sampling: nothing is recorded, and the
         result is (None, True). A resumed run evaluates that step first.

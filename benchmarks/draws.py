@@ -34,8 +34,8 @@ def main():
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
-    keys = draws.row_keys(jax.random.key(0), jnp.arange(args.batch))
-    weights = 3.5 * jax.random.normal(jax.random.key(1), (args.batch, args.states))
+    keys = draws.row_keys(draws.root_key(0), jnp.arange(args.batch))
+    weights = 3.5 * jax.random.normal(draws.root_key(1), (args.batch, args.states))
     ways = {name: jax.jit(way) for name, way in WAYS.items()}
     least = dict.fromkeys(ways, float("inf"))
     for turn in range(args.rounds + 1):

@@ -37,6 +37,7 @@ from safetensors.numpy import save_file
 
 import sedd
 from sedd.diffusion import samplers
+from sedd.diffusion.draws import root_key
 from sedd.diffusion.reveal import Counts, FirstHitting
 from sedd.diffusion.samplers import Sampler, Tweedie
 
@@ -181,7 +182,7 @@ def compare(model: sedd.Model, batch: int, steps: int, repeats: int, known: dict
         row(name, calls, seconds, None)
     blank = jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool)
     for name, (sampler, width) in ours.items():
-        run = functools.partial(_draw, model.network, model.params, jax.random.key(0), sampler, *blank)
+        run = functools.partial(_draw, model.network, model.params, root_key(0), sampler, *blank)
         calls, seconds = int(run().calls), timed(run, repeats)
         row(name, calls, seconds, calls * bare_call(model, batch, length, width, repeats))
 

@@ -80,7 +80,7 @@ def leaping(model, tokens, free, steps, num_draws):
 
 def shuffled(draw, tokens, free):
     """A random order of each row's positions. Int[N L]; those below `free` are free, and in random order themselves."""
-    keys = draws.row_keys(jax.random.fold_in(jax.random.key(0), draw), jnp.arange(len(tokens)))
+    keys = draws.row_keys(draws.fold(draws.root_key(0), draw), jnp.arange(len(tokens)))
     return np.asarray(draws.ranks(keys, jnp.ones(tokens.shape, bool)))
 
 

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import small_config, small_corpus
 
 import sedd
 from sedd.data.layout import Layout
+from sedd.diffusion.score import told_share
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import from_corpus, from_texts
 
@@ -80,6 +83,28 @@ def test_it_learns_and_samples_what_documents_are_like(run, model):
     few = model.sample(num_samples=3, steps=4, seed=3, batch_size=2)
     assert few.texts == drawn.texts[:3]  # lengths too belong to the row
     assert model.sample(num_samples=2, length=9, steps=4).tokens.shape == (2, 9)
+
+
+def test_samples_are_drawn_at_their_lengths(model):
+    """The network sees the length of each row on every step: samples are those of its denoiser at these lengths,
+    whatever stands beyond; control: at the length of a block they are others."""
+    drawn = model.sample(num_samples=24, steps=4, seed=3).tokens
+    inside = np.pad(drawn >= 0, ((0, 0), (0, 32 - drawn.shape[1])))
+
+    @jax.jit
+    def by_hand(lengths):
+        denoiser = model.denoiser(lengths=lengths)
+        if isinstance(model.process, sedd.Absorbing):
+            denoiser = told_share(model.process, denoiser, lengths)
+        tokens = jnp.full(inside.shape, 3)
+        return sedd.sample(jax.random.key(3), denoiser, sedd.Tweedie(model.process, model.schedule, 4), tokens, inside)
+
+    def same(lengths):
+        return np.array_equal(np.asarray(by_hand(lengths).tokens)[inside], drawn[drawn >= 0])
+
+    lengths = jnp.asarray(inside.sum(axis=1))
+    assert same(lengths if model.layout.binds_lengths else None)
+    assert same(jnp.full_like(lengths, 32)) != model.layout.binds_lengths
 
 
 def test_what_is_scored(run, model):

@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import ttest_rel
 
 import sedd
+from sedd.data.batches import blocks
 from sedd.data.sources import open_source
+from sedd.diffusion import draws
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SMALL = ["network.width=64", "network.layers=2", "network.heads=2", "network.dtype=float32", "evaluation.samples=1"]
@@ -112,19 +116,46 @@ def test_lm1b_on_any_sentences(experiment, share, steps, tmp_path):
         f"evaluation.every={steps // 3}",
     ]
     faster = ["optimizer.learning_rate=3e-3", "training.ema_decay=0.98", "evaluation.draws=2"]
-    out, bounds = train(experiment, corpus.path, tmp_path / "run", *short, *faster)
+    recipe = (experiment, corpus.path, tmp_path / "run", *short, *faster)
+    out, bounds = train(*recipe)
     assert len(bounds) == 3 and bounds[0] > bounds[1] > bounds[2] and "held-out bound" in out
     unigram = np.bincount(corpus.tokens("train"), minlength=corpus.vocab_size) + 1.0
     entropy = -np.log(unigram / unigram.sum())[corpus.tokens("validation")].mean()
     assert bounds[2] < share * entropy
-    drawn = [
-        json.loads(line)
-        for line in command("sample", f"--model={tmp_path}/run", "--num_samples=192", "--json").splitlines()
-    ]
-    lengths = [len(one["tokens"]) for one in drawn]
+
+    at_the_end, in_the_text = chance_of_end(sedd.load(tmp_path / "run"), corpus)
+    assert ttest_rel(at_the_end, in_the_text, alternative="greater").pvalue < 1e-9
+    if at_the_end.mean() < 3 * in_the_text.mean():  # some networks learn late where texts end (docs/measurements.md)
+        train(*recipe, f"training.steps={2 * steps}")
+        at_the_end, in_the_text = chance_of_end(sedd.load(tmp_path / "run"), corpus)
+    assert at_the_end.mean() > 3 * in_the_text.mean()
+
+    sample = ("sample", f"--model={tmp_path}/run", "--num_samples=192", "--steps=64", "--json")
+    drawn = [json.loads(line)["tokens"] for line in command(*sample).splitlines()]
+    lengths = [len(tokens) for tokens in drawn]
     assert len(set(lengths)) > 5 and max(lengths) <= longest
     end = corpus.tokenizer.end_of_text
-    at_the_end = sum(one["tokens"][-1] == end for one in drawn)
-    before = sum(one["tokens"][:-1].count(end) for one in drawn) / (sum(lengths) - len(drawn))
-    # More often than elsewhere, beyond chance: how much more differs from run to run of so short a training.
-    assert binomtest(at_the_end, len(drawn), before, "greater").pvalue < 0.05  # it was told where the end is
+    ending = np.mean([tokens[-1] == end for tokens in drawn])
+    elsewhere = sum(tokens[:-1].count(end) for tokens in drawn) / (sum(lengths) - len(drawn))
+    assert ending > at_the_end.mean() / 4 and ending > 3 * elsewhere  # samples have the lengths that the network sees
+
+
+def chance_of_end(model, corpus):
+    """The probability of an end of text that the model gives the last position of held-out rows, noised up to there and
+    pure noise from there on: with the row's length, and with the length of a block. Twice Float[N].
+
+    The length is all that differs: a network that does not see it gives the same number twice.
+    """
+    block, end = model.block_length, model.tokenizer.end_of_text
+    rows, lengths, _ = blocks(corpus, "validation", block)
+    short = lengths <= block - 8  # where the end of the block is no neighbour
+    rows, last = jnp.asarray(rows[short][:256]), jnp.asarray(lengths[short][:256])[:, None] - 1
+    keys, sigma = draws.row_keys(jax.random.key(0), jnp.arange(len(rows))), jnp.full(len(rows), 1.5)
+    noised = model.process.perturb(draws.fold(keys, 0), rows, sigma[:, None])
+    x = jnp.where(jnp.arange(block) < last, noised, model.process.prior(draws.fold(keys, 1), block))
+
+    @jax.jit
+    def probability(lengths):
+        return jnp.exp(model.denoiser(lengths=lengths)(x, sigma, last)[:, 0, end])
+
+    return np.asarray(probability(last[:, 0] + 1)), np.asarray(probability(jnp.full(len(rows), block)))

@@ -284,7 +284,7 @@ def test_what_is_chosen_where_nothing_is_told(tmp_path):
         for found, told in ((split, {}), ("mine", {"split": "mine"})):
             with pytest.raises(sedd.UserError, match=f"has no split '{found}'"):
                 model.perplexity(corpus, protocol=name, **told)
-    with pytest.raises(sedd.UserError, match="draws must be at least 1, not 0"):
+    with pytest.raises(sedd.UserError, match="draws must be at least 1 and at most 1,048,576, not 0"):
         model.perplexity(corpus, split="train", protocol="sedd-paper", draws=0)
 
 

@@ -118,6 +118,8 @@ def _save(figure, path: str | Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     path, picture = epath.Path(disk.absolute(path)), io.BytesIO()
+    if not path.parent.is_dir():
+        raise UserError(f"the picture cannot be written to {path}: there is no folder {path.parent}; make it first")
     try:
         figure.savefig(picture, dpi=150, format=path.suffix.removeprefix(".") or None)
     except ValueError as error:

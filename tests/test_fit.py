@@ -292,14 +292,14 @@ def test_weights_to_start_from(corpus, tmp_path):
     weights = fresh(config, corpus)
     fit(config, tmp_path / "run", weights, "runs/base")
     about = json.loads((tmp_path / "run/config.json").read_text())
-    assert about["init_from"] == "runs/base"
+    assert about["init_from"] == os.path.abspath("runs/base")
     for name in ("params", "ema"):
         found = saved(tmp_path / "run", corpus)
         np.testing.assert_allclose(found[f".{name}['trunk']['embedding']"], weights["trunk"]["embedding"], rtol=1e-6)
     config.training.steps = 4
     del weights["head"]  # ignored, since the run is there
     fit(config, tmp_path / "run", weights, None)
-    assert json.loads((tmp_path / "run/config.json").read_text())["init_from"] == "runs/base"
+    assert json.loads((tmp_path / "run/config.json").read_text())["init_from"] == os.path.abspath("runs/base")
     with pytest.raises(sedd.UserError, match="another run: init_from"):
         fit(config, tmp_path / "run", weights, "runs/other")
 

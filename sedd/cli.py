@@ -231,7 +231,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     infill = command("infill", commands.infill, "Fill in the blanks of texts.")
     _add_model(infill)
     _add_sampling(infill)
-    text = r"text with blanks of so many tokens, such as 'A <blank:8> sat.'; \<blank is these letters"
+    text = r"text with blanks, <blank:n> for n tokens, as in 'A <blank:8> sat.'; \<blank is literal text"
     infill.add_argument("template", nargs="*", type=_text, help=text)
     infill.add_argument("--prefix", type=_text, help="instead of a template: what comes before the blank")
     infill.add_argument("--suffix", type=_text, help="instead of a template: what comes after the blank")
@@ -257,7 +257,7 @@ def _add_sampling(parser):
 
 def _add_drawing(parser):
     parser.add_argument(
-        "--length", type=_whole, help="tokens in all (the model's block); longer goes on block after block"
+        "--length", type=_whole, help="tokens in all (the model's block); longer texts are drawn block after block"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="of the law over clean tokens (%(default)s)")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens of this mass (%(default)s)")

@@ -113,7 +113,7 @@ class Generator:
             self._check_length(len(row.tokens))
         prompts.check_size(len(rows) * (steps if trace else 1), max(len(row.tokens) for row in rows))
         laid = prompts.laid_out(rows, self.network.process, self.block_length, self.layout)
-        self.check(steps, sampler, temperature, top_p, seed, batch_size)
+        _check_settings(temperature, top_p, seed, batch_size)
         sampler, key = self.sampler(sampler, steps, laid), root_key(seed)
         parts = parallel.row_parts(self.params)
         group = min(len(rows), batch_size or parts * self.network.rows_at_once(self.block_length))
@@ -128,24 +128,10 @@ class Generator:
             drawn = [loop(laid, np.arange(start, start + group), len(starts)) for start in starts]
         return self._collected(drawn, rows, laid)
 
-    def check(
-        self,
-        steps: int = 128,
-        sampler: str | Sampler = "tweedie",
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        batch_size: int | None = None,
-    ):
-        """UserError for settings with which nothing can be drawn, whatever the rows."""
+    def check(self, steps: int = 128, sampler: str | Sampler = "tweedie", **others):
+        """UserError for settings, as those of `draw`, with which nothing can be drawn, whatever the rows."""
         self.sampler(sampler, steps)
-        check_seed(seed)
-        if not 0 < temperature < float("inf"):
-            raise UserError(f"temperature must be positive, not {temperature}")
-        if not 0 < top_p <= 1:
-            raise UserError(f"top_p must lie in (0, 1], not {top_p}")
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, not {batch_size}")
+        _check_settings(**others)
 
     def sampler(self, sampler: str | Sampler, steps: int, laid: Laid | None = None) -> Sampler:
         """The sampler of a name, made for the rows told (a free block), or the one that is told.
@@ -216,6 +202,17 @@ class Generator:
         given = np.flatnonzero(row.given & ~ends)
         ends[: given[-1] + 1 if len(given) else 0] = False
         return int(np.argmax(ends)) if ends.any() else len(ids)
+
+
+def _check_settings(temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, batch_size: int | None = None):
+    """UserError where one of these is out of range."""
+    check_seed(seed)
+    if not 0 < temperature < float("inf"):
+        raise UserError(f"temperature must be positive, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p must lie in (0, 1], not {top_p}")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {batch_size}")
 
 
 class _Drawn(NamedTuple):

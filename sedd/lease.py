@@ -96,9 +96,9 @@ class Lease:
     def _write(self, generation: int) -> bool:
         """Whether the object is this job's now; it is not where its generation is another."""
         where = self._files.base.replace("/storage/v1/", "/upload/storage/v1/") + f"b/{self._bucket}/o"
-        told = dict(uploadType="media", name=self._key, ifGenerationMatch=generation)
+        query = dict(uploadType="media", name=self._key, ifGenerationMatch=generation)
         try:
-            about = self._files.call("POST", where, **told, data=json.dumps(self._owner).encode(), json_out=True)
+            about = self._files.call("POST", where, **query, data=json.dumps(self._owner).encode(), json_out=True)
             self._generation = int(about["generation"])
             return True
         except FileExistsError:  # the answer to an earlier attempt may have been lost

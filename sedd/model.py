@@ -28,6 +28,7 @@ from sedd.evaluation.judges import Judged
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.protocols import get_protocol, laid_out
 from sedd.evaluation.report import Comparison, Report, Terms, make_comparison
+from sedd.evaluation.scoring import KEPT
 from sedd.evaluation.text import fitting, from_texts
 from sedd.generation import Drawing, Generator, Samples
 from sedd.network.network import Network
@@ -176,7 +177,7 @@ class Model:
             found = [model._score(texts_or_corpus, out=at, **settings) for model, at in zip((self, other), folders)]
             comparison = make_comparison(*found)
             if out is not None and processes.is_first():
-                with storage.written(out, "; what is scored is kept"):
+                with storage.written(out, KEPT):
                     disk.write_whole(out / "comparison.json", comparison.to_json() + "\n")
         return comparison
 

@@ -4,6 +4,7 @@ import contextlib
 
 import jax
 
+import sedd
 from sedd import config as configs
 from sedd import parallel
 from sedd.data.prepare import prepare
@@ -53,6 +54,14 @@ def small_corpus(folder, tokenizer="characters"):
 def small_config(corpus, *settings):
     """The default config on that corpus, small; then the settings told."""
     return configs.override(configs.default(), [f"data.corpus={corpus.path}", *SETTINGS, *settings])
+
+
+def untrained_model(corpus, *settings):
+    """A model that was never trained: its head is 0, so that its distribution is uniform, whatever the process."""
+    config = small_config(corpus, *settings)
+    process, schedule, network = configs.build(config, corpus.vocab_size)
+    params = jax.jit(network.init)(jax.random.key(0))
+    return sedd.Model(config, params, corpus.tokenizer, process, schedule, network)
 
 
 def parts(config, corpus, devices=None):

@@ -9,10 +9,9 @@ from small import write_files
 
 from sedd import data, disk
 from sedd.data import corpus as corpus_file
-from sedd.data import overlap
+from sedd.data import overlap, writer
 from sedd.data import prepare as prepare_function
 from sedd.data import source as source_file
-from sedd.data import writer
 from sedd.data.splits import SPLITS, make_rule
 from sedd.data.tokenizer_bytes import Bytes
 from sedd.errors import UserError

@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import pytest
 from oracle import MarkovChain
-from small import small_config, small_corpus
+from small import small_corpus, untrained_model
 
 import sedd
-from sedd import config as configs
 from sedd.data.sources import open_source
 from sedd.diffusion import draws
 from sedd.diffusion.likelihood import count_draws
@@ -30,14 +29,6 @@ def corpus(tmp_path_factory):
     return small_corpus(tmp_path_factory.mktemp("small"))
 
 
-def fresh(corpus, *settings):
-    """A model that was never trained: its head is 0, so that its law is uniform, whatever the process."""
-    config = small_config(corpus, *settings)
-    process, schedule, network = configs.build(config, corpus.vocab_size)
-    params = jax.jit(network.init)(jax.random.key(0))
-    return sedd.Model(config, params, corpus.tokenizer, process, schedule, network)
-
-
 def shaken(model):
     """The model with other parameters, so that it believes something."""
     params = jax.tree.map(lambda leaf: leaf + 0.1 * np.cos(np.arange(leaf.size)).reshape(leaf.shape), model.params)
@@ -54,7 +45,7 @@ PROCESSES = {
 @pytest.mark.parametrize("name", PROCESSES)
 def test_bound_of_the_uniform_law(corpus, name):
     """The exact model of a uniform law has a bound of log V nats a token: a wrong range or term would show."""
-    report = fresh(corpus, *PROCESSES[name]).perplexity(corpus, split="train", draws=16, progress=False)
+    report = untrained_model(corpus, *PROCESSES[name]).perplexity(corpus, split="train", draws=16, progress=False)
     exact = math.log(corpus.vocab_size)
     if name == "absorbing":  # by counts, every draw is right
         assert report.nats_per_token == pytest.approx(exact, rel=1e-5) and report.sampling_error < 1e-5
@@ -71,7 +62,7 @@ def test_bound_of_the_uniform_law(corpus, name):
 
 def test_the_number_depends_on_nothing_else(corpus):
     """The same seed gives the same number in any batch size and on any devices; another seed another number."""
-    model = shaken(fresh(corpus, "network.prediction=score", "training.levels=times"))
+    model = shaken(untrained_model(corpus, "network.prediction=score", "training.levels=times"))
     scored = from_corpus(corpus, "validation", 16)
 
     def number(seed, batch_size, devices):
@@ -86,7 +77,7 @@ def test_the_number_depends_on_nothing_else(corpus):
 
 def test_units(corpus):
     """Every token of the split is scored once, the tail too."""
-    report = fresh(corpus).perplexity(corpus, split="train", draws=2, progress=False)
+    report = untrained_model(corpus).perplexity(corpus, split="train", draws=2, progress=False)
     assert report.num_tokens == corpus.num_tokens("train") and report.num_tokens % 16
     assert (report.num_bytes, report.num_characters) == (corpus.num_bytes("train"), corpus.num_characters("train"))
     assert report.perplexity == pytest.approx(math.exp(report.nats_per_token))
@@ -99,7 +90,7 @@ def test_units(corpus):
 
 def test_what_a_report_carries(corpus):
     """All that its number depends on."""
-    report = fresh(corpus).perplexity(corpus, split="validation", draws=2, seed=3, progress=False)
+    report = untrained_model(corpus).perplexity(corpus, split="validation", draws=2, seed=3, progress=False)
     about = json.loads(report.to_json())
     assert about["about"]["data"] == {"corpus": str(corpus.path), "split": "validation", "hash": corpus.hash}
     assert about["about"]["tokenizer"] == corpus.tokenizer.fingerprint
@@ -110,7 +101,7 @@ def test_what_a_report_carries(corpus):
 
 def test_free_scores_have_two_bounds(corpus):
     """As they are, and tightened, which is never worse; the first is the number where the protocol says so."""
-    model = shaken(fresh(corpus, "network.prediction=score", "training.levels=times"))
+    model = shaken(untrained_model(corpus, "network.prediction=score", "training.levels=times"))
     report = model.perplexity(corpus, split="validation", draws=4, progress=False)
     assert report.tightened_nats_per_token == report.nats_per_token
     assert report.tightened_nats_per_token < report.free_nats_per_token - 1e-4
@@ -134,11 +125,12 @@ def test_standard_error_is_that_of_the_ratio():
 
 def test_few_clusters_say_how_little_they_know(corpus):
     notes = [
-        fresh(corpus).perplexity(["the 1", "table"][:n], draws=2, batch_size=8, progress=False).notes for n in (1, 2)
+        untrained_model(corpus).perplexity(["the 1", "table"][:n], draws=2, batch_size=8, progress=False).notes
+        for n in (1, 2)
     ]
     assert "one cluster only" in notes[0][0]
     assert "2 clusters only" in notes[1][0] and "± 71 %" in notes[1][0] and "± 12.7 of it" in notes[1][0]
-    assert not fresh(corpus).perplexity(["the 1"] * 20, draws=2, batch_size=8, progress=False).notes
+    assert not untrained_model(corpus).perplexity(["the 1"] * 20, draws=2, batch_size=8, progress=False).notes
 
 
 REPEATS, DOCUMENTS, LONGEST = 400, 100, 16
@@ -196,7 +188,7 @@ def test_the_intervals_cover():
 @pytest.mark.parametrize("name", ["absorbing", "uniform"])
 def test_the_profile_is_the_bound_by_the_share_of_noise(corpus, name):
     """Its mean over the shares is the diffusion term; of the model that knows nothing it is flat for masks."""
-    report = fresh(corpus, *PROCESSES[name]).perplexity(corpus, split="train", draws=16, progress=False)
+    report = untrained_model(corpus, *PROCESSES[name]).perplexity(corpus, split="train", draws=16, progress=False)
     known = [part for part in report.profile if part["nats_per_token"] is not None]
     mean = sum((part["high"] - part["low"]) * part["nats_per_token"] for part in known)
     error = math.sqrt(sum((part["error"] / len(known)) ** 2 for part in known))
@@ -229,15 +221,15 @@ def test_few_documents_in_many_clusters_are_told(corpus, tmp_path):
     """Runs of blocks of one document say little of others."""
     (tmp_path / "one.txt").write_text("the 7 times table: 7, 14, 21, 28. " * 20)
     source = open_source(f"text:{tmp_path}/one.txt")
-    report = fresh(corpus).perplexity(source, draws=2, batch_size=8, progress=False)
+    report = untrained_model(corpus).perplexity(source, draws=2, batch_size=8, progress=False)
     assert report.clusters == 3 and "1 document(s) in 3 clusters" in report.notes[0]
     with pytest.raises(sedd.UserError, match="a corpus has splits, a source or a list of texts has none"):
-        fresh(corpus).perplexity(source, split="test")
+        untrained_model(corpus).perplexity(source, split="test")
 
 
 def test_an_evaluation_goes_on_where_it_was_cut_off(corpus, tmp_path, monkeypatch):
     """Whole records stay, the one in the middle is made again; the report is the same to the last bit."""
-    model, settings = fresh(corpus), dict(split="validation", draws=4, batch_size=8, progress=False)
+    model, settings = untrained_model(corpus), dict(split="validation", draws=4, batch_size=8, progress=False)
     whole = model.perplexity(corpus, out=tmp_path / "whole", **settings)
     assert json.loads((tmp_path / "whole/report.json").read_text()) == json.loads(whole.to_json())
     done = (tmp_path / "whole/draws.f32").read_bytes()
@@ -255,7 +247,7 @@ def test_an_evaluation_goes_on_where_it_was_cut_off(corpus, tmp_path, monkeypatc
 
 def test_a_folder_holds_one_evaluation(corpus, tmp_path):
     """Another seed, a damaged record of the job, or other files: one clear line each."""
-    model, settings = fresh(corpus), dict(split="validation", draws=2, progress=False)
+    model, settings = untrained_model(corpus), dict(split="validation", draws=2, progress=False)
     model.perplexity(corpus, out=tmp_path / "out", **settings)
     with pytest.raises(sedd.UserError, match="holds another evaluation: its seed differs"):
         model.perplexity(corpus, out=tmp_path / "out", seed=1, **settings)
@@ -277,13 +269,13 @@ def test_a_folder_holds_one_evaluation(corpus, tmp_path):
 )
 def test_text_that_cannot_be_encoded(corpus, text, message):
     with pytest.raises(sedd.UserError, match=message):
-        fresh(corpus).perplexity([text], progress=False)
+        untrained_model(corpus).perplexity([text], progress=False)
 
 
 @pytest.mark.parametrize("name", ["absorbing", "uniform"])
 def test_texts_one_by_one(corpus, name):
     """Short texts beside longer ones; a text is scored the same in any company."""
-    model = fresh(corpus, *PROCESSES[name])
+    model = untrained_model(corpus, *PROCESSES[name])
     texts = ["the 1", "the 27 times table: 27, 54, 81", "table"]
     report = model.perplexity(texts, draws=4, progress=False)
     assert report.num_tokens == sum(map(len, texts)) and report.clusters == 3
@@ -297,12 +289,12 @@ def test_texts_one_by_one(corpus, name):
 def test_another_tokenizer_is_refused(corpus, tmp_path):
     other = small_corpus(tmp_path, "bytes")
     with pytest.raises(sedd.UserError, match="another tokenizer"):
-        fresh(corpus).perplexity(other)
+        untrained_model(corpus).perplexity(other)
 
 
 def test_unknown_split_is_refused(corpus):
     with pytest.raises(sedd.UserError, match="there are train, validation, test"):
-        fresh(corpus).perplexity(corpus, split="tset")
+        untrained_model(corpus).perplexity(corpus, split="tset")
 
 
 def test_baselines():

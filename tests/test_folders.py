@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import small_config, small_corpus, write_files
+from small import small_config, small_corpus, untrained_model, write_files
 
 import sedd
 from sedd import config as configs
@@ -33,10 +33,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(corpus):
-    """One that was never trained."""
-    config = small_config(corpus)
-    process, schedule, network = configs.build(config, corpus.vocab_size)
-    return sedd.Model(config, jax.jit(network.init)(jax.random.key(0)), corpus.tokenizer, process, schedule, network)
+    return untrained_model(corpus)
 
 
 def refusal(call, *args, **settings):

@@ -19,7 +19,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_experiments import parsed
 
-from sedd import config as configs
 from sedd.config_file import load_config
 
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import small_config, small_corpus
+from small import small_corpus, untrained_model
 
 import sedd
 from sedd import config as configs
@@ -21,12 +21,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(corpus):
-    """One that nothing is computed with."""
-    config = small_config(corpus)
-    process, schedule, network = configs.build(config, corpus.vocab_size)
-    shapes = jax.eval_shape(network.init, draws.root_key(0))
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    return sedd.Model(config, params, corpus.tokenizer, process, schedule, network)
+    return untrained_model(corpus)
 
 
 def test_a_key_has_all_bits_of_its_seed():

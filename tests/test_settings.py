@@ -1,5 +1,6 @@
 """The global settings of JAX, which people switch on for their own programs: no result depends on one."""
 
+import functools
 import json
 
 import jax
@@ -23,6 +24,7 @@ from sedd.network.network import Network
 from sedd.parallel import data_mesh
 from sedd.samplers import SAMPLERS, Wanted, named_sampler
 from sedd.training.objective import Objective
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
@@ -160,6 +162,16 @@ def believed(process):
     return denoiser
 
 
+def sampled_and_scored(process, sampler, key, tokens, free):
+    """Samples with every wrapper of a Denoiser, and their likelihood where the sampler has one."""
+    denoiser = edited(believed(process), lambda log_r: nucleus(temperature(log_r, 0.9), 0.8))
+    if process is PROCESSES["absorbing"]:
+        denoiser = in_block(told_share(process, denoiser), L + 2, V)
+    drawn = sedd.sample(key, denoiser, sampler, tokens, free, trace=True)
+    likelihood = getattr(sampler, "log_likelihood", lambda *_: jnp.zeros(B))
+    return drawn, likelihood(denoiser, tokens, free)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_run_under_strict_promotion(name):
     for process in PROCESSES.values():
@@ -168,18 +180,10 @@ def test_samplers_run_under_strict_promotion(name):
             sampler = named_sampler(name, wanted)
         except sedd.UserError:
             continue  # of the other process
-        free = np.arange(L) % 3 > 0
-
-        def run(key, tokens, free):
-            denoiser = edited(believed(process), lambda log_r: nucleus(temperature(log_r, 0.9), 0.8))  # noqa: B023
-            if process is PROCESSES["absorbing"]:  # noqa: B023
-                denoiser = in_block(told_share(process, denoiser), L + 2, V)  # noqa: B023
-            drawn = sedd.sample(key, denoiser, sampler, tokens, free, trace=True)  # noqa: B023
-            likelihood = getattr(sampler, "log_likelihood", lambda *_: jnp.zeros(B))  # noqa: B023
-            return drawn, likelihood(denoiser, tokens, free)
-
+        rows = jnp.zeros((B, L), jnp.int32), jnp.tile(np.arange(L) % 3 > 0, (B, 1))
+        run = functools.partial(sampled_and_scored, process, sampler)
         with unusual_jax_settings(*STRICT):
-            drawn, _ = jax.eval_shape(run, jax.random.key(0), jnp.zeros((B, L), jnp.int32), jnp.tile(free, (B, 1)))
+            drawn, _ = jax.eval_shape(run, jax.random.key(0), *rows)
         assert drawn.tokens.dtype == drawn.trace.dtype == jnp.int32
 
 

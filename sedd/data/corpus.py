@@ -1,10 +1,10 @@
 """A prepared corpus: a folder of token files that are mapped into memory, never read whole.
 
-    meta.json               where it comes from, its layout, its counts and its hash
-    tokenizer/              what `Tokenizer.save` writes
-    train.tokens            the ids of the split, one after another; likewise for validation and test, where they are
-    train.offsets           Int64[documents + 1], where in them each document begins, and their number
-    train.byte_offsets      the same in the UTF-8 bytes of its text, joiners included
+meta.json               where it comes from, its layout, its counts and its hash
+tokenizer/              what `Tokenizer.save` writes
+train.tokens            the ids of the split, one after another; likewise for validation and test, where they are
+train.offsets           Int64[documents + 1], where in them each document begins, and their number
+train.byte_offsets      the same in the UTF-8 bytes of its text, joiners included
 """
 
 import json

@@ -9,7 +9,6 @@ from sedd.data.files import no_such, numbered_lines, open_field
 from sedd.data.source import Source
 from sedd.errors import UserError
 
-
 _DECODER = json.JSONDecoder(parse_int=lambda digits: 0)  # of no use here, and Python refuses those of 4,300 digits
 
 

@@ -30,7 +30,7 @@ class Rules(NamedTuple):
     def within(self, ids: list[int]) -> tuple[np.ndarray | None, int]:
         """The ids between the letters, Int32[L], and the index of the first.
 
-        None where the letters cannot be told: the text holds them, or its word is one that is not known.
+        None where the letters cannot be found: the text holds them too, or its word is unknown to the tokenizer.
         """
         ids = np.array(ids, np.int32)
         if self.own is None:

@@ -65,14 +65,14 @@ def _log_r_of_subsets(process, denoiser, x0, positions, batch_size, lengths) -> 
     n = positions.shape[0]
     rows = min(batch_size, 2**n - 1)
     groups = -(-(2**n - 1) // rows)
-    told, asked = (jnp.broadcast_to(array, (rows, n)) for array in (x0[positions], positions))
+    clean, asked = (jnp.broadcast_to(array, (rows, n)) for array in (x0[positions], positions))
     lengths = None if lengths is None else jnp.broadcast_to(lengths, rows)
 
     def answers(subsets):
         revealed = (subsets[:, None] >> jnp.arange(n)[None]) & 1 > 0
-        x = jnp.broadcast_to(x0, (rows, *x0.shape)).at[:, positions].set(process.hide(told, ~revealed))
+        x = jnp.broadcast_to(x0, (rows, *x0.shape)).at[:, positions].set(process.hide(clean, ~revealed))
         log_clean = denoiser(x, process.sigma_seen(x, lengths), asked)
-        return jnp.take_along_axis(log_clean, told[..., None], axis=-1)[..., 0]
+        return jnp.take_along_axis(log_clean, clean[..., None], axis=-1)[..., 0]
 
     return jax.lax.map(answers, jnp.arange(groups * rows).reshape(groups, rows)).reshape(-1, n)
 

@@ -60,8 +60,8 @@ class Process(abc.ABC):
     def perturb(self, keys: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
         """A draw of x at noise sigma. keys: Key[B]; x0: Int[B L] -> Int32[B L]; SEDD, equations 13 and 14."""
         sites = draws.sites(keys, jnp.arange(x0.shape[-1]))
-        touched = draws.bernoulli(draws.fold(sites, 0), -jnp.expm1(-jnp.broadcast_to(sigma, x0.shape)))
-        return jnp.where(touched, self._noise(draws.fold(sites, 1)), x0.astype(jnp.int32))
+        corrupted = draws.bernoulli(draws.fold(sites, 0), -jnp.expm1(-jnp.broadcast_to(sigma, x0.shape)))
+        return jnp.where(corrupted, self._noise(draws.fold(sites, 1)), x0.astype(jnp.int32))
 
     def prior(self, keys: jax.Array, length: int) -> jax.Array:
         """A draw from the law in which the noise ends. Key[B] -> Int32[B length]."""

@@ -27,7 +27,7 @@ from sedd.diffusion.process import Absorbing
 from sedd.diffusion.schedule import Schedule
 from sedd.evaluation.protocols import CLEAN, Protocol
 from sedd.evaluation.report import Report, Terms, make_report, read
-from sedd.evaluation.scoring import Record, ends, levels_of, num_values, score
+from sedd.evaluation.scoring import KEPT, Record, ends, levels_of, num_values, score
 from sedd.evaluation.statistics import ratio
 from sedd.evaluation.text import Scored
 from sedd.network.network import Network
@@ -96,7 +96,7 @@ def perplexity(
             about={**about, "versions": versions()},
         )
         if folder is not None and processes.is_first():
-            with storage.written(folder, "; what is scored is kept"):
+            with storage.written(folder, KEPT):
                 disk.write_whole(folder / "report.json", report.to_json() + "\n")
     return report, terms
 

@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ from sedd.network.network import Network
 
 _DRAWS = "draws.f32"
 _SYNC = 60  # seconds between copies into a bucket
-_KEPT = "; what is scored is kept"
+KEPT = "; what is scored is kept"
 UNIFORM_SIGMA = 12.0  # where the uniform bound ends at the earliest: there its prior is below 1e-5 nats a token
 
 
@@ -84,8 +83,8 @@ def _records(network, schedule, protocol, num_draws, bind, mesh, limits, params,
     pairs = _counts(process, protocol) and paired(num_draws)
     if not bind:
         tokens, lengths = process.hide(tokens, ~free), None
-    told = lengths if lengths is None or not pairs else jnp.repeat(lengths, 2)
-    stats = network.stats(params, lengths=told, masked_pairs=pairs, tightened=network.prediction == "score")
+    of_pairs = lengths if lengths is None or not pairs else jnp.repeat(lengths, 2)
+    stats = network.stats(params, lengths=of_pairs, masked_pairs=pairs, tightened=network.prediction == "score")
     found = _draws(process, schedule, protocol, num_draws, limits, stats, key, tokens, rows, free, lengths)
     return jax.lax.with_sharding_constraint(_flat(found), NamedSharding(mesh, P()))
 
@@ -186,7 +185,7 @@ class Record:
         self._parts.append(records)
         if self._mirror is None:
             return
-        with storage.written(self._folder, _KEPT), open(self._mirror.local / _DRAWS, "ab") as file:
+        with storage.written(self._folder, KEPT), open(self._mirror.local / _DRAWS, "ab") as file:
             file.write(records.astype("<f4").tobytes())
         if time.monotonic() - self._synced > _SYNC:
             self._mirror.sync()

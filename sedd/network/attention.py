@@ -51,9 +51,9 @@ def _splash(q, k, v, lengths):
     if not meshed():
         return _splash_of_device(q, k, v, lengths)
     split = P(ROWS, None, SPLIT)  # the compiler cannot split the kernel by itself
-    return jax.shard_map(
-        _splash_of_device, in_specs=(split, split, split, P(ROWS)), out_specs=split, check_vma=False
-    )(q, k, v, lengths)
+    return jax.shard_map(_splash_of_device, in_specs=(split, split, split, P(ROWS)), out_specs=split, check_vma=False)(
+        q, k, v, lengths
+    )
 
 
 def _splash_of_device(q, k, v, lengths):

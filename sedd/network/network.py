@@ -104,12 +104,12 @@ class Network:
         """
 
         def denoise(x, sigma, positions=None):
-            told = self._clipped(sigma)
-            hidden, condition = self._hidden(params, x, told, lengths=lengths, given=given)
+            clipped_sigma = self._clipped(sigma)
+            hidden, condition = self._hidden(params, x, clipped_sigma, lengths=lengths, given=given)
             if positions is not None:
                 hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
                 x = jnp.take_along_axis(x, positions, axis=1)
-            return self._log_clean(self._logits(params, hidden, condition[:, None]), x, told[:, None])
+            return self._log_clean(self._logits(params, hidden, condition[:, None]), x, clipped_sigma[:, None])
 
         return denoise
 

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from sedd.training.board import Board
 from sedd.training.guard import Guard
 
-
 BOUND = "validation_nats_per_token"  # the name of the bound on the validation split in metrics.jsonl
 
 
@@ -171,8 +170,7 @@ def has_bound(folder: Path, step: int) -> bool:
     """True where metrics.jsonl of the folder holds the bound of a step."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    records = (json.loads(line) for line in lines if line.endswith("\n"))
-    return any(record["step"] == step and BOUND in record for record in records)
+    return any(json.loads(line)["step"] == step for line in lines if BOUND in line and line.endswith("\n"))
 
 
 def _rate(tokens_per_second: float, utilisation: float | None) -> str:

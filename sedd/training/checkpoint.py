@@ -13,6 +13,7 @@ import functools
 import json
 import sys
 import textwrap
+import threading
 from typing import Any
 
 import jax
@@ -145,6 +146,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # of Orbax, of its storage, of the file system
+            _join_writers()
             if processes.is_first() and not storage.is_bucket(self.directory):
                 for part in self.directory.glob("*.orbax-checkpoint-tmp*"):
                     with contextlib.suppress(OSError):
@@ -153,6 +155,13 @@ class Checkpoints:
                 f"a checkpoint could not be written to {self.directory} ({_cause(error)}); those that are there stay. "
                 "Mend that, and the same command continues"
             ) from error
+
+
+def _join_writers(timeout: float = 10):
+    """Waits for Orbax's other threads: it raises the first error while they still write into the folder of the step."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            threading.Thread.join(thread, timeout)  # its own join raises what the thread raised
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 
 
 def flat(mode: str):
@@ -22,7 +22,7 @@ def flat(mode: str):
 
 WAYS = {
     "logsumexp alone": lambda keys, weights: jax.nn.logsumexp(weights, axis=-1),
-    "draws.categorical": draws.categorical,
+    "draws.categorical": keyed_random.categorical,
     "flat, default mode": flat("low"),
     'flat, mode="high"': flat("high"),
 }
@@ -34,8 +34,8 @@ def main():
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
-    keys = draws.row_keys(draws.root_key(0), jnp.arange(args.batch))
-    weights = 3.5 * jax.random.normal(draws.root_key(1), (args.batch, args.states))
+    keys = keyed_random.row_keys(keyed_random.root_key(0), jnp.arange(args.batch))
+    weights = 3.5 * jax.random.normal(keyed_random.root_key(1), (args.batch, args.states))
     ways = {name: jax.jit(way) for name, way in WAYS.items()}
     least = dict.fromkeys(ways, float("inf"))
     for turn in range(args.rounds + 1):

@@ -87,7 +87,7 @@ def plan_of(
     """What a layout takes; None if it does not fit."""
     chip, (data, fsdp, split) = CHIPS[kind], mesh
     rows = args.rows // (accumulation * data * fsdp)
-    inner = 12 * network.layers * network.width * (network.width + network.condition // 2)
+    inner = 12 * network.layers * network.width * (network.width + network.cond_dim // 2)
     outer = 2 * padded(network.process.num_states) * network.width
     copies = 4 + (1 if accumulation == 1 else 2)  # parameters, average, two moments; gradients, and their sum
     held = 4 * copies * (inner + outer) / (fsdp * split)
@@ -97,7 +97,7 @@ def plan_of(
         mesh,
         accumulation,
         network.remat,
-        compute=step_flops(network, args.rows, LENGTH, False) / (math.prod(mesh) * args.utilisation * chip.flops),
+        compute=step_flops(network, args.rows, LENGTH, False) / (math.prod(mesh) * args.mfu * chip.flops),
         weights=accumulation * of_weights(kind, inner, outer, mesh, args.links),
         sums=accumulation * of_activations(chip, network, rows, split, args.links),
     )

@@ -37,9 +37,9 @@ from safetensors.numpy import save_file
 
 import sedd
 from sedd.diffusion import samplers
-from sedd.diffusion.draws import root_key
-from sedd.diffusion.reveal import Counts, FirstHitting
+from sedd.diffusion.keyed_random import root_key
 from sedd.diffusion.samplers import Sampler, Tweedie
+from sedd.diffusion.unmasking import Counts, FirstHitting
 
 SIZES = "8x128x128x3x1024:128 8x128x128x3x1024:1024 4x256x256x4x32000:64"
 CONDITION, FREQUENCIES = 128, 256  # of the published models, as is a head of 64

@@ -13,7 +13,7 @@ import numpy as np
 import sedd
 from sedd.data.layout import Layout
 from sedd.evaluation.perplexity import perplexity
-from sedd.evaluation.text import Scored
+from sedd.evaluation.text import ScoringRows
 
 OWN_LENGTH = Layout("padded", "ignored")  # what is not valid is not seen
 
@@ -44,7 +44,7 @@ def nats_per_token(model: sedd.Model, texts: np.ndarray, layout: Layout, draws: 
     count, length = texts.shape
     rows = np.pad(texts, ((0, 0), (0, model.block_length - length))).astype(np.int32)
     lengths = np.full(count, length, np.int32)
-    scored = Scored(rows, lengths, lengths, np.arange(count), None, None, layout, {}, count)
+    scored = ScoringRows(rows, lengths, lengths, np.arange(count), None, None, layout, {}, count)
     _, terms = perplexity(model.network, model.schedule, model.params, scored, num_draws=draws, progress=False)
     return terms.rows / length
 

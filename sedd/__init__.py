@@ -8,22 +8,22 @@ Importing this loads no data set or checkpoint library, initialises no device an
 
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.data.prepare import prepare
-from sedd.diffusion.correct import Barker, Corrected, Gibbs, Renoise
-from sedd.diffusion.counts import RevealCounts, cosine, reveal_counts
+from sedd.diffusion.correctors import Barker, Corrected, Gibbs, Renoise
 from sedd.diffusion.loss import count_loss, denoising_loss
 from sedd.diffusion.pickers import Entropy, EntropyBounded, Margin
 from sedd.diffusion.process import Absorbing, Jump, Process, Uniform
-from sedd.diffusion.reveal import Adaptive, Counts, FirstHitting, FixedCounts
 from sedd.diffusion.samplers import Euler, Sampler, Trapezoidal, Tweedie, sample
 from sedd.diffusion.schedule import Geometric, LogLinear, Schedule
 from sedd.diffusion.score import Denoiser, ScoreStats, StatsFn, score_stats, stats_from
+from sedd.diffusion.unmasking import Adaptive, Counts, FirstHitting, FixedCounts
+from sedd.diffusion.unmasking_schedules import UnmaskingPlan, cosine_unmasking, plan_unmasking
 from sedd.errors import UserError
 from sedd.evaluation.conditional import LogLikelihood
 from sedd.evaluation.report import Comparison, Report
 from sedd.generation import Samples
 from sedd.loading import load, train
 from sedd.model import Model
-from sedd.processes import initialize
+from sedd.runtime.processes import initialize
 from sedd.version import __version__
 
 __all__ = [
@@ -50,7 +50,6 @@ __all__ = [
     "Process",
     "Renoise",
     "Report",
-    "RevealCounts",
     "Sampler",
     "Samples",
     "Schedule",
@@ -59,16 +58,17 @@ __all__ = [
     "Trapezoidal",
     "Tweedie",
     "Uniform",
+    "UnmaskingPlan",
     "UserError",
     "__version__",
-    "cosine",
+    "cosine_unmasking",
     "count_loss",
     "denoising_loss",
     "initialize",
     "load",
     "open_corpus",
+    "plan_unmasking",
     "prepare",
-    "reveal_counts",
     "sample",
     "score_stats",
     "stats_from",

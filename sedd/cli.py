@@ -7,11 +7,12 @@ import re
 import shlex
 import sys
 
-from sedd import commands, faults, processes, streams
+from sedd import commands
 from sedd.data import sources, tokenizers
 from sedd.data.splits import SPLITS
 from sedd.errors import UserError
 from sedd.evaluation.protocols import PROTOCOLS
+from sedd.runtime import faults, processes, streams
 from sedd.samplers import PLANNED, SAMPLERS
 from sedd.version import __version__
 
@@ -56,14 +57,14 @@ def _main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         if args.command == "prepare":
             print("sedd: stopped; what is done is kept, and the same command continues", file=sys.stderr)
-        processes.leave_others(130, "Ctrl-C")
+        processes.abort_job(130, "Ctrl-C")
         return 130
     except Exception as error:
         line = str(error) if isinstance(error, UserError) else faults.fault(error, args.command)
         if line is None:
             raise
         print(f"sedd: error: {line}", file=sys.stderr)
-        processes.leave_others(2, line)
+        processes.abort_job(2, line)
         return 2
     return 0
 

@@ -10,11 +10,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from sedd import disk, processes, storage
 from sedd.data import sources, tokenizers
 from sedd.data.splits import SPLITS
 from sedd.errors import UserError
 from sedd.evaluation.protocols import get_protocol
+from sedd.runtime import disk, processes, storage
 
 
 def prepare(args, _):
@@ -71,7 +71,7 @@ def _join():
         if not processes.are_many():
             os.dup2(results, 1)
             os.close(results)
-    if processes.are_many():  # of the guarded stream that `sedd.streams` has put there
+    if processes.are_many():  # of the guarded stream that `sedd.runtime.streams` has put there
         sys.stdout.stream = os.fdopen(results if processes.is_first() else os.open(os.devnull, os.O_WRONLY), "w")
 
 
@@ -170,11 +170,11 @@ def _eval_samples(args):
 
 def _judge(path):
     """A causal language model in a local folder, or one of this package's models, whose nats are a bound."""
-    from sedd.evaluation.judges import holds_language_model, open_judge
+    from sedd.evaluation.scorers import holds_language_model, open_scorer
     from sedd.loading import load
 
     if holds_language_model(Path(disk.absolute(path))):
-        return open_judge(path)
+        return open_scorer(path)
     return _own(load(path), path)
 
 
@@ -208,7 +208,7 @@ def sweep(args, _):
         print(table(points))
         if folder and processes.is_first():
             with storage.written(folder):
-                disk.write_whole(folder / "sweep.json", to_json(points) + "\n")
+                disk.write_json_atomic(folder / "sweep.json", to_json(points) + "\n")
             _picture(plot_sweep, points, folder / "sweep.png")
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from sedd.diffusion.process import Absorbing, Process, Uniform
@@ -16,6 +17,7 @@ from sedd.network.network import PREDICTIONS, Network
 from sedd.network.trunk import REMAT
 from sedd.seeds import check_seed
 
+FORMAT = 2  # of the config.json of runs and exported models; 0.1.0 wrote 1, without saying so
 PROCESSES = {"absorbing": Absorbing, "uniform": Uniform}
 SCHEDULES = {
     "loglinear": lambda config: LogLinear(config.eps),
@@ -34,14 +36,14 @@ _DEFAULT = {
         "width": 128,
         "layers": 4,
         "heads": 4,
-        "condition": 128,  # width of the condition on sigma
+        "cond_dim": 128,  # width of the condition on sigma
         "embedding_std": 0.5,  # of the embedding at the start; the paper's is 1 / sqrt(3 width)
         "dropout": 0.0,
         "dtype": "float32",  # of the trunk's linear maps and attention; all else is float32
         "scan": False,  # compile one layer and loop over it
         "remat": "none",  # recompute in the backward pass nothing, "full" layers, or all of a layer but its "dots"
         "attention": "xla",  # on GPUs also "cudnn", on TPUs "splash"
-        "observed": False,  # uniform: a flag a position says which tokens are given, so that infilling is exact
+        "given_embedding": False,  # uniform: a flag a position says which tokens are given, so that infilling is exact
     },
     "data": {
         "corpus": "data/names",
@@ -54,9 +56,9 @@ _DEFAULT = {
         "accumulation": 1,  # microbatches an update
         "seed": 0,
         "ema_decay": 0.0,  # 0: no average of the parameters is kept
-        "levels": "counts",  # noise by counts of masked tokens in antithetic pairs, or by "times" as in the paper
+        "noise_sampling": "mask_count",  # counts of masked tokens in antithetic pairs; or "time", as in the paper
         "min_time": 1e-3,  # times: the earliest
-        "skips": 0,  # steps whose loss or gradient is not finite that are left out, before one stops the run
+        "max_skipped_steps": 0,  # steps with a loss or gradient that is not finite; one more stops the run
     },
     "optimizer": {
         "name": "muon",  # for the matrices of the trunk, Adam for the rest; or "adamw" for all, as in the paper
@@ -93,13 +95,13 @@ _CHOICES = {
     "network.dtype": ("float32", "bfloat16"),
     "network.remat": tuple(REMAT),
     "network.attention": tuple(ATTENTION),
-    "training.levels": ("times", "counts"),
+    "training.noise_sampling": ("time", "mask_count"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.decay": ("constant", "linear"),
 }
 _OPTIONAL = {"data.vocab_size": int}
 _POSITIVE = {
-    "network": ("width", "layers", "heads", "condition", "embedding_std"),
+    "network": ("width", "layers", "heads", "cond_dim", "embedding_std"),
     "data": ("block_length",),
     "training": ("steps", "batch_size", "accumulation"),
     "optimizer": ("learning_rate", "adam_learning_rate", "warmup_steps", "clip_norm"),
@@ -107,7 +109,7 @@ _POSITIVE = {
     "evaluation": ("draws",),
 }
 _NOT_NEGATIVE = (
-    "training.skips",
+    "training.max_skipped_steps",
     "optimizer.weight_decay",
     "checkpoint.keep_every",
     "evaluation.every",
@@ -133,7 +135,7 @@ def paper() -> ConfigDict:
     config.network.update(prediction="score", width=768, layers=12, heads=12, dropout=0.1, dtype="bfloat16")
     config.network.embedding_std = 768**-0.5 / 3**0.5
     config.data.block_length = 1024
-    config.training.update(steps=400_000, batch_size=512, ema_decay=0.9999, levels="times")
+    config.training.update(steps=400_000, batch_size=512, ema_decay=0.9999, noise_sampling="time")
     config.optimizer.update(name="adamw", learning_rate=3e-4, b2=0.999, warmup_steps=2500, decay="constant")
     config.optimizer.clip_norm = 1.0
     config.checkpoint.every = 5000
@@ -241,17 +243,38 @@ def validate(config: ConfigDict) -> ConfigDict:
         check_sizes(network.attention, network.dtype, network.width // network.heads, config.data.block_length)
     except ValueError as error:
         raise UserError(f"config: {error}, or choose xla") from None
-    if network.observed and config.process.name != "uniform":
+    if network.given_embedding and config.process.name != "uniform":
         raise UserError(
-            "config: network.observed is for process.name=uniform; the absorbing process needs no flag, as a given "
+            "config: network.given_embedding is for process.name=uniform; the absorbing process needs none, as a given "
             "token is one that is not masked"
         )
-    if training.levels == "counts":
+    if training.noise_sampling == "mask_count":
         if config.process.name != "absorbing":
-            raise UserError("config: training.levels=counts is for process.name=absorbing; choose times")
+            raise UserError("config: training.noise_sampling=mask_count is for process.name=absorbing; choose times")
         if training.batch_size // training.accumulation % 2:
-            raise UserError("config: training.levels=counts needs an even number of rows in each microbatch")
+            raise UserError(
+                "config: training.noise_sampling=mask_count needs an even number of rows in each microbatch"
+            )
     return config
+
+
+def read_description(file: epath.Path) -> dict[str, Any]:
+    """The contents of a config.json: of a run or an exported model, or, as they are, of a published checkpoint.
+
+    UserError if the file is not JSON, describes no model, or was written by a version of sedd with another format.
+    """
+    try:
+        about = json.loads(file.read_text())
+    except ValueError:
+        raise UserError(f"{file} is damaged: it is not JSON; restore it, or choose another folder") from None
+    if not isinstance(about, dict):
+        raise UserError(f"{file} describes no model; choose another folder")
+    if "config" in about and about.get("format") != FORMAT:
+        raise UserError(
+            f"{file} has format {about.get('format', 1)}, and this version of sedd reads format {FORMAT}; use the "
+            "version that wrote it, or train the model again"
+        )
+    return about
 
 
 def build(config: ConfigDict, vocab_size: int) -> tuple[Process, Schedule, Network]:

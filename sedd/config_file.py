@@ -15,8 +15,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sedd import config as configs
-from sedd import disk
 from sedd.errors import UserError
+from sedd.runtime import disk
 
 _PACKAGE = Path(__file__).resolve().parent
 # How a ConfigDict names the key that it does not have.

@@ -11,31 +11,32 @@ import numpy as np
 from jax.sharding import Sharding
 from tqdm import tqdm
 
-from sedd import parallel, processes, prompts
+from sedd import parallel, prompts
 from sedd.data.layout import Layout
 from sedd.data.splits import philox
 from sedd.data.tokenizers import Tokenizer
-from sedd.diffusion.draws import fold, root_key
+from sedd.diffusion.keyed_random import fold, root_key
 from sedd.diffusion.process import Absorbing
 from sedd.diffusion.samplers import Sampler, State, advance, begin
 from sedd.diffusion.schedule import Schedule
-from sedd.diffusion.score import edited, in_block, nucleus, temperature, told_share
+from sedd.diffusion.score import condition_on_mask_ratio, edited, in_block, nucleus, temperature
 from sedd.errors import UserError
 from sedd.network.network import Network
-from sedd.prompts import Laid, Prompt
-from sedd.samplers import Wanted, named_sampler
+from sedd.prompts import Prompt, PromptBatch
+from sedd.runtime import processes
+from sedd.runtime.settings import jax_defaults
+from sedd.samplers import SamplerContext, named_sampler
 from sedd.seeds import check_seed
-from sedd.settings import jax_defaults
 
 _WINDOWS = 2**31  # later windows fold this, and their number, into the key; the rows of the first fold smaller ones
-_LOOKS = 32  # how often a loop of many steps returns to the host, which shows how far it is and can be interrupted
+HOST_SYNCS = 32  # how often a loop of many steps returns to the host, which shows how far it is and can be interrupted
 
 # (rows: Int[B], their numbers; tokens: Int[B L], -1 where there is none; given: Bool[B L]; steps: int, of this block),
 # after each step.
 Watch = Callable[[np.ndarray, np.ndarray, np.ndarray, int], None]
 
 
-class Drawing(TypedDict, total=False):
+class SamplingOptions(TypedDict, total=False):
     """How texts are drawn; all may be left out."""
 
     steps: int  # of the sampler, if that is a name; 128
@@ -83,15 +84,15 @@ class Generator:
         if length is not None:
             self._check_length(length)
             lengths = [length] * num_samples
-        elif self.layout.binds_lengths:
+        elif self.layout.masks_padding:
             share = np.array(self.layout.row_lengths) / sum(self.layout.row_lengths)
             lengths = philox(settings.get("seed", 0), 2).choice(len(share), num_samples, p=share).tolist()
         else:
             lengths = [self.block_length] * num_samples
-        return self.draw([prompts.blank(length) for length in lengths], **settings)
+        return self.generate([prompts.blank(length) for length in lengths], **settings)
 
     @jax_defaults()
-    def draw(
+    def generate(
         self,
         rows: list[Prompt],
         steps: int = 128,
@@ -112,28 +113,28 @@ class Generator:
         for row in rows:
             self._check_length(len(row.tokens))
         prompts.check_size(len(rows) * (steps if trace else 1), max(len(row.tokens) for row in rows))
-        laid = prompts.laid_out(rows, self.network.process, self.block_length, self.layout)
+        batch = prompts.collate(rows, self.network.process, self.block_length, self.layout)
         _check_settings(temperature, top_p, seed, batch_size)
-        sampler, key = self.sampler(sampler, steps, laid), root_key(seed)
-        parts = parallel.row_parts(self.params)
+        sampler, key = self.sampler(sampler, steps, batch), root_key(seed)
+        parts = parallel.num_batch_shards(self.params)
         group = min(len(rows), batch_size or parts * self.network.rows_at_once(self.block_length))
-        params, where = parallel.beside(self.params, group)
+        params, where = parallel.place_for_batch(self.params, group)
         group += -group % (parts if group >= parts else 1)  # each device takes as many rows
-        reshaped = (temperature, top_p) if (temperature, top_p) != (1.0, 1.0) else None
+        adjusts_logits = (temperature, top_p) if (temperature, top_p) != (1.0, 1.0) else None
         hidden = watch is not None or not processes.is_first()
         with tqdm(desc="sampling", unit="step", delay=2, total=0, disable=hidden) as bar:
             generator = dataclasses.replace(self, params=params)
-            loop = _Loop(generator, where, sampler, reshaped, key, trace, watch, bar)
+            loop = _Loop(generator, where, sampler, adjusts_logits, key, trace, watch, bar)
             starts = range(0, len(rows), group)
-            drawn = [loop(laid, np.arange(start, start + group), len(starts)) for start in starts]
-        return self._collected(drawn, rows, laid)
+            drawn = [loop(batch, np.arange(start, start + group), len(starts)) for start in starts]
+        return self._collected(drawn, rows, batch)
 
     def check(self, steps: int = 128, sampler: str | Sampler = "tweedie", **others):
         """UserError for settings, as those of `draw`, with which nothing can be drawn, whatever the rows."""
         self.sampler(sampler, steps)
         _check_settings(**others)
 
-    def sampler(self, sampler: str | Sampler, steps: int, laid: Laid | None = None) -> Sampler:
+    def sampler(self, sampler: str | Sampler, steps: int, batch: PromptBatch | None = None) -> Sampler:
         """The sampler of a name, made for the rows told (a free block), or the one that is told.
 
         UserError if there is none of that name, or it is not for this model's process.
@@ -145,27 +146,30 @@ class Generator:
             return sampler
         if not isinstance(sampler, str):
             raise UserError(f"a sampler is a name, or an object such as sedd.Tweedie(...), not {sampler!r}")
-        if laid is None:
-            laid = prompts.laid_out([prompts.blank(self.block_length)], process, self.block_length, self.layout)
-        return named_sampler(sampler, Wanted(process, self.schedule, steps, *self._most(laid), self._unaware(laid)))
+        if batch is None:
+            batch = prompts.collate([prompts.blank(self.block_length)], process, self.block_length, self.layout)
+        return named_sampler(
+            sampler,
+            SamplerContext(process, self.schedule, steps, *self._largest_block(batch), self._ignores_given(batch)),
+        )
 
-    def _most(self, laid: Laid) -> tuple[int, int, int]:
+    def _largest_block(self, batch: PromptBatch) -> tuple[int, int, int]:
         """Of the block with the most to be filled in: how many tokens, how many are known in it, and its length."""
         most = (0, 0, self.block_length)
-        for at, free in prompts.opened(laid, self.block_length):
+        for at, free in prompts.windows_of(batch, self.block_length):
             count = free.sum(axis=1)
             row = int(np.argmax(count))
             if count[row] > most[0]:
-                known = np.sum(~free[row] & laid.within[row, at[row]])
-                length = laid.lengths[row] if self.layout.binds_lengths else self.block_length
+                known = np.sum(~free[row] & batch.within[row, at[row]])
+                length = batch.lengths[row] if self.layout.masks_padding else self.block_length
                 most = int(count[row]), int(known), int(length)
         return most
 
-    def _unaware(self, laid: Laid) -> bool:
+    def _ignores_given(self, batch: PromptBatch) -> bool:
         """Whether the network will take given tokens, or those of the block before, for noisy ones."""
-        if isinstance(self.network.process, Absorbing) or self.network.observed:
+        if isinstance(self.network.process, Absorbing) or self.network.given_embedding:
             return False
-        return bool(np.any(~laid.free & laid.within) or laid.lengths.max() > self.block_length)
+        return bool(np.any(~batch.free & batch.within) or batch.lengths.max() > self.block_length)
 
     def _check_length(self, length: int):
         most = self.block_length if self.layout.padded else None
@@ -175,9 +179,9 @@ class Generator:
                 f"a text of {length} tokens cannot be drawn; it must have {bound if most else 'at least 1'}"
             )
 
-    def _collected(self, drawn: list["_Drawn"], rows: list[Prompt], laid: Laid) -> Samples:
-        width = laid.lengths.max()
-        within = laid.within[:, :width]
+    def _collected(self, drawn: list["_Group"], rows: list[Prompt], batch: PromptBatch) -> Samples:
+        width = batch.lengths.max()
+        within = batch.within[:, :width]
         tokens = np.concatenate([group.tokens for group in drawn])[: len(rows), :width]
         tokens = np.where(within, tokens, -1)
         trace = None
@@ -191,7 +195,7 @@ class Generator:
         texts = None
         if self.tokenizer is not None:
             texts = [self.tokenizer.decode(ids[:length]) for ids, length in zip(tokens, kept)]
-        given = ~laid.free[:, :width] & within
+        given = ~batch.free[:, :width] & within
         return Samples(texts, tokens, kept, given, max(group.calls for group in drawn), trace)
 
     def _length(self, row: Prompt, ids: np.ndarray) -> int:
@@ -215,7 +219,7 @@ def _check_settings(temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
 
 
-class _Drawn(NamedTuple):
+class _Group(NamedTuple):
     """A group of rows, done."""
 
     tokens: np.ndarray  # Int32[B L]
@@ -229,92 +233,97 @@ class _Loop(NamedTuple):
     generator: Generator
     where: Sharding | None  # of rows
     sampler: Sampler
-    reshaped: tuple[float, float] | None  # temperature and top_p, where they change anything
+    adjusts_logits: tuple[float, float] | None  # temperature and top_p, where they change anything
     key: jax.Array
     trace: bool
     watch: Watch | None
     bar: tqdm
 
-    def __call__(self, laid: Laid, rows: np.ndarray, groups: int) -> _Drawn:
+    def __call__(self, batch: PromptBatch, rows: np.ndarray, groups: int) -> _Group:
         """rows: Int[B], global numbers; those beyond the last row are copies that fill up the group's one shape."""
-        count, row = len(laid.tokens), rows % len(laid.tokens)
-        tokens, free, lengths = (array[row] for array in laid)
-        given, windows = ~free, list(prompts.opened(Laid(tokens, free, lengths), self.generator.block_length))
+        count, row = len(batch.tokens), rows % len(batch.tokens)
+        tokens, free, lengths = (array[row] for array in batch)
+        given, windows = (
+            ~free,
+            list(prompts.windows_of(PromptBatch(tokens, free, lengths), self.generator.block_length)),
+        )
         calls, traces = 0, []
         for number, (at, here) in enumerate(windows):
             np.put_along_axis(free, at, False, axis=1)
 
-            def whole(x):  # the rows with this block's state; what is not begun has no token, or is masked
-                state = np.where(free, self._nothing, tokens)
+            def full_rows(x):  # the rows with this block's state; what is not begun has no token, or is masked
+                state = np.where(free, self._placeholder_id, tokens)
                 np.put_along_axis(state, at, x, axis=1)
                 return state
 
-            def look(x, steps):
-                shown, width = rows < count, laid.lengths.max()
-                within, state, known = (array[shown, :width] for array in (laid.within[row], whole(x), given))
+            def on_step(x, steps):
+                shown, width = rows < count, batch.lengths.max()
+                within, state, known = (array[shown, :width] for array in (batch.within[row], full_rows(x), given))
                 self.watch(rows[shown], np.where(within, state, -1), known & within, steps)
 
             key = fold(self.key, _WINDOWS + number) if number else self.key
             start = np.take_along_axis(tokens, at, axis=1)
-            state = self._run(key, start, here, lengths, rows, groups * len(windows), look if self.watch else None)
+            state = self._run(key, start, here, lengths, rows, groups * len(windows), on_step if self.watch else None)
             np.put_along_axis(tokens, at, state.tokens, axis=1)
             calls += int(self.sampler.calls(state.steps)) if state.steps else 0
             if self.trace:
-                traces += [whole(x) for x in state.trace[: state.steps]]
+                traces += [full_rows(x) for x in state.trace[: state.steps]]
         traces = np.array(traces, np.int32).reshape(-1, *tokens.shape) if self.trace else None
-        return _Drawn(tokens, calls, traces)
+        return _Group(tokens, calls, traces)
 
     @property
-    def _nothing(self) -> int:
+    def _placeholder_id(self) -> int:
         process = self.generator.network.process
         return process.mask if isinstance(process, Absorbing) else -1
 
-    def _run(self, key, tokens, free, lengths, rows, runs: int, looks: Callable | None):
+    def _run(self, key, tokens, free, lengths, rows, runs: int, on_step: Callable | None):
         """One window of one group, from its first step to its last."""
         generator = self.generator
-        bound = lengths if generator.layout.binds_lengths else None
+        bound = lengths if generator.layout.masks_padding else None
         task, state = _begin(self.sampler, self.trace, self.where, key, tokens, free, rows)
-        fixed = (generator.network, self.sampler, generator.block_length, self.reshaped is not None, self.where)
-        stride = 1 if looks else -(-task.steps // _LOOKS)
+        fixed = (generator.network, self.sampler, generator.block_length, self.adjusts_logits is not None, self.where)
+        stride = 1 if on_step else -(-task.steps // HOST_SYNCS)
         self.bar.total = task.steps * runs
         steps, done = 0, bool(state.done)
         while not done:
             until = steps + stride
-            state = _advance(*fixed, generator.params, task, state, until, self.reshaped or (1.0, 1.0), bound)
+            state = _advance(*fixed, generator.params, task, state, until, self.adjusts_logits or (1.0, 1.0), bound)
             before, steps, done = steps, *map(int, (state.steps, state.done))
             self.bar.update(steps - before)
-            if looks:
-                looks(parallel.on_host(state.tokens), steps)
+            if on_step:
+                on_step(parallel.on_host(state.tokens), steps)
         self.bar.update(task.steps - steps)
         return parallel.on_host(state)
 
 
 @functools.partial(jax.jit, static_argnums=range(3))
 def _begin(sampler, trace, where, key, tokens, free, rows):
-    tokens, free, rows = (_laid(array, where) for array in (jnp.asarray(tokens), jnp.asarray(free), jnp.asarray(rows)))
+    tokens, free, rows = (
+        _constrain(array, where) for array in (jnp.asarray(tokens), jnp.asarray(free), jnp.asarray(rows))
+    )
     task, state = begin(key, sampler, tokens, free, rows, trace)
-    return task, _rows_laid(state, where)
+    return task, _constrain_rows(state, where)
 
 
-def _rows_laid(state: State, where: Sharding | None) -> State:
+def _constrain_rows(state: State, where: Sharding | None) -> State:
     """The state with its rows where they are to be: so it is the same program for the first step and the next ones."""
-    trace = None if state.trace is None else jnp.moveaxis(_laid(jnp.moveaxis(state.trace, 1, 0), where), 0, 1)
-    return state._replace(tokens=_laid(state.tokens, where), trace=trace)
+    trace = None if state.trace is None else jnp.moveaxis(_constrain(jnp.moveaxis(state.trace, 1, 0), where), 0, 1)
+    return state._replace(tokens=_constrain(state.tokens, where), trace=trace)
 
 
-def _laid(array: jax.Array, where: Sharding | None) -> jax.Array:
+def _constrain(array: jax.Array, where: Sharding | None) -> jax.Array:
     return array if where is None else jax.lax.with_sharding_constraint(array, where)
 
 
 @functools.partial(jax.jit, static_argnums=range(5), donate_argnums=7)
-def _advance(network, sampler, block, reshaped, where, params, task, state, until, heat, lengths):
+def _advance(network, sampler, block, adjusts_logits, where, params, task, state, until, temperature_top_p, lengths):
     """Some steps of one group of rows. Compiled once a shape; `reshaped` says whether heat, an argument, matters."""
-    denoiser = network.denoiser(params, lengths, ~task.free if network.observed else None)
+    denoiser = network.denoiser(params, lengths, ~task.free if network.given_embedding else None)
     if isinstance(network.process, Absorbing):
-        denoiser = told_share(network.process, denoiser, lengths)
+        denoiser = condition_on_mask_ratio(network.process, denoiser, lengths)
         if lengths is None and task.tokens.shape[1] < block:
             denoiser = in_block(denoiser, block, network.process.mask)
-    if reshaped:
-        denoiser = edited(denoiser, lambda log_clean: temperature(log_clean, heat[0]))
-        denoiser = edited(denoiser, lambda log_clean: nucleus(log_clean, heat[1]))
-    return _rows_laid(advance(task, state, denoiser, sampler, until), where)
+    if adjusts_logits:
+        denoiser = edited(denoiser, lambda log_clean: temperature(log_clean, temperature_top_p[0]))
+        denoiser = edited(denoiser, lambda log_clean: nucleus(log_clean, temperature_top_p[1]))
+    return _constrain_rows(advance(task, state, denoiser, sampler, until), where)

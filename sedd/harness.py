@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from sedd import prompts, streams
+from sedd import prompts
 from sedd.data.tokenizers import Ends
 from sedd.diffusion.pickers import Margin, Picker
 from sedd.diffusion.process import Absorbing
-from sedd.diffusion.reveal import Adaptive
+from sedd.diffusion.unmasking import Adaptive
 from sedd.errors import UserError
 from sedd.evaluation.conditional import METHODS, Answers, answers_to, log_likelihoods
 from sedd.evaluation.perplexity import perplexity
@@ -31,6 +31,7 @@ from sedd.generation import Generator
 from sedd.loading import load, with_tokenizer
 from sedd.model import Model, check_draws
 from sedd.prompts import Prompt
+from sedd.runtime import streams
 
 try:
     import lm_eval.models  # noqa: F401, before this model: lm_eval adds its own only where there is none
@@ -47,10 +48,10 @@ except ImportError:
 
 OWN = ("pretrained", "tokenizer", "method", "draws", "seed", "max_gen_toks")  # the arguments of Harness
 AT_ONCE = 64  # questions between two marks of the progress
-SHARP = 1e-6  # the top_p that leaves of each law the likeliest token only
+GREEDY_TOP_P = 1e-6  # the top_p that leaves of each law the likeliest token only
 
 
-class Wish(NamedTuple):
+class GenerationRequest(NamedTuple):
     """How a continuation is wanted; hashable."""
 
     count: int  # of tokens
@@ -64,7 +65,7 @@ class Greedy(Adaptive):
     picker: Picker = Margin()
 
     def step(self, keys, denoiser, x, entry):
-        log_clean = denoiser(x, self.process.sigma_seen(x), None)
+        log_clean = denoiser(x, self.process.sigma_from_mask_ratio(x), None)
         likeliest = jnp.argmax(log_clean, axis=-1).astype(x.dtype)
         return jnp.where(self.choose(log_clean, x, entry), likeliest, x)
 
@@ -134,7 +135,7 @@ class Harness(LM):
     def get_model_info(self) -> dict:
         """What lm_eval writes into its results: how the numbers were estimated."""
         about = {"method": self.method, "block_length": self.model.block_length, "tokenizer": self.tokenizer_name}
-        return about | {"lengths": "given" if self.model.layout.binds_lengths else "open"} | self.noise
+        return about | {"lengths": "given" if self.model.layout.masks_padding else "open"} | self.noise
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """log p(continuation | context) of each request, in nats, and whether it is what greedy decoding gives.
@@ -185,7 +186,7 @@ class Harness(LM):
         for wish in dict.fromkeys(wishes):  # before anything is drawn
             self._generator.check(**dict(wish.sampling))
         whole = [request.args[0] for request in requests]
-        contexts = [self._newest(context, [""], self._room - wish.count) for context, wish in zip(whole, wishes)]
+        contexts = [self._truncate_left(context, [""], self._room - wish.count) for context, wish in zip(whole, wishes)]
         self._warn_of(contexts, whole)
         texts = [""] * len(requests)
         for wish in dict.fromkeys(wishes):
@@ -203,7 +204,7 @@ class Harness(LM):
         contexts = []
         for context, group in zip(whole, groups):
             texts = [before[len(context) :] + continuation for before, continuation in group]
-            contexts.append(self._newest(context, texts, self._room))
+            contexts.append(self._truncate_left(context, texts, self._room))
             layout = (model.tokenizer, model.process, model.block_length, model.layout)
             questions.append(answers_to(contexts[-1], texts, *layout))
         self._warn_of(contexts, whole)
@@ -229,7 +230,7 @@ class Harness(LM):
         found = {number: ids[: len(rows[number].tokens)] for number, ids in zip(order, decoded, strict=True)}
         return [bool(np.array_equal(found[number], row.tokens)) for number, row in enumerate(rows)]
 
-    def _continued(self, contexts: list[str], wish: Wish) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _continued(self, contexts: list[str], wish: GenerationRequest) -> list[tuple[np.ndarray, np.ndarray]]:
         """The tokens of each context, and those after it."""
         known = [prompts.of_text(context, self.model.tokenizer, Ends(closes=False)) for context in contexts]
         rows = [self._in_block(prompts.joined(context, prompts.blank(wish.count))) for context in known]
@@ -241,7 +242,7 @@ class Harness(LM):
     def _in_block(self, row: Prompt) -> Prompt:
         """A row as `answers_to` has it: it ends where lengths are told, else what follows is masked and stays so."""
         model = self.model
-        if model.layout.binds_lengths:
+        if model.layout.masks_padding:
             return prompts.as_document(row, model.layout, model.block_length, model.tokenizer.end_of_text)
         if not isinstance(model.process, Absorbing):
             return row
@@ -250,7 +251,7 @@ class Harness(LM):
 
     def _drawn(self, rows: list[Prompt], sampling: tuple[tuple[str, Any], ...]) -> np.ndarray:
         """The tokens of the rows once they are filled in: Int32[N L]."""
-        return self._generator.draw(rows, **dict(sampling)).tokens
+        return self._generator.generate(rows, **dict(sampling)).tokens
 
     @property
     def _generator(self) -> Generator:
@@ -263,9 +264,9 @@ class Harness(LM):
         process = self.model.process
         if isinstance(process, Absorbing):
             return (("sampler", Greedy(process)),)
-        return ("top_p", SHARP), ("seed", self.seed)
+        return ("top_p", GREEDY_TOP_P), ("seed", self.seed)
 
-    def _wish(self, asked: settings.Request) -> Wish:
+    def _wish(self, asked: settings.Request) -> GenerationRequest:
         """The continuation that a task's generation settings ask for."""
         if not 1 <= asked.count < self._room:
             raise UserError(
@@ -273,8 +274,8 @@ class Harness(LM):
                 f"{self.model.block_length}; set fewer, as in --gen_kwargs max_gen_toks={self._room // 2}"
             )
         if asked.sampling is None:
-            return Wish(asked.count, self._greedy)
-        return Wish(asked.count, tuple(({"seed": self.seed} | asked.sampling).items()))
+            return GenerationRequest(asked.count, self._greedy)
+        return GenerationRequest(asked.count, tuple(({"seed": self.seed} | asked.sampling).items()))
 
     def _until(self, context: np.ndarray, ids: np.ndarray, stops: list[str]) -> str:
         """The text of ids that follow a context, up to an end of text, and to the first of what stops it."""
@@ -282,7 +283,7 @@ class Harness(LM):
         text = self.model.tokenizer.decode(ids[: ended[0]] if len(ended) else ids, after=context)
         return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
 
-    def _newest(self, context: str, texts: list[str], room: int) -> str:
+    def _truncate_left(self, context: str, texts: list[str], room: int) -> str:
         """A context, or its end where there is no room for all of it and each of the texts, in tokens."""
         encode = self.model.tokenizer.encode
         most = max(len(encode(context + text)) for text in texts)
@@ -304,7 +305,7 @@ class Harness(LM):
     @property
     def _room(self) -> int:
         """The most tokens of a text."""
-        return self.model.block_length - self.model.layout.binds_lengths
+        return self.model.block_length - self.model.layout.masks_padding
 
     def _warn_of(self, contexts: list[str], whole: list[str]):
         """One line, if contexts lost their oldest tokens."""

@@ -1,7 +1,6 @@
 """Models from folders: `load` reads a run, an exported model or a published SEDD checkpoint; `train` makes a run."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -11,13 +10,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 
 from sedd import config as configs
-from sedd import parallel, pretrained, storage
+from sedd import parallel, pretrained
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import given_tokenizer, load_tokenizer
-from sedd.diffusion.draws import root_key
+from sedd.diffusion.keyed_random import root_key
 from sedd.errors import UserError
 from sedd.model import Model
-from sedd.parallel import named, placed
+from sedd.parallel import abstract_arrays, named
+from sedd.runtime import storage
 from sedd.training.checkpoint import restore_params
 from sedd.training.fit import fit
 
@@ -40,15 +40,12 @@ def _load(path: str | Path) -> Model:
         raise UserError(f"there is no folder {path}; train a model there, or give another")
     if not (directory / "config.json").is_file():
         raise UserError(f"{path} holds no model: it has no config.json")
-    try:
-        about = json.loads((directory / "config.json").read_text())
-    except ValueError:
-        raise UserError(f"{directory / 'config.json'} is damaged: it is no JSON") from None
+    about = configs.read_description(directory / "config.json")
     if pretrained.is_published(about):
         config, params = pretrained.load(directory)
         return Model(config, _everywhere(params), None, *configs.build(config, config.data.vocab_size))
     if "config" not in about:
-        raise UserError(f"{directory} holds no model: its config.json is of another kind")
+        raise UserError(f"{directory} holds no model: its config.json has no config; choose another folder")
     config = configs.from_dict(about["config"])
     config.network.attention = "xla"  # the same function, at any length and on any device
     tokenizer = load_tokenizer(directory / "tokenizer") if (directory / "tokenizer").is_dir() else None
@@ -56,7 +53,7 @@ def _load(path: str | Path) -> Model:
     like = jax.eval_shape(network.init, root_key(0))
     weights = directory / "weights.safetensors"
     params = _exported(weights, like) if weights.is_file() else _trained(directory, step, config, like)
-    layout = Layout.from_json(about["layout"]) if "layout" in about else Layout()  # of 0.1.0, all of them packed
+    layout = Layout.from_json(about["layout"])
     return Model(config, _everywhere(params), tokenizer, process, schedule, network, layout)
 
 
@@ -99,7 +96,7 @@ def with_tokenizer(model: Model, spec: str) -> Model:
 def _trained(directory: epath.Path, step: int | None, config: ConfigDict, like: dict) -> dict:
     if not (directory / "checkpoints").is_dir():
         raise UserError(f"{directory} holds no checkpoint yet; train a little longer")
-    like = placed(like, parallel.shardings(parallel.data_mesh(), like))
+    like = abstract_arrays(like, parallel.shardings(parallel.data_mesh(), like))
     return restore_params(directory / "checkpoints", like, bool(config.training.ema_decay), step)
 
 

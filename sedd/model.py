@@ -14,7 +14,8 @@ from etils import epath
 from ml_collections import ConfigDict
 from safetensors.numpy import save as save_arrays
 
-from sedd import disk, processes, prompts, storage
+from sedd import config as configs
+from sedd import prompts
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.data.source import Source
@@ -24,18 +25,19 @@ from sedd.diffusion.schedule import Schedule
 from sedd.diffusion.score import Denoiser, clamped
 from sedd.errors import UserError
 from sedd.evaluation.conditional import LogLikelihood, answers_to, log_likelihoods
-from sedd.evaluation.judges import Judged
 from sedd.evaluation.perplexity import perplexity
-from sedd.evaluation.protocols import get_protocol, laid_out
+from sedd.evaluation.protocols import get_protocol, scoring_rows
 from sedd.evaluation.report import Comparison, Report, Terms, make_comparison
+from sedd.evaluation.scorers import ScoredTexts
 from sedd.evaluation.scoring import KEPT
-from sedd.evaluation.text import fitting, from_texts
-from sedd.generation import Drawing, Generator, Samples
+from sedd.evaluation.text import check_compatible, from_texts
+from sedd.generation import Generator, Samples, SamplingOptions
 from sedd.network.network import Network
 from sedd.parallel import fingerprint, named
 from sedd.prompts import Prompt
+from sedd.runtime import disk, processes, storage
+from sedd.runtime.settings import jax_defaults
 from sedd.seeds import check_seed
-from sedd.settings import jax_defaults
 
 MOST_DRAWS = 2**20
 
@@ -73,7 +75,7 @@ class Model:
 
         tokens: Int[B L]; sigma: Float[B], the noise the network is told, unclipped; lengths: Int[B], the valid ones, of
         a model of padded documents whose padding is ignored; given: Bool[B L], the clean tokens, of a model with
-        `network.observed`. Returns Float32[B L S].
+        `network.given_embedding`. Returns Float32[B L S].
         """
         told = (None if array is None else jnp.asarray(array) for array in (tokens, sigma, lengths, given))
         return _log_score(self.network, self.params, *told)
@@ -84,16 +86,16 @@ class Model:
         """A Denoiser, for samplers of your own. It holds the parameters: make it inside jit.
 
         tokens: Int[B L] with given: Bool[B L], what it sees at those positions wherever a sampler has got to, and what
-        a network with `network.observed` is told to be given;
+        a network with `network.given_embedding` is told to be given;
         lengths: Int[B], the valid ones.
         """
         if (tokens is None) != (given is None):
             raise UserError("denoiser: tokens and given go together")
-        flags = jnp.asarray(given) if self.network.observed and given is not None else None
+        flags = jnp.asarray(given) if self.network.given_embedding and given is not None else None
         denoiser = self.network.denoiser(self.params, lengths, flags)
         return denoiser if given is None else clamped(denoiser, jnp.asarray(tokens), ~jnp.asarray(given))
 
-    def sample(self, num_samples: int = 1, length: int | None = None, **settings: Unpack[Drawing]) -> Samples:
+    def sample(self, num_samples: int = 1, length: int | None = None, **settings: Unpack[SamplingOptions]) -> Samples:
         """Draws texts of `length` tokens, by default a whole block, or where documents were padded and their padding
         ignored, as long as those are. Longer than a block they are drawn block after block, each with its first half
         given, which only packed text can be; a uniform model then resamples on its way, as `infill` says.
@@ -112,7 +114,7 @@ class Model:
         tokens: np.ndarray | None = None,
         given: np.ndarray | None = None,
         num_samples: int = 1,
-        **settings: Unpack[Drawing],
+        **settings: Unpack[SamplingOptions],
     ) -> Samples:
         """Fills in the free positions given the others, which stay as they are.
 
@@ -121,9 +123,9 @@ class Model:
         or arrays, tokens: Int[N L] or Int[L] with given: Bool of the same shape. Each row gets `num_samples` samples.
 
         With Absorbing the given tokens are part of what the model conditions on exactly, and with Uniform where it was
-        trained with `network.observed`. Any other uniform model takes them for noise where there is much of it, so that
-        `euler`, `tweedie` and `trapezoidal` by name resample on their way, at one more call a step:
-        `sedd.diffusion.correct` says what bias stays.
+        trained with `network.given_embedding`. Any other uniform model takes them for noise at high noise levels, so
+        that `euler`, `tweedie` and `trapezoidal` by name resample on their way, at one more call a step:
+        `sedd.diffusion.correctors` says what bias stays.
         The texts end at the first end-of-text token after the last given one; a row of an array in which all is given
         comes back as it is. settings: as of `sample`.
         """
@@ -141,7 +143,7 @@ class Model:
             rows = self._of_texts(texts, prefix or "", suffix or "", length)
         prompts.check_size(num_samples * len(rows), max((len(row.tokens) for row in rows), default=0))
         rows = [row for row in rows for _ in range(num_samples)]
-        return self.generator.draw(rows, **settings)
+        return self.generator.generate(rows, **settings)
 
     def perplexity(self, texts_or_corpus: str | Sequence[str] | Corpus | Source, **settings) -> Report:
         """A bound on the negative log-likelihood of texts, one by one, of a corpus' split, or of a source.
@@ -178,7 +180,7 @@ class Model:
             comparison = make_comparison(*found)
             if out is not None and processes.is_first():
                 with storage.written(out, KEPT):
-                    disk.write_whole(out / "comparison.json", comparison.to_json() + "\n")
+                    disk.write_json_atomic(out / "comparison.json", comparison.to_json() + "\n")
         return comparison
 
     def log_likelihood(
@@ -203,18 +205,18 @@ class Model:
         found = log_likelihoods(self.network, self.schedule, self.params, answers, method, draws, seed)
         return found[0] if isinstance(answer, str) else found
 
-    def judge(self, texts: Sequence[str]) -> Judged:
+    def score_texts(self, texts: Sequence[str]) -> ScoredTexts:
         """What each text costs under this model, from above: a judge of the samples of others. An empty one is free."""
         nats, counts = np.zeros(len(texts)), np.zeros(len(texts), int)
         told = np.array([bool(text) for text in texts])
         if told.any():
             full = [text for text in texts if text]
-            scored = from_texts(full, self._require_tokenizer(), self.block_length, self.layout, marked=True)
+            scored = from_texts(full, self._require_tokenizer(), self.block_length, self.layout, has_eos_markers=True)
             draws = self.config.evaluation.draws
             _, terms = perplexity(self.network, self.schedule, self.params, scored, num_draws=draws, progress=False)
             nats[told] = np.bincount(terms.clusters, terms.rows)
             counts[told] = np.bincount(terms.clusters, terms.counts)
-        return Judged(nats, counts)
+        return ScoredTexts(nats, counts)
 
     def save(self, directory: str | Path):
         """Exports all that `load` needs: weights, config and tokenizer. UserError if the folder is not empty.
@@ -232,6 +234,7 @@ class Model:
         if self.tokenizer is not None:
             self.tokenizer.save(directory / "tokenizer")
         about = {
+            "format": configs.FORMAT,
             "config": self.config.to_dict(),
             "vocab_size": self.process.vocab_size,
             "layout": self.layout.to_json(),
@@ -260,10 +263,10 @@ class Model:
         if split is not None and not isinstance(text, Corpus):
             raise UserError(f"there is no split {split!r}: a corpus has splits, a source or a list of texts has none")
         if isinstance(text, Corpus):
-            tokenizer = fitting(text, self.tokenizer, self.process.vocab_size, self.layout)
+            tokenizer = check_compatible(text, self.tokenizer, self.process.vocab_size, self.layout)
         else:
             tokenizer = self._require_tokenizer()
-        scored = laid_out(protocol, text, split or protocol.split, tokenizer, self.block_length, self.layout)
+        scored = scoring_rows(protocol, text, split or protocol.split, tokenizer, self.block_length, self.layout)
         about = {"model": fingerprint(self.params), "tokenizer": tokenizer.fingerprint, "config": self.config.to_dict()}
         settings = dict(about=about, folder=out and storage.folder_of(out), batch_size=batch_size, progress=progress)
         return perplexity(self.network, self.schedule, self.params, scored, protocol, draws, seed, **settings)

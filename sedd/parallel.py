@@ -19,7 +19,7 @@ from sedd.errors import UserError
 from sedd.network.attention import check_platform
 
 AXES = ("data", "fsdp", "model")
-WHOLE = 1 << 20  # bytes below which an array is not split
+MIN_SHARD_BYTES = 1 << 20  # bytes below which an array is not split
 
 # The last axes of a parameter, by its path; what stands before them (scanned layers) is not split. fsdp splits the
 # width, model splits the padded vocabulary, the attention's heads and the MLP's hidden units.
@@ -95,7 +95,7 @@ def shardings(mesh: Mesh | AbstractMesh, tree) -> object:
     def one(path, leaf):
         name = name_of(path)
         axes = next((axes for pattern, axes in _TABLE if re.search(pattern, name)), None)
-        if axes is None or leaf.ndim < 2 or leaf.size * np.dtype(leaf.dtype).itemsize < WHOLE:
+        if axes is None or leaf.ndim < 2 or leaf.size * np.dtype(leaf.dtype).itemsize < MIN_SHARD_BYTES:
             return NamedSharding(mesh, P())
         axes = (None,) * (leaf.ndim - len(axes)) + axes
         fits = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape)]
@@ -104,18 +104,18 @@ def shardings(mesh: Mesh | AbstractMesh, tree) -> object:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def row_parts(params) -> int:
+def num_batch_shards(params) -> int:
     """Over how many devices the rows of a batch can be split beside these parameters."""
     where = getattr(jax.tree.leaves(params)[0], "sharding", None)
     return where.mesh.shape["data"] * where.mesh.shape["fsdp"] if isinstance(where, NamedSharding) else 1
 
 
-def beside(params, rows: int) -> tuple[dict, Sharding | None]:
+def place_for_batch(params, rows: int) -> tuple[dict, Sharding | None]:
     """The parameters, and where so many rows lie beside them: split over their devices, or whole where they are few.
 
     Few rows of one process take the parameters of one device, where these are whole. None: wherever that is.
     """
-    where, parts = getattr(jax.tree.leaves(params)[0], "sharding", None), row_parts(params)
+    where, parts = getattr(jax.tree.leaves(params)[0], "sharding", None), num_batch_shards(params)
     if parts == 1 or rows >= parts:
         return params, batch_sharding(where.mesh) if isinstance(where, NamedSharding) else None
     if jax.process_count() == 1 and all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params)):
@@ -137,7 +137,7 @@ def local_rows(mesh: Mesh, count: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(count)[index] for index in places.values()]))
 
 
-def spread(mesh: Mesh, batch, rows: np.ndarray, count: int) -> object:
+def shard_batch(mesh: Mesh, batch, rows: np.ndarray, count: int) -> object:
     """A batch of `count` rows over the mesh, of which this process has these. batch: a tree of arrays [R ...]."""
 
     def one(local):
@@ -161,7 +161,7 @@ def put(tree, shardings) -> object:
     return jax.tree.map(one, tree, shardings)
 
 
-def placed(shapes, shardings) -> object:
+def abstract_arrays(shapes, shardings) -> object:
     """Shapes with their shardings, as what is to be restored is described."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings

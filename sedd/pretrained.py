@@ -50,11 +50,11 @@ def _config(published: dict, directory: Path) -> ConfigDict:
                 "width": model["hidden_size"],
                 "layers": model["n_blocks"],
                 "heads": model["n_heads"],
-                "condition": model["cond_dim"],
+                "cond_dim": model["cond_dim"],
                 "dropout": model["dropout"],
             },
             "data": {"block_length": model["length"], "vocab_size": published["tokens"]},
-            "training": {"ema_decay": published["training"]["ema"], "levels": "times"},
+            "training": {"ema_decay": published["training"]["ema"], "noise_sampling": "time"},
         }
     )
 

@@ -149,7 +149,7 @@ def as_document(row: Prompt, layout: Layout, block: int, end_of_text: int | None
     return joined(row, Prompt(np.full(spare, end_of_text, np.int32), np.ones(spare, bool)))
 
 
-class Laid(NamedTuple):
+class PromptBatch(NamedTuple):
     """Rows as the sampling loop takes them."""
 
     tokens: np.ndarray  # Int32[N L], read where not free
@@ -162,7 +162,7 @@ class Laid(NamedTuple):
         return np.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
 
-def laid_out(rows: list[Prompt], process: Process, block: int, layout: Layout) -> Laid:
+def collate(rows: list[Prompt], process: Process, block: int, layout: Layout) -> PromptBatch:
     """Rows of any lengths.
 
     Where the network is told the lengths, what follows the end of a row is of no account. Else with Absorbing it is
@@ -170,7 +170,7 @@ def laid_out(rows: list[Prompt], process: Process, block: int, layout: Layout) -
     marginal law.
     """
     masks = isinstance(process, Absorbing)
-    cut = not masks and not layout.binds_lengths
+    cut = not masks and not layout.masks_padding
     lengths = np.array([len(row.tokens) for row in rows], np.int32)
     shape = (len(rows), max(int(lengths.max()), block if cut else 0))
     tokens = np.full(shape, process.mask if masks else 0, np.int32)
@@ -179,13 +179,13 @@ def laid_out(rows: list[Prompt], process: Process, block: int, layout: Layout) -
         tokens[number, : lengths[number]] = row.tokens
         free[number, : lengths[number]] = ~row.given
         free[number, lengths[number] :] = cut and not row.given.all()
-    return Laid(tokens, free, lengths)
+    return PromptBatch(tokens, free, lengths)
 
 
-def opened(laid: Laid, block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def windows_of(batch: PromptBatch, block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The positions of each of the `windows`, and which of these are free and in none before. Int, Bool[N block]."""
-    free = laid.free.copy()
-    for start in windows(laid.lengths, block):
+    free = batch.free.copy()
+    for start in windows(batch.lengths, block):
         at = start[:, None] + np.arange(min(block, free.shape[1]))
         yield at, np.take_along_axis(free, at, axis=1)
         np.put_along_axis(free, at, False, axis=1)

@@ -23,7 +23,9 @@ from sedd.diffusion.process import Absorbing, Uniform  # noqa: E402
 
 
 def pytest_addoption(parser):
-    parser.addoption("--skips", metavar="WORDS", help="fail on skips whose reason holds none of these, as in torch,root")
+    parser.addoption(
+        "--skips", metavar="WORDS", help="fail on skips whose reason holds none of these, as in torch,root"
+    )
 
 
 def pytest_sessionfinish(session):

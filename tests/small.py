@@ -11,7 +11,7 @@ from sedd.data.prepare import prepare
 from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
 
-NETWORK = ("network.width=16", "network.layers=2", "network.heads=2", "network.condition=8")
+NETWORK = ("network.width=16", "network.layers=2", "network.heads=2", "network.cond_dim=8")
 ADAMW = ("optimizer.name=adamw", "optimizer.learning_rate=0.01", "optimizer.warmup_steps=2")  # compiles twice as fast
 SETTINGS = (*NETWORK, *ADAMW, "data.block_length=16", "training.batch_size=8", "training.steps=6")
 MUON = ("optimizer.name=muon", "optimizer.learning_rate=0.02")  # as in the default
@@ -68,6 +68,6 @@ def parts(config, corpus, devices=None):
     """The objective, the optimiser and the mesh of a config, over the first devices or all."""
     _, schedule, network = configs.build(config, corpus.vocab_size)
     training = config.training
-    objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
+    objective = Objective(network, schedule, training.batch_size, training.noise_sampling, training.min_time)
     mesh = parallel.make_mesh(config, jax.devices()[:devices])
     return objective, make_optimizer(config.optimizer, training.steps), mesh

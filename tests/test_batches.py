@@ -150,7 +150,7 @@ def test_an_epoch_takes_each_row_once(padded):
     epochs = [data.batch(padded, 32, count, 5, k) for k in range(2)]
     for epoch in epochs:
         assert sorted(map(bytes, epoch.tokens)) == sorted(map(bytes, rows))
-        if padded.layout.binds_lengths:
+        if padded.layout.masks_padding:
             wanted = sorted(zip(map(bytes, rows), lengths))
             assert sorted(zip(map(bytes, epoch.tokens), epoch.lengths)) == wanted
         else:

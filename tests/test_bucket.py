@@ -19,9 +19,10 @@ from small import SETTINGS, parts, small_config, small_corpus
 from stand_in.bucket import Bucket, Object
 
 import sedd
-from sedd import cli, lease, parallel, storage
+from sedd import cli, parallel
 from sedd import config as configs
 from sedd.evaluation import perplexity, scoring
+from sedd.runtime import lease, storage
 from sedd.training.checkpoint import Checkpoints, restore_params, steps_saved
 from sedd.training.fit import fit
 from sedd.training.step import TrainState, make_step
@@ -356,7 +357,7 @@ def arrays(workdir, corpus):
     config = configs.from_dict(json.loads((workdir / "config.json").read_text())["config"])
     init, _, where = make_step(config, *parts(config, corpus))
     with Checkpoints(workdir / "checkpoints", config.checkpoint) as saved:
-        state = saved.restore(parallel.placed(jax.eval_shape(init), where))
+        state = saved.restore(parallel.abstract_arrays(jax.eval_shape(init), where))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
 
 

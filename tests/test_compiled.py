@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.likelihood import count_draws, level_draws, time_draws
 from sedd.diffusion.loss import count_loss, denoising_loss
 from sedd.diffusion.process import Absorbing, Uniform, log_expm1
@@ -100,7 +100,7 @@ def others(p):
 def bounds(p):
     """Losses and bounds of rows with a noise of their own each, of a score that a factor scales."""
     rows, x0 = jnp.arange(SITES), jnp.zeros((SITES, 2), int)
-    keys, t, k = draws.row_keys(draws.root_key(0), rows), (rows + 0.5) / SITES, 1 + rows % 2
+    keys, t, k = keyed_random.row_keys(keyed_random.root_key(0), rows), (rows + 0.5) / SITES, 1 + rows % 2
     place = jnp.arange(2 * V).reshape(1, 2, V)
 
     def stats(factor):

@@ -21,7 +21,7 @@ KINDS = {  # the second is told the noise of a padded row; the noise of the othe
     "score": {"settings": ("network.prediction=score", "training.min_time=0.4")},
     "padded": {"settings": (), "layout": IGNORED},
 }
-UNIFORM = ("process.name=uniform", "training.levels=times")
+UNIFORM = ("process.name=uniform", "training.noise_sampling=time")
 GIVEN, ANSWER = "dabca", "cba"
 
 
@@ -57,7 +57,7 @@ class ByHand:
         rows[:, : len(given)] = ids[: len(given)]
         rows[:, len(given) : len(ids)] = np.where(revealed, told, model.process.mask)
         length, lengths = LENGTH, None
-        if model.layout.binds_lengths:
+        if model.layout.masks_padding:
             rows[:, len(ids) :] = model.tokenizer.end_of_text
             length, lengths = len(ids) + 1, np.full(2**n, len(ids) + 1)
         share = (np.maximum((rows == model.process.mask).sum(1), 1) - 0.5) / length
@@ -281,7 +281,9 @@ def test_mistakes_of_some_models(model):
     with pytest.raises(sedd.UserError, match="take 13 tokens, more than the model's block of 12"):  # with its end
         padded.log_likelihood("a" * 11, "b")
     uniform = dataclasses.replace(made(*UNIFORM), params=None)
-    with pytest.raises(sedd.UserError, match="given a context; leave given= out, .* or one with network.observed=True"):
+    with pytest.raises(
+        sedd.UserError, match="given a context; leave given= out, .* or one with network.given_embedding=True"
+    ):
         uniform.log_likelihood("a", "b")
     with pytest.raises(sedd.UserError, match="'exact' is for the absorbing process; a uniform model has 'bound'"):
         uniform.log_likelihood("a", method="exact")

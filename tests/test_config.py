@@ -35,8 +35,11 @@ def test_overrides_take_the_type_of_the_default():
         ("process.name=masking", "one of absorbing, uniform"),
         ("network.prediction=x0", "one of denoiser, score"),
         ("process.name=uniform", "choose times"),
-        ("network.observed=1", "must be of type bool"),
-        ("network.observed=true", "network.observed is for process.name=uniform; the absorbing process needs no flag"),
+        ("network.given_embedding=1", "must be of type bool"),
+        (
+            "network.given_embedding=true",
+            "network.given_embedding is for process.name=uniform; the absorbing process needs none",
+        ),
         ("training.batch_size=63", "even number of rows"),
         ("training.accumulation=3", "multiple of training.accumulation"),
         ("network.heads=3", "multiple of twice"),
@@ -60,11 +63,11 @@ def test_json_round_trip():
 
 def test_older_configs_lack_keys():
     """What was saved before there was a flag for given tokens is a network without it; and one with it is built so."""
-    saved = configs.override(configs.default(), ["process.name=uniform", "training.levels=times"]).to_dict()
-    del saved["network"]["observed"]
+    saved = configs.override(configs.default(), ["process.name=uniform", "training.noise_sampling=time"]).to_dict()
+    del saved["network"]["given_embedding"]
     config = configs.from_dict(saved)
-    assert configs.build(config, 5)[2].observed is False
-    assert configs.build(configs.override(config, ["network.observed=true"]), 5)[2].observed is True
+    assert configs.build(config, 5)[2].given_embedding is False
+    assert configs.build(configs.override(config, ["network.given_embedding=true"]), 5)[2].given_embedding is True
 
 
 def test_every_key_of_the_default_is_read():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small import write_files
 
-from sedd import data, disk
+from sedd import data
 from sedd.data import corpus as corpus_file
 from sedd.data import overlap, writer
 from sedd.data import prepare as prepare_function
@@ -15,6 +15,7 @@ from sedd.data import source as source_file
 from sedd.data.splits import SPLITS, make_rule
 from sedd.data.tokenizer_bytes import Bytes
 from sedd.errors import UserError
+from sedd.runtime import disk
 
 
 def decoded(corpus, split):

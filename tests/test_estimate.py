@@ -33,7 +33,7 @@ def parts(config):
     """The objective, and the functions of a step over as many devices as the mesh needs."""
     _, schedule, network = configs.build(config, VOCABULARY)
     training = config.training
-    objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
+    objective = Objective(network, schedule, training.batch_size, training.noise_sampling, training.min_time)
     optimizer = make_optimizer(config.optimizer, training.steps)
     devices = jax.devices() if config.mesh.model > 1 else jax.devices()[:1]
     return objective, make_step(config, objective, optimizer, parallel.make_mesh(config, devices))
@@ -65,7 +65,7 @@ def traced_flops(objective, length):
     return lowered.cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("setting", ["training.levels=counts", "training.levels=times"])
+@pytest.mark.parametrize("setting", ["training.noise_sampling=mask_count", "training.noise_sampling=time"])
 def test_flops_are_those_of_the_traced_gradient(setting):
     config = config_of(setting)
     objective, _ = parts(config)
@@ -93,7 +93,12 @@ def test_flops_of_what_is_recomputed(remat):
         ("network.scan=true", "training.batch_size=32"),
         ("network.scan=true", "training.batch_size=32", "network.remat=full", "network.layers=6"),
         ("network.scan=true", "data.block_length=256", "network.remat=dots", "network.layers=6"),
-        ("training.levels=times", "data.block_length=128", "network.prediction=score", "training.accumulation=2"),
+        (
+            "training.noise_sampling=time",
+            "data.block_length=128",
+            "network.prediction=score",
+            "training.accumulation=2",
+        ),
     ],
     ids=["scan", "remat", "dots", "accumulation"],
 )
@@ -146,7 +151,7 @@ def test_chips_go_by_their_whole_names():
 def test_the_plan_for_many_chips():
     """Of benchmarks/plan.py: whatever it chooses fits as `estimate` has it, and more chips take less time."""
     plan = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "plan.py"))
-    args = Namespace(rows=512, attention="xla", utilisation=0.4, links=0.5)
+    args = Namespace(rows=512, attention="xla", mfu=0.4, links=0.5)
     table = [plan["row_of"]("medium", "TPU v5 lite", chips, args) for chips in (8, 64, 256)]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
     assert all(float(row[5]) < plan["FULL"] * 16e9 / 2**30 * 1.02 for row in cells)

@@ -12,7 +12,7 @@ from small import small_corpus, untrained_model
 
 import sedd
 from sedd.data.sources import open_source
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.likelihood import count_draws
 from sedd.diffusion.process import Absorbing
 from sedd.diffusion.score import stats_from
@@ -37,8 +37,8 @@ def shaken(model):
 
 PROCESSES = {
     "absorbing": (),
-    "uniform": ("process.name=uniform", "training.levels=times"),
-    "uniform, geometric": ("process.name=uniform", "training.levels=times", "schedule.name=geometric"),
+    "uniform": ("process.name=uniform", "training.noise_sampling=time"),
+    "uniform, geometric": ("process.name=uniform", "training.noise_sampling=time", "schedule.name=geometric"),
 }
 
 
@@ -62,7 +62,7 @@ def test_bound_of_the_uniform_law(corpus, name):
 
 def test_the_number_depends_on_nothing_else(corpus):
     """The same seed gives the same number in any batch size and on any devices; another seed another number."""
-    model = shaken(untrained_model(corpus, "network.prediction=score", "training.levels=times"))
+    model = shaken(untrained_model(corpus, "network.prediction=score", "training.noise_sampling=time"))
     scored = from_corpus(corpus, "validation", 16)
 
     def number(seed, batch_size, devices):
@@ -101,12 +101,12 @@ def test_what_a_report_carries(corpus):
 
 def test_free_scores_have_two_bounds(corpus):
     """As they are, and tightened, which is never worse; the first is the number where the protocol says so."""
-    model = shaken(untrained_model(corpus, "network.prediction=score", "training.levels=times"))
+    model = shaken(untrained_model(corpus, "network.prediction=score", "training.noise_sampling=time"))
     report = model.perplexity(corpus, split="validation", draws=4, progress=False)
     assert report.tightened_nats_per_token == report.nats_per_token
-    assert report.tightened_nats_per_token < report.free_nats_per_token - 1e-4
+    assert report.tightened_nats_per_token < report.raw_nats_per_token - 1e-4
     paper = model.perplexity(corpus, split="validation", draws=4, protocol="sedd-paper", progress=False)
-    assert paper.free_nats_per_token == paper.nats_per_token > paper.tightened_nats_per_token
+    assert paper.raw_nats_per_token == paper.nats_per_token > paper.tightened_nats_per_token
     assert "tightened" in str(report)
 
 
@@ -156,8 +156,8 @@ def test_the_intervals_cover():
     @jax.jit
     def drawn(tokens, within):
         process = Absorbing(5)
-        keys = draws.row_keys(jax.random.key(0), jax.numpy.arange(number))
-        hidden = process.hide(tokens, ~within)
+        keys = keyed_random.row_keys(jax.random.key(0), jax.numpy.arange(number))
+        hidden = process.mask_tokens(tokens, ~within)
         return count_draws(process, stats_from(process, chain.denoiser), keys, hidden, 4, within).diffusion
 
     halves = np.asarray(drawn(tokens, within), np.float64).reshape(2, 2, number).mean(1).T

@@ -18,7 +18,7 @@ from sedd.data.batches import Batch
 from sedd.data.layout import make_layout
 from sedd.data.sources import SOURCES
 from sedd.data.splits import SPLITS, make_rule
-from sedd.data.tokenizers import GIVEN, MADE
+from sedd.data.tokenizers import PRETRAINED, TRAINED
 from sedd.errors import UserError
 from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
@@ -71,7 +71,7 @@ def check_prepare(args):
         if not form or spec.count(":") != form.count(":"):
             raise UserError(f"no source: {spec}")
     kind, _, option = args.tokenizer.partition(":")
-    if MADE.get(kind) != args.tokenizer and not (kind in GIVEN and option):
+    if TRAINED.get(kind) != args.tokenizer and not (kind in PRETRAINED and option):
         raise UserError(f"no tokenizer: {args.tokenizer}")
     if args.split:
         make_rule(args.split)
@@ -184,7 +184,7 @@ def test_a_step_traces(file):
     config.network.scan = True
     training, data = config.training, config.data
     _, schedule, network = configs.build(config, data.vocab_size or 1280)
-    objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
+    objective = Objective(network, schedule, training.batch_size, training.noise_sampling, training.min_time)
     optimizer = make_optimizer(config.optimizer, training.steps)
     init, step, _ = make_step(config, objective, optimizer, parallel.make_mesh(config))
     padded = by_name(file)["prepare"].mode == "padded"

@@ -22,10 +22,10 @@ from sedd.data.corpus import open_corpus
 from sedd.data.prepare import prepare
 from sedd.network.network import Network
 from sedd.training.checkpoint import Checkpoints, _manifest, steps_saved
-from sedd.training.claim import claim
 from sedd.training.fit import Interrupted, fit
-from sedd.training.held_out import HeldOut
 from sedd.training.step import make_step
+from sedd.training.validation import Validator
+from sedd.training.workdir import prepare_workdir
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def saved(workdir, corpus):
     config = configs.from_dict(json.loads((workdir / "config.json").read_text())["config"])
     init, _, where = make_step(config, *parts(config, corpus))
     with Checkpoints(epath.Path(workdir) / "checkpoints", config.checkpoint) as checkpoints:
-        state = checkpoints.restore(parallel.placed(jax.eval_shape(init), where))
+        state = checkpoints.restore(parallel.abstract_arrays(jax.eval_shape(init), where))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
 
 
@@ -124,7 +124,7 @@ def test_a_signal_ends_an_evaluation_at_once(corpus, evaluated, tmp_path, monkey
     recorded twice: the run that resumes evaluates that step first. Control: without a signal all of it is called."""
     config, workdir, calls = small_config(corpus, "training.steps=4", *EVALUATED), tmp_path / "run", []
     monkeypatch.setattr(Network, "rows_at_once", lambda *_: 1)  # several batches on eight devices
-    original = getattr(HeldOut, at)
+    original = getattr(Validator, at)
 
     def interrupted(self, params, check):
         def counted():
@@ -136,7 +136,7 @@ def test_a_signal_ends_an_evaluation_at_once(corpus, evaluated, tmp_path, monkey
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, params, counted)
 
-    monkeypatch.setattr(HeldOut, at, interrupted)
+    monkeypatch.setattr(Validator, at, interrupted)
     with pytest.raises(Interrupted, match=f"stopped at step {before}; all is saved"):
         fit(config, workdir)
     assert calls[-1] == 1 and all(number > 1 for number in calls[:-1])
@@ -180,7 +180,7 @@ CONSTANT = ("optimizer.decay=constant",)  # so that another number of steps is n
 ANOTHER = [
     "training.seed=1",
     "training.batch_size=16",
-    "training.levels=times",
+    "training.noise_sampling=time",
     "training.ema_decay=0.5",
     "data.block_length=8",
     "network.width=32",
@@ -211,54 +211,54 @@ SAME = [
 @pytest.mark.parametrize("change", ANOTHER)
 def test_another_run_in_the_folder_is_refused(corpus, tmp_path, change):
     """One line that names the setting, and nothing of the run there is touched."""
-    claim(tmp_path, small_config(corpus), corpus, corpus.layout)
+    prepare_workdir(tmp_path, small_config(corpus), corpus, corpus.layout)
     before = (tmp_path / "config.json").read_text()
-    settings = [change, "training.levels=times"] if change == "process.name=uniform" else [change]
+    settings = [change, "training.noise_sampling=time"] if change == "process.name=uniform" else [change]
     with pytest.raises(sedd.UserError, match=f"another run: .*{change.split('=')[0]} ") as caught:
-        claim(tmp_path, small_config(corpus, *settings), corpus, corpus.layout)
+        prepare_workdir(tmp_path, small_config(corpus, *settings), corpus, corpus.layout)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "config.json").read_text() == before
 
 
 @pytest.mark.parametrize("change", SAME)
 def test_what_may_change_in_a_run(corpus, tmp_path, change):
-    claim(tmp_path, small_config(corpus), corpus, corpus.layout)
-    claim(tmp_path, small_config(corpus, change), corpus, corpus.layout)
+    prepare_workdir(tmp_path, small_config(corpus), corpus, corpus.layout)
+    prepare_workdir(tmp_path, small_config(corpus, change), corpus, corpus.layout)
     group, name = change.partition("=")[0].split(".")
     stored = json.loads((tmp_path / "config.json").read_text())["config"]
     assert stored[group][name] == small_config(corpus, change)[group][name]
 
 
-def test_a_run_from_before_a_setting_had_its_default(corpus, tmp_path):
-    claim(tmp_path, small_config(corpus), corpus, corpus.layout)
+def test_keys_newer_than_the_run_have_their_default(corpus, tmp_path):
+    prepare_workdir(tmp_path, small_config(corpus), corpus, corpus.layout)
     about = json.loads((tmp_path / "config.json").read_text())
-    assert about["config"]["network"].pop("observed") is False
+    assert about["config"]["network"].pop("given_embedding") is False
     (tmp_path / "config.json").write_text(json.dumps(about))
-    claim(tmp_path, small_config(corpus), corpus, corpus.layout)
+    prepare_workdir(tmp_path, small_config(corpus), corpus, corpus.layout)
 
 
 def test_the_corpus_goes_by_its_hash(corpus, tmp_path):
     """Moved it is the same, with another text or layout it is not. Its layout is on record."""
-    claim(tmp_path / "run", small_config(corpus), corpus, corpus.layout)
+    prepare_workdir(tmp_path / "run", small_config(corpus), corpus, corpus.layout)
     assert json.loads((tmp_path / "run/config.json").read_text())["layout"] == corpus.layout.to_json()
     shutil.copytree(corpus.path, tmp_path / "moved")
     moved = open_corpus(tmp_path / "moved")
-    claim(tmp_path / "run", small_config(moved), moved, moved.layout)
+    prepare_workdir(tmp_path / "run", small_config(moved), moved, moved.layout)
     text = str(corpus.path.parent / "texts/01*.txt")
     for other in (
         prepare(f"text:{text}", "characters", tmp_path / "other"),
         prepare(f"text:{corpus.path.parent}/texts/*.txt", "characters", tmp_path / "padded", mode="padded"),
     ):
         with pytest.raises(sedd.UserError, match="another run: .*corpus"):
-            claim(tmp_path / "run", small_config(other), other, other.layout)
+            prepare_workdir(tmp_path / "run", small_config(other), other, other.layout)
 
 
 def test_a_damaged_config_of_a_run(corpus, tmp_path):
-    claim(tmp_path, small_config(corpus), corpus, corpus.layout)
+    prepare_workdir(tmp_path, small_config(corpus), corpus, corpus.layout)
     file = tmp_path / "config.json"
     for broken in (file.read_text()[:-9], "[]"):
         file.write_text(broken)
-        with pytest.raises(sedd.UserError, match="config.json is "):
+        with pytest.raises(sedd.UserError, match="config.json (is damaged|describes no model)"):
             fit(small_config(corpus), tmp_path)
 
 

@@ -14,9 +14,9 @@ from small import small_config, small_corpus, untrained_model, write_files
 
 import sedd
 from sedd import config as configs
-from sedd import disk, storage
 from sedd.cli import main
 from sedd.data.sources import open_source
+from sedd.runtime import disk, storage
 from sedd.training.checkpoint import Checkpoints, restore_params, steps_saved
 from sedd.training.fit import fit
 from sedd.training.step import TrainState
@@ -282,7 +282,7 @@ def test_faults_of_the_machine_are_one_line(monkeypatch, capsys, fault, message)
 
 def test_a_file_is_whole_or_not_there(tmp_path):
     """Also where an older one is replaced."""
-    disk.write_whole(tmp_path / "a.json", json.dumps({"a": 1}))
+    disk.write_json_atomic(tmp_path / "a.json", json.dumps({"a": 1}))
     with files_of(64), pytest.raises(OSError):
-        disk.write_whole(tmp_path / "a.json", "x" * 100)
+        disk.write_json_atomic(tmp_path / "a.json", "x" * 100)
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]

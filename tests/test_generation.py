@@ -14,7 +14,7 @@ from sedd import parallel
 from sedd.data.tokenizers import make_tokenizer
 from sedd.generation import Generator
 from sedd.prompts import before_blank, windows
-from sedd.samplers import SAMPLERS, Wanted, named_sampler
+from sedd.samplers import SAMPLERS, SamplerContext, named_sampler
 
 BLOCK = 16
 
@@ -38,7 +38,7 @@ def generator(corpus):
 
 @pytest.fixture(scope="module")
 def uniform(corpus):
-    return untrained(corpus, "process.name=uniform", "training.levels=times")
+    return untrained(corpus, "process.name=uniform", "training.noise_sampling=time")
 
 
 def test_windows_cover_each_row_and_overlap_by_half_a_block():
@@ -82,9 +82,9 @@ def test_rows_over_devices(generator, rows, split):
     wanted = generator.sample(rows, steps=4, seed=2, trace=True)
     mesh = parallel.data_mesh()
     params = parallel.put(generator.params, parallel.shardings(mesh, generator.params))
-    beside, where = parallel.beside(params, rows)
-    assert (where is not None) == split and parallel.row_parts(params) == 8
-    assert all(len(leaf.devices()) == (8 if split else 1) for leaf in jax.tree.leaves(beside))
+    place_for_batch, where = parallel.place_for_batch(params, rows)
+    assert (where is not None) == split and parallel.num_batch_shards(params) == 8
+    assert all(len(leaf.devices()) == (8 if split else 1) for leaf in jax.tree.leaves(place_for_batch))
     found = dataclasses.replace(generator, params=params).sample(rows, steps=4, seed=2, trace=True)
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
     np.testing.assert_array_equal(found.trace, wanted.trace)
@@ -97,7 +97,7 @@ def test_given_tokens_far_apart_in_rows_of_any_length(generator):
     for length in lengths:
         given = random.random(length) < 0.4
         rows.append(sedd.prompts.Prompt(random.integers(0, 20, length).astype(np.int32) * given, given))
-    drawn = generator.draw(rows, steps=3, batch_size=3)
+    drawn = generator.generate(rows, steps=3, batch_size=3)
     for row, tokens, given in zip(rows, drawn.tokens, drawn.given):
         size = len(row.tokens)
         assert np.all(tokens[size:] == -1) and np.all(tokens[:size] >= 0)
@@ -110,8 +110,8 @@ def test_what_is_watched_is_the_trace(generator):
     """After each step, all of it: rows of any lengths, with what is given, and no copies that fill up a group."""
     rows = [sedd.prompts.blank(24), sedd.prompts.of_text("the 7", generator.tokenizer), sedd.prompts.blank(9)]
     seen = []
-    watched = generator.draw(rows, steps=4, batch_size=2, watch=lambda *state: seen.append(state))
-    traced = generator.draw(rows, steps=4, batch_size=2, trace=True)
+    watched = generator.generate(rows, steps=4, batch_size=2, watch=lambda *state: seen.append(state))
+    traced = generator.generate(rows, steps=4, batch_size=2, trace=True)
     np.testing.assert_array_equal(watched.tokens, traced.tokens)
     first = [(tokens, given, steps) for rows, tokens, given, steps in seen if rows.tolist() == [0, 1]]
     last = [tokens for rows, tokens, _, _ in seen if rows.tolist() == [2]]
@@ -126,9 +126,9 @@ def test_a_group_with_nothing_to_fill_in_has_a_trace_too(generator, uniform):
     tokens, given = np.tile(np.arange(6), (2, 1)), np.array([[True] * 6, [True] * 5 + [False]])
     for which in (generator, uniform):
         rows = sedd.prompts.of_arrays(tokens, given, 20)
-        drawn = which.draw(rows, steps=2, batch_size=1, trace=True)
+        drawn = which.generate(rows, steps=2, batch_size=1, trace=True)
         assert drawn.trace.dtype == np.int32 and np.all(drawn.trace[:, 0] == tokens[0]) and len(drawn.trace) > 0
-        alone = which.draw(rows[:1], steps=2, trace=True)
+        alone = which.generate(rows[:1], steps=2, trace=True)
         assert alone.network_calls == 0 and alone.trace.shape == (0, 1, 6)
         np.testing.assert_array_equal(alone.tokens, tokens[:1])
 
@@ -138,30 +138,30 @@ def test_a_sampler_is_made_for_the_block_with_the_most_blanks(generator, uniform
     prefix = sedd.prompts.Prompt(np.zeros(40, np.int32), np.arange(40) < 16)
     block, process = generator.block_length, generator.network.process
 
-    def laid(generator, row):
-        return sedd.prompts.laid_out([row], generator.network.process, block, generator.layout)
+    def batch(generator, row):
+        return sedd.prompts.collate([row], generator.network.process, block, generator.layout)
 
-    assert generator._most(laid(generator, prefix)) == (8, 8, 16)
-    assert generator.sampler("margin", 2, laid(generator, prefix)) == sedd.Adaptive(process, sedd.Margin(4))
-    assert generator._most(laid(generator, sedd.prompts.blank(3))) == (3, 0, 16)
+    assert generator._most(batch(generator, prefix)) == (8, 8, 16)
+    assert generator.sampler("margin", 2, batch(generator, prefix)) == sedd.Adaptive(process, sedd.Margin(4))
+    assert generator._most(batch(generator, sedd.prompts.blank(3))) == (3, 0, 16)
     gap = sedd.prompts.Prompt(np.zeros(10, np.int32), np.arange(10) < 8)
-    assert generator._most(laid(generator, gap)) == (2, 8, 16) and uniform._most(laid(uniform, gap)) == (8, 8, 16)
-    assert uniform.sampler("tweedie", 4, laid(uniform, gap)).corrector == sedd.Gibbs(1)
-    assert isinstance(uniform.sampler("tweedie", 4, laid(uniform, sedd.prompts.blank(10))), sedd.Tweedie)
+    assert generator._most(batch(generator, gap)) == (2, 8, 16) and uniform._most(batch(uniform, gap)) == (8, 8, 16)
+    assert uniform.sampler("tweedie", 4, batch(uniform, gap)).corrector == sedd.Gibbs(1)
+    assert isinstance(uniform.sampler("tweedie", 4, batch(uniform, sedd.prompts.blank(10))), sedd.Tweedie)
 
 
 def test_the_planned_counts_are_those_of_what_is_left(tmp_path):
     """Of a short text in a block whose rest stays masked, not of the end of the block."""
     bins = [{"low": k / 8, "high": (k + 1) / 8, "nats_per_token": k**3 + 1, "error": None} for k in range(8)]
     (tmp_path / "report.json").write_text(json.dumps({"profile": bins}))
-    costs = sedd.diffusion.counts.information(bins, 16)
+    costs = sedd.diffusion.unmasking_schedules.information(bins, 16)
 
     def weights(tokens, known):
-        wanted = Wanted(sedd.Absorbing(9), sedd.LogLinear(), 3, tokens, known, 16)
+        wanted = SamplerContext(sedd.Absorbing(9), sedd.LogLinear(), 3, tokens, known, 16)
         return named_sampler(f"planned:{tmp_path}/report.json", wanted).weights
 
-    assert weights(10, 0) == sedd.reveal_counts(costs[:10], 3).counts != weights(10, 6)
-    assert weights(10, 6) == sedd.reveal_counts(costs[6:], 3).counts
+    assert weights(10, 0) == sedd.plan_unmasking(costs[:10], 3).counts != weights(10, 6)
+    assert weights(10, 6) == sedd.plan_unmasking(costs[6:], 3).counts
 
 
 def test_one_program_for_all_steps_and_groups(generator):
@@ -203,7 +203,7 @@ def test_a_space_before_a_blank_is_left_to_the_blank():
 def test_every_sampler_by_name(name, kind):
     """It is made for each process, or refused in one line that names those that can be used."""
     process = sedd.Absorbing(9) if kind == "absorbing" else sedd.Uniform(9)
-    wanted = Wanted(process, sedd.LogLinear(), 4, 10)
+    wanted = SamplerContext(process, sedd.LogLinear(), 4, 10)
     masks = ("first_hitting", "counts", "even", "cosine", "margin", "entropy", "entropy_bounded")
     if (name in masks and kind == "uniform") or (name == "barker" and kind == "absorbing"):
         with pytest.raises(

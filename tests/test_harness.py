@@ -96,7 +96,7 @@ def decoded(model, context, count):
     free = np.arange(len(ids), len(ids) + count)
     denoise = jax.jit(lambda x, sigma: model.denoiser()(x, sigma, None))
     for _ in range(count):
-        sigma = model.process.sigma_seen(jax.numpy.asarray(x))
+        sigma = model.process.sigma_from_mask_ratio(jax.numpy.asarray(x))
         p = np.exp(np.asarray(denoise(x, sigma), np.float64))[0]
         best = np.sort(p, axis=-1)
         margin = np.where(x[0] == mask, best[:, -1] - best[:, -2], -1)
@@ -344,7 +344,7 @@ def test_mistakes_are_found_before_anything_is_drawn(harness, monkeypatch):
 
 @pytest.fixture(scope="module")
 def uniform(corpus):
-    return Harness(scattered(corpus, "process.name=uniform", "training.levels=times"), draws=8)
+    return Harness(scattered(corpus, "process.name=uniform", "training.noise_sampling=time"), draws=8)
 
 
 def test_uniform_process_scores_nothing_given_a_context(uniform):

@@ -22,7 +22,7 @@ from oracle import (
     untrained,
 )
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.likelihood import count_draws, level_draws, sigma_bound, time_draws
 from sedd.diffusion.process import Absorbing, Uniform
 from sedd.diffusion.schedule import Geometric, LogLinear
@@ -95,7 +95,7 @@ ROWS = 20_000
 
 
 def row_keys(rows):
-    return draws.row_keys(jax.random.key(0), jnp.arange(rows))
+    return keyed_random.row_keys(jax.random.key(0), jnp.arange(rows))
 
 
 def total(found):
@@ -183,9 +183,11 @@ def test_levels_are_dense_where_draws_of_the_uniform_process_scatter(joint, floa
 
     @jax.jit
     def at_even_levels():
-        share = -jnp.expm1(-low) + (jnp.exp(-low) - jnp.exp(-high)) * draws.uniform(draws.fold(keys, 0), float)
+        share = -jnp.expm1(-low) + (jnp.exp(-low) - jnp.exp(-high)) * keyed_random.uniform(
+            keyed_random.fold(keys, 0), float
+        )
         sigma = -jnp.log1p(-share)
-        x = process.perturb(draws.fold(keys, 1), x0, sigma[:, None])
+        x = process.perturb(keyed_random.fold(keys, 1), x0, sigma[:, None])
         entropy = process.score_entropy(stats_fn(x, sigma, x0), x, x0, sigma[:, None]).sum(-1)
         return (jnp.exp(-low) - jnp.exp(-high)) / (1 - share) * entropy
 
@@ -249,7 +251,7 @@ def test_a_short_text_in_a_block_gets_its_exact_marginal(counts, float64):
     """
     process, chain, lengths = Absorbing(3), MarkovChain.random(), np.arange(ROWS) % 4 + 1
     tokens, free = chain.joint(4).draw(ROWS), np.arange(7) < lengths[:, None]
-    x0 = process.hide(np.pad(tokens, ((0, 0), (0, 3))), ~free)
+    x0 = process.mask_tokens(np.pad(tokens, ((0, 0), (0, 3))), ~free)
     exact = np.choose(lengths - 1, [chain.joint(n).surprise(tokens[:, :n]) for n in range(1, 5)])
 
     def stats_fn(x, sigma, x0):

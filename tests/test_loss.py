@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from oracle import index, scaled, standard_errors
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.loss import count_loss, denoising_loss
 from sedd.diffusion.process import Absorbing
 from sedd.diffusion.schedule import Geometric, LogLinear
@@ -15,7 +15,7 @@ ROWS = 30_000
 
 
 def row_keys(rows):
-    return draws.row_keys(jax.random.key(0), jnp.arange(rows))
+    return keyed_random.row_keys(jax.random.key(0), jnp.arange(rows))
 
 
 def free_score(log_score):
@@ -26,7 +26,7 @@ def free_score(log_score):
 def test_denoising_loss_averages_to_the_integral(process, joint):
     """Over uniform times, of the score entropy over its noise. Control: scores that are half too large."""
     x0, keys, schedule = joint.draw(ROWS), row_keys(ROWS), LogLinear(0.01)
-    t = draws.uniform(draws.fold(keys, 1))
+    t = keyed_random.uniform(keyed_random.fold(keys, 1))
     stats_fn = stats_from(process, joint.denoiser(process))
     with jax.enable_x64(True):
         integral = joint.integral(process, stats_fn, 1e-9, float(schedule.sigma(1.0)))

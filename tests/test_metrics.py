@@ -10,11 +10,11 @@ from small import small_config, small_corpus
 
 import sedd
 from sedd import config as configs
-from sedd.training.board import Board
 from sedd.training.estimate import step_flops
 from sedd.training.fit import fit
-from sedd.training.guard import Guard
+from sedd.training.guard import NonFiniteGuard
 from sedd.training.metrics import Metrics
+from sedd.training.tensorboard import TensorBoardWriter
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,10 @@ def test_a_tracker_that_fails_stops_nothing(tmp_path, capsys):
     """A folder that cannot be made, and a disk that is full: one line each."""
     pytest.importorskip("tensorboardX")
     (tmp_path / "file").write_text("")
-    board = Board(tmp_path / "file/tensorboard", 0)
+    board = TensorBoardWriter(tmp_path / "file/tensorboard", 0)
     board.numbers(1, {"loss": 1.0})
     board.close()
-    board = Board(tmp_path / "board", 0)
+    board = TensorBoardWriter(tmp_path / "board", 0)
     board._events.write_event = lambda event: (_ for _ in ()).throw(OSError("disk full"))
     for step in (1, 2):
         board.numbers(step, {"loss": 1.0})
@@ -78,7 +78,7 @@ def test_a_tracker_that_fails_stops_nothing(tmp_path, capsys):
 def test_records_of_steps_to_be_taken_again_are_dropped(tmp_path, name):
     path = tmp_path / name
     path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 6)) + '{"step": 6, "lo')
-    with Metrics(tmp_path, 3, 9, Guard(0, None)):
+    with Metrics(tmp_path, 3, 9, NonFiniteGuard(0, None)):
         pass
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
@@ -95,17 +95,17 @@ def test_utilisation_and_a_trace(corpus, tmp_path, monkeypatch, capsys):
     assert flops < step_flops(network, 8, 16, paired=True)
     for record in records[1:]:
         seconds = 8 * 16 / record["tokens_per_second"]
-        assert record["utilisation"] == pytest.approx(flops / (seconds * 1e9 * 8), rel=0.05, abs=1e-4)
-    assert summary.utilisation > 0 and "% utilisation)" in str(summary)
+        assert record["mfu"] == pytest.approx(flops / (seconds * 1e9 * 8), rel=0.05, abs=1e-4)
+    assert summary.mfu > 0 and "% utilisation)" in str(summary)
     assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
-    assert "utilisation" in capsys.readouterr().err
+    assert "mfu" in capsys.readouterr().err
 
 
 def test_nothing_is_said_of_a_chip_that_is_not_known(tmp_path):
-    with Metrics(tmp_path, 0, 2, Guard(0, None)) as log:
+    with Metrics(tmp_path, 0, 2, NonFiniteGuard(0, None)) as log:
         for step in (1, 2):
             numbers = {"loss": 1.0, "gradient_norm": 1.0, "learning_rate": 1.0, "tokens": 8}
             log.record(step, jax.tree.map(jnp.float32, numbers))
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert "tokens_per_second" in records[1] and "utilisation" not in records[1]
-    assert log.summary().utilisation is None
+    assert "tokens_per_second" in records[1] and "mfu" not in records[1]
+    assert log.summary().mfu is None

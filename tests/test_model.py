@@ -10,7 +10,7 @@ import pytest
 from small import small_config, small_corpus
 
 import sedd
-from sedd.data.layout import Layout
+from sedd import config as configs
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def corpus(tmp_path_factory):
 def run(request, corpus, tmp_path_factory):
     """A run of a few steps with each process."""
     workdir = tmp_path_factory.mktemp("runs") / request.param
-    settings = [f"process.name={request.param}"] + ["training.levels=times"] * (request.param == "uniform")
+    settings = [f"process.name={request.param}"] + ["training.noise_sampling=time"] * (request.param == "uniform")
     sedd.train(small_config(corpus, *settings, "training.steps=30"), workdir)
     return workdir
 
@@ -42,13 +42,16 @@ def test_exported_model_is_the_run(model, tmp_path):
         model.save(tmp_path / "exported")
 
 
-def test_a_run_from_before_layouts_is_packed(run, tmp_path):
-    """A config.json without one is of 0.1.0, which knew no other."""
+def test_a_config_of_another_format_is_refused(run, corpus, tmp_path):
+    """That of 0.1.0 names none: loading such a model and resuming such a run are refused in a line."""
     shutil.copytree(run, tmp_path / "old")
     about = json.loads((tmp_path / "old/config.json").read_text())
-    assert about.pop("layout")["mode"] == "packed"
+    config = configs.from_dict(about["config"])
+    assert about.pop("format") == configs.FORMAT
     (tmp_path / "old/config.json").write_text(json.dumps(about))
-    assert sedd.load(tmp_path / "old").layout == Layout()
+    for action in (lambda: sedd.load(tmp_path / "old"), lambda: sedd.train(config, tmp_path / "old")):
+        with pytest.raises(sedd.UserError, match="has format 1, and this version of sedd reads format 2; use the ver"):
+            action()
 
 
 def test_sample(model):
@@ -182,12 +185,13 @@ def test_what_is_no_model(tmp_path, model):
     with pytest.raises(sedd.UserError, match="no config.json"):
         sedd.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(sedd.UserError, match="no JSON"):
+    with pytest.raises(sedd.UserError, match="not JSON"):
         sedd.load(tmp_path)
     (tmp_path / "config.json").write_text('{"architectures": []}')
-    with pytest.raises(sedd.UserError, match="another kind"):
+    with pytest.raises(sedd.UserError, match="has no config"):
         sedd.load(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"config": model.config.to_dict(), "vocab_size": 30}))
+    about = {"format": configs.FORMAT, "config": model.config.to_dict(), "vocab_size": 30}
+    (tmp_path / "config.json").write_text(json.dumps(about))
     with pytest.raises(sedd.UserError, match="no checkpoint yet"):
         sedd.load(tmp_path)
 

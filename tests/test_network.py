@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.loss import count_loss
 from sedd.diffusion.process import Absorbing, Uniform
 from sedd.diffusion.score import score_stats
@@ -17,7 +17,7 @@ from sedd.network.network import Network
 from sedd.network.trunk import Linear, padded
 
 B, L, V = 4, 12, 37
-NETWORK = Network(Absorbing(V), "denoiser", width=16, layers=3, heads=2, sigma_range=(1e-3, 7.0), condition=8)
+NETWORK = Network(Absorbing(V), "denoiser", width=16, layers=3, heads=2, sigma_range=(1e-3, 7.0), cond_dim=8)
 
 
 def random_params(network, seed=1):
@@ -33,7 +33,7 @@ def noisy():
     """x, sigma and x0 with masks."""
     x0 = jax.random.randint(jax.random.key(2), (B, L), 0, V)
     sigma = jnp.array([0.1, 0.5, 1.0, 3.0])
-    return Absorbing(V).perturb(draws.row_keys(jax.random.key(3), jnp.arange(B)), x0, sigma[:, None]), sigma, x0
+    return Absorbing(V).perturb(keyed_random.row_keys(jax.random.key(3), jnp.arange(B)), x0, sigma[:, None]), sigma, x0
 
 
 def stacked(params):
@@ -48,7 +48,7 @@ def stacked(params):
 def test_scanned_and_rematerialised_layers_are_the_same_function(noisy, scan, remat):
     """Values and gradients, with dropout: its masks must not depend on how the layers are compiled."""
     params, (x, sigma, x0) = random_params(NETWORK), noisy
-    keys = draws.row_keys(jax.random.key(4), jnp.arange(B))
+    keys = keyed_random.row_keys(jax.random.key(4), jnp.arange(B))
 
     def loss(params, **changes):
         network = dataclasses.replace(NETWORK, dropout=0.2, **changes)
@@ -68,7 +68,7 @@ def test_dropout_comes_from_the_key_of_the_example(noisy):
     """The same row, in another batch and place, drops the same entries; another key does not."""
     params, (x, sigma, x0) = random_params(NETWORK), noisy
     network = dataclasses.replace(NETWORK, dropout=0.5)
-    keys = draws.row_keys(jax.random.key(4), jnp.arange(B))
+    keys = keyed_random.row_keys(jax.random.key(4), jnp.arange(B))
     target = jax.jit(lambda keys, *row: network.stats(params, keys)(*row).target)
     alone = target(keys[2:3], x[2:3], sigma[2:3], x0[2:3])
     np.testing.assert_allclose(alone[0], target(keys, x, sigma, x0)[2], rtol=1e-5, atol=1e-6)
@@ -96,7 +96,7 @@ def test_head_at_masked_positions_only(prediction):
     network = dataclasses.replace(NETWORK, prediction=prediction)
     params = random_params(network)
     x0 = jax.random.randint(jax.random.key(2), (B, L), 0, V)
-    keys = draws.row_keys(jax.random.key(3), jnp.arange(B))
+    keys = keyed_random.row_keys(jax.random.key(3), jnp.arange(B))
     k = jnp.array([1, L, 5, L - 4])
 
     def loss(params, masked_pairs):

@@ -11,7 +11,7 @@ from small import small_config, small_corpus
 
 import sedd
 from sedd.data.layout import Layout
-from sedd.diffusion.score import told_share
+from sedd.diffusion.score import condition_on_mask_ratio
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import from_corpus, from_texts
 
@@ -43,7 +43,7 @@ def run(request, corpora, tmp_path_factory):
     """A run of a few steps, and its corpus."""
     padding, process = request.param
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    settings = [f"process.name={process}"] + ["training.levels=times"] * (process == "uniform")
+    settings = [f"process.name={process}"] + ["training.noise_sampling=time"] * (process == "uniform")
     settings += ["data.block_length=32", "training.steps=40"]
     sedd.train(small_config(corpora[padding], *settings), workdir)
     return workdir, corpora[padding]
@@ -60,7 +60,7 @@ def test_a_run_remembers_its_layout(run, model, tmp_path):
     assert model.layout == Layout.from_json(about["layout"])
     assert model.layout.padding == corpus.layout.padding
     lengths = np.diff(corpus.offsets("train"))
-    if model.layout.binds_lengths:
+    if model.layout.masks_padding:
         assert model.layout.row_lengths == tuple(np.bincount(lengths, minlength=33))
     model.save(tmp_path / "exported")
     assert sedd.load(tmp_path / "exported").layout == model.layout
@@ -74,7 +74,7 @@ def test_it_learns_and_samples_what_documents_are_like(run, model):
     drawn = model.sample(num_samples=24, steps=4, seed=3)
     assert all("<|endoftext|>" not in text for text in drawn.texts)
     lengths = (drawn.tokens >= 0).sum(axis=1)
-    if model.layout.binds_lengths:
+    if model.layout.masks_padding:
         assert {n for n, count in enumerate(model.layout.row_lengths) if count} >= set(lengths) and len(
             set(lengths)
         ) > 5
@@ -99,7 +99,7 @@ def test_samples_are_drawn_at_their_lengths(model):
     def by_hand(lengths):
         denoiser = model.denoiser(lengths=lengths)
         if isinstance(model.process, sedd.Absorbing):
-            denoiser = told_share(model.process, denoiser, lengths)
+            denoiser = condition_on_mask_ratio(model.process, denoiser, lengths)
         tokens = jnp.full(inside.shape, 3)
         return sedd.sample(jax.random.key(3), denoiser, sedd.Tweedie(model.process, model.schedule, 4), tokens, inside)
 
@@ -107,8 +107,8 @@ def test_samples_are_drawn_at_their_lengths(model):
         return np.mean(np.asarray(by_hand(lengths).tokens)[inside] != drawn[drawn >= 0])
 
     lengths = jnp.asarray(inside.sum(axis=1))
-    assert changed(lengths if model.layout.binds_lengths else None) == 0
-    assert (changed(jnp.full_like(lengths, 32)) > 0.05) == model.layout.binds_lengths
+    assert changed(lengths if model.layout.masks_padding else None) == 0
+    assert (changed(jnp.full_like(lengths, 32)) > 0.05) == model.layout.masks_padding
 
 
 def test_what_is_scored(run, model):
@@ -122,10 +122,10 @@ def test_what_is_scored(run, model):
         for one in (scored, changed)
     ]
     same = np.isclose(reports[0].nats_per_token, reports[1].nats_per_token, rtol=1e-5)
-    assert same == model.layout.binds_lengths
+    assert same == model.layout.masks_padding
     assert reports[0].num_tokens == corpus.num_tokens("train") and reports[0].num_bytes == corpus.num_bytes("train")
     assert reports[0].clusters == 54  # each document is one
-    wanted = "given its length" if model.layout.binds_lengths else "with its padding, as a whole block"
+    wanted = "given its length" if model.layout.masks_padding else "with its padding, as a whole block"
     assert reports[0].lengths == wanted
 
 
@@ -158,7 +158,7 @@ def test_infilling_knows_where_the_text_ends(model):
     ids = [row[row >= 0] for row in drawn.tokens]
     assert all(row[8 if number < 2 else 2] == end for number, row in enumerate(ids))
     assert all(text.startswith("1") and text.endswith("1 1 ") for text in drawn.texts[:2])
-    assert len(ids[0]) == (9 if model.layout.binds_lengths else 32)
+    assert len(ids[0]) == (9 if model.layout.masks_padding else 32)
     with pytest.raises(sedd.UserError, match="a text of 33 tokens"):
         model.infill("<blank:32>")
     row = model.infill(prefix="1 ", suffix=" 1", length=10, steps=4).tokens[0]
@@ -166,7 +166,7 @@ def test_infilling_knows_where_the_text_ends(model):
 
 
 def test_another_layout_is_refused(model, corpora, tmp_path):
-    other = corpora["scored" if model.layout.binds_lengths else "ignored"]
+    other = corpora["scored" if model.layout.masks_padding else "ignored"]
     with pytest.raises(sedd.UserError, match="prepare it so"):
         model.perplexity(other)
     with pytest.raises(sedd.UserError, match="another tokenizer"):

@@ -10,7 +10,7 @@ import scipy.linalg
 import scipy.special
 from oracle import channel, index, p_value, states
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.process import Absorbing, Uniform
 from sedd.diffusion.score import score_stats
 
@@ -37,7 +37,7 @@ def test_forward_law_is_the_matrix_exponential(process, float64):
 def test_perturb_and_prior_draw_the_forward_law(process):
     """With other noise at each position, as `sigma` broadcasts. Control: noise a twentieth off."""
     x0, sigma, rows = np.array([2, 0, 1]), np.array([0.2, 0.7, 1.5]), 100_000
-    keys = draws.row_keys(jax.random.key(0), jnp.arange(rows))
+    keys = keyed_random.row_keys(jax.random.key(0), jnp.arange(rows))
 
     def p(x, sigma):
         law = functools.reduce(np.kron, [channel(process, s)[v] for s, v in zip(sigma, x0, strict=True)])

@@ -14,8 +14,8 @@ import pytest
 from small import SETTINGS, small_corpus
 
 import sedd
-from sedd import processes
-from sedd.rendezvous import meet
+from sedd.runtime import processes
+from sedd.runtime.rendezvous import meet
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,7 @@ def test_processes_that_do_not_fit(monkeypatch):
     found = meet_in_threads([0, 1, 1], 3, 3)
     assert any("two processes 1" in message for message in found)
     port = jobs.free_port()
+
     def one(index, count):
         with pytest.raises(sedd.UserError) as caught:
             meet(f"localhost:{port}", count, index, 5, hint="wait")
@@ -110,7 +111,7 @@ def test_what_the_environment_says(monkeypatch, told, message):
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(sedd.UserError, match=message) as caught:
-        processes._told()
+        processes._job_from_env()
     assert "\n" not in str(caught.value)
 
 

@@ -15,12 +15,12 @@ from sedd import config as configs
 from sedd.data.layout import Layout
 from sedd.data.sources import open_source
 from sedd.data.tokenizers import make_tokenizer
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.likelihood import time_draws
 from sedd.diffusion.process import Absorbing
 from sedd.diffusion.schedule import LogLinear
 from sedd.diffusion.score import ScoreStats
-from sedd.evaluation.protocols import CLEAN, PROTOCOLS, get_protocol, grouped, laid_out
+from sedd.evaluation.protocols import CLEAN, PROTOCOLS, get_protocol, grouped, scoring_rows
 
 LENGTH = 12
 LETTERS = "abcdefgh "
@@ -66,10 +66,10 @@ def test_blocks_by_hand(name, found, wanted):
     np.testing.assert_array_equal(blocks, wanted)
 
 
-def cut_by_hand(found, length, end, shards, ends, wraps, group=1000):
+def cut_by_hand(found, length, end, shards, ends, wrap_with_eos, group=1000):
     """The blocks, a token at a time."""
     sizes = [len(found) // shards + (shard < len(found) % shards) for shard in range(shards)]
-    around = [end] if wraps and end is not None else []
+    around = [end] if wrap_with_eos and end is not None else []
     left, blocks = iter(found), []
     for size in sizes:
         of_shard = list(itertools.islice(left, size))
@@ -107,7 +107,7 @@ def test_blocks_of_random_documents(name, end):
 GEOMETRIC = ("schedule.name=geometric", "schedule.sigma_min=0.01", "schedule.sigma_max=4.0")
 PROCESSES = {  # their own schedules, of which the ends are cut off: the network is told nothing beyond
     "absorbing": ("schedule.eps=0.05", "training.min_time=0.5"),
-    "uniform": ("process.name=uniform", *GEOMETRIC, "training.levels=times", "training.min_time=0.5"),
+    "uniform": ("process.name=uniform", *GEOMETRIC, "training.noise_sampling=time", "training.min_time=0.5"),
 }
 
 
@@ -217,15 +217,15 @@ def test_the_number_is_the_papers(kind, prediction, name, right, wrong):
 
     found = [model.tokenizer.encode(text) for text in texts]
     x0 = np.array(cut_by_hand(found, LENGTH, model.tokenizer.end_of_text, *RULES[name]))
-    keys, stratum = draws.row_keys(jax.random.key(3), np.arange(len(x0))), protocol.stratum(np.arange(len(x0)))
+    keys, stratum = keyed_random.row_keys(jax.random.key(3), np.arange(len(x0))), protocol.stratum(np.arange(len(x0)))
 
     def value(formula, schedule, told):
         total = 0.0
         for draw in range(number):  # keyed by half, then by stratum; with two draws each is a half
-            of_draw = draws.fold(draws.fold(keys, draw), 0)
-            share = (stratum + draws.uniform(draws.fold(of_draw, 0))) / protocol.strata
+            of_draw = keyed_random.fold(keyed_random.fold(keys, draw), 0)
+            share = (stratum + keyed_random.uniform(keyed_random.fold(of_draw, 0))) / protocol.strata
             sigma, rate = (part[:, None] for part in schedule(np.asarray(1e-3 + (1 - 1e-3) * share, np.float64)))
-            x = np.asarray(perturbed(model.process, draws.fold(of_draw, 1), x0, sigma.astype(np.float32)))
+            x = np.asarray(perturbed(model.process, keyed_random.fold(of_draw, 1), x0, sigma.astype(np.float32)))
             total += formula(said(model, x, told(sigma[:, 0])), x, x0, sigma, rate).sum()
         return total / number / x0.size
 
@@ -240,7 +240,7 @@ def test_the_number_is_the_papers(kind, prediction, name, right, wrong):
     others += [value(right[0], schedules[1], trained), value(right[0], schedules[0], np.asarray)]
     assert min(abs(other / report.nats_per_token - 1) for other in others) > 1e-3
     if wrong:  # both readings of free scores are in the report
-        readings = sorted([report.free_nats_per_token, report.tightened_nats_per_token])
+        readings = sorted([report.raw_nats_per_token, report.tightened_nats_per_token])
         np.testing.assert_allclose(readings, sorted([report.nats_per_token, others[0]]), rtol=1e-5)
 
 
@@ -262,7 +262,7 @@ def test_the_times_cover_what_the_papers_integrate_over(name):
 
     @jax.jit
     def times(rows):
-        stats, keys = ScoreStats(nothing, nothing, nothing), draws.row_keys(jax.random.key(0), rows)
+        stats, keys = ScoreStats(nothing, nothing, nothing), keyed_random.row_keys(jax.random.key(0), rows)
         settings = (2, protocol.eps, protocol.stratum(rows), protocol.strata)
         noised = (keys, nothing.astype(jnp.int32), *settings)
         return time_draws(Absorbing(3), LogLinear(eps), lambda *_: stats, *noised).level / (1 - eps)
@@ -315,18 +315,18 @@ def rows_of(scored):
 def test_clean_scores_each_token_once(tmp_path):
     """Of a corpus in blocks, the tail with its own weight; of a list text by text. Control: the others drop some."""
     corpus = small_corpus(tmp_path)
-    scored = laid_out(CLEAN, corpus, "train", corpus.tokenizer, LENGTH, PACKED)
+    scored = scoring_rows(CLEAN, corpus, "train", corpus.tokenizer, LENGTH, PACKED)
     tokens = np.asarray(corpus.tokens("train")).tolist()
     assert sum(rows_of(scored), []) == tokens
     assert scored.counts[:-1].tolist() == [LENGTH] * (len(scored.tokens) - 1) and 0 < scored.counts[-1] < LENGTH
     np.testing.assert_array_equal(scored.lengths, scored.counts)
     for name in FAMILY:
-        blocks = laid_out(PROTOCOLS[name], corpus, "train", corpus.tokenizer, LENGTH, PACKED)
+        blocks = scoring_rows(PROTOCOLS[name], corpus, "train", corpus.tokenizer, LENGTH, PACKED)
         assert blocks.counts.tolist() == [LENGTH] * len(blocks.tokens) and blocks.num_bytes is None
         assert np.concatenate(rows_of(blocks)).tolist() != tokens[: blocks.tokens.size]
 
     texts = ["the 1", "the 27 times table", "1, 2"]
-    scored = laid_out(CLEAN, texts, "test", corpus.tokenizer, LENGTH, PACKED)
+    scored = scoring_rows(CLEAN, texts, "test", corpus.tokenizer, LENGTH, PACKED)
     rows = rows_of(scored)
     assert [corpus.tokenizer.decode(np.array(ids)) for ids in rows] == ["the 1", "the 27 times", " table", "1, 2"]
     assert scored.clusters.tolist() == [0, 1, 1, 2] and scored.num_characters == sum(map(len, texts))
@@ -341,8 +341,8 @@ def test_a_source_is_scored_as_the_corpus_of_it(kind, padding, tmp_path):
     spec, mode = f"{kind}:{tmp_path}/text", "packed" if padding is None else "padded"
     corpus = sedd.prepare(spec, "characters", tmp_path / "corpus", split="position:1", mode=mode, padding=padding)
     ends = dataclasses.replace(corpus.tokenizer, has_end_of_text=True)  # of no use where newlines end documents
-    found = laid_out(CLEAN, open_source(spec), "train", ends, LENGTH, corpus.layout)
-    wanted = laid_out(CLEAN, corpus, "train", corpus.tokenizer, LENGTH, corpus.layout)
+    found = scoring_rows(CLEAN, open_source(spec), "train", ends, LENGTH, corpus.layout)
+    wanted = scoring_rows(CLEAN, corpus, "train", corpus.tokenizer, LENGTH, corpus.layout)
     assert found.num_bytes == wanted.num_bytes > found.num_characters == wanted.num_characters
     for field in ("tokens", "lengths", "counts", "clusters"):
         np.testing.assert_array_equal(getattr(found, field), getattr(wanted, field), field)

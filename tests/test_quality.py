@@ -15,15 +15,15 @@ import sedd
 from sedd import config as configs
 from sedd.data.layout import Layout
 from sedd.evaluation import pictures
-from sedd.evaluation.judges import Judged, language_model, open_judge, scored, windows
 from sedd.evaluation.quality import distinct, quality, read_samples, unigram_entropy
+from sedd.evaluation.scorers import ScoredTexts, language_model, open_scorer, scored, windows
 from sedd.evaluation.sweep import Point, sweep, table, to_json
 from sedd.generation import Generator, Samples
 
 
 def letters(texts):
     """A judge whose tokens are letters; a costs 1 nat, b 2, and so on to g, h nothing."""
-    return Judged([sum(ord(letter) % 8 for letter in text) for text in texts], [len(text) for text in texts])
+    return ScoredTexts([sum(ord(letter) % 8 for letter in text) for text in texts], [len(text) for text in texts])
 
 
 # --- entropy, distinct n-grams, and the two numbers together
@@ -84,7 +84,7 @@ def test_people_read_perplexity_beside_entropy_with_their_errors():
 
 def test_what_cannot_be_measured_is_refused():
     def says(nats, tokens):
-        return lambda texts: Judged(np.array(nats, float), np.array(tokens))
+        return lambda texts: ScoredTexts(np.array(nats, float), np.array(tokens))
 
     for texts, tokens, judge, words in [
         ([], [], None, "nothing to measure"),
@@ -272,11 +272,11 @@ def test_folders_that_hold_no_judge_are_refused(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"network": {}}))
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(sedd.UserError, match="no causal language model"):
-            open_judge(folder)
+            open_scorer(folder)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(sedd.UserError, match=r"pip install 'sedd\[judge\]'"):
-        open_judge(tmp_path)
+        open_scorer(tmp_path)
 
 
 @pytest.mark.slow
@@ -310,7 +310,7 @@ def test_a_gpt2_judge_against_one_call_for_each_token(tmp_path, bos):
         return total
 
     texts = ["hello world", "é", "x" * 32, "the quick brown fox jumps over the lazy dog " * 3, "a<|endoftext|>b"]
-    judge = open_judge(tmp_path / "lm")
+    judge = open_scorer(tmp_path / "lm")
     said = judge(texts)
     np.testing.assert_allclose(said.nats, [by_hand(text) for text in texts], rtol=1e-5)
     assert said.tokens[:3].tolist() == ([11, 2, 32] if bos else [10, 1, 31])
@@ -318,7 +318,7 @@ def test_a_gpt2_judge_against_one_call_for_each_token(tmp_path, bos):
     del weights["transformer.h.0.ln_1.weight"]
     save_file(weights, tmp_path / "lm/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(sedd.UserError, match="lack transformer.h.0.ln_1.weight"):
-        open_judge(tmp_path / "lm")
+        open_scorer(tmp_path / "lm")
 
 
 # --- the sweep

@@ -16,7 +16,7 @@ from scipy.stats import ttest_rel
 import sedd
 from sedd.data.batches import blocks
 from sedd.data.sources import open_source
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SMALL = ["network.width=64", "network.layers=2", "network.heads=2", "network.dtype=float32", "evaluation.samples=1"]
@@ -150,9 +150,9 @@ def chance_of_end(model, corpus):
     rows, lengths, _ = blocks(corpus, "validation", block)
     short = lengths <= block - 8  # where the end of the block is no neighbour
     rows, last = jnp.asarray(rows[short][:256]), jnp.asarray(lengths[short][:256])[:, None] - 1
-    keys, sigma = draws.row_keys(jax.random.key(0), jnp.arange(len(rows))), jnp.full(len(rows), 1.5)
-    noised = model.process.perturb(draws.fold(keys, 0), rows, sigma[:, None])
-    x = jnp.where(jnp.arange(block) < last, noised, model.process.prior(draws.fold(keys, 1), block))
+    keys, sigma = keyed_random.row_keys(jax.random.key(0), jnp.arange(len(rows))), jnp.full(len(rows), 1.5)
+    noised = model.process.perturb(keyed_random.fold(keys, 0), rows, sigma[:, None])
+    x = jnp.where(jnp.arange(block) < last, noised, model.process.prior(keyed_random.fold(keys, 1), block))
 
     @jax.jit
     def probability(lengths):

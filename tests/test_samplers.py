@@ -148,10 +148,10 @@ def test_infilling_uniform_needs_a_denoiser_that_knows_what_is_given(joint):
     A Denoiser that is told which tokens are given, and so are without noise, draws the conditional.
     """
     process, steps = Uniform(3), 256
-    unaware = infilling_distances(process, joint, [joint.denoiser(process)] * len(TOKENS), steps)
+    ignores_given = infilling_distances(process, joint, [joint.denoiser(process)] * len(TOKENS), steps)
     aware = infilling_distances(process, joint, [joint.informed(process, ~free) for free in FREE], steps)
     assert np.all(aware < 0.005)
-    assert unaware.max() > 0.03 and unaware[-1] == aware[-1]  # nothing is given in the last row
+    assert ignores_given.max() > 0.03 and ignores_given[-1] == aware[-1]  # nothing is given in the last row
 
 
 def test_every_call_of_a_step_sees_the_given_tokens(joint):

@@ -8,7 +8,16 @@ from oracle import MarkovChain, states
 
 from sedd.diffusion.process import Absorbing
 from sedd.diffusion.samplers import leap
-from sedd.diffusion.score import clamped, edited, in_block, nucleus, score_stats, stats_from, temperature, told_share
+from sedd.diffusion.score import (
+    clamped,
+    condition_on_mask_ratio,
+    edited,
+    in_block,
+    nucleus,
+    score_stats,
+    stats_from,
+    temperature,
+)
 
 
 def test_statistics_of_a_denoiser_are_those_of_the_dense_scores(process, joint, float64):
@@ -76,9 +85,14 @@ def test_the_share_told_is_that_of_what_is_seen(float64):
         return -np.log1p(-(np.maximum(masks, 1) - 0.5) / length)
 
     masks, lengths = np.array([2, 0, 4]), np.array([2, 4, 4])
-    np.testing.assert_allclose(told(told_share(process, denoiser)), sigma(masks, 4), rtol=1e-12)
-    np.testing.assert_allclose(told(told_share(process, denoiser, lengths)), sigma([1, 0, 4], lengths), rtol=1e-12)
-    below, above = in_block(told_share(process, denoiser), 9, 3), told_share(process, in_block(denoiser, 9, 3))
+    np.testing.assert_allclose(told(condition_on_mask_ratio(process, denoiser)), sigma(masks, 4), rtol=1e-12)
+    np.testing.assert_allclose(
+        told(condition_on_mask_ratio(process, denoiser, lengths)), sigma([1, 0, 4], lengths), rtol=1e-12
+    )
+    below, above = (
+        in_block(condition_on_mask_ratio(process, denoiser), 9, 3),
+        condition_on_mask_ratio(process, in_block(denoiser, 9, 3)),
+    )
     np.testing.assert_allclose(told(below), sigma(masks + 5, 9), rtol=1e-12)
     np.testing.assert_allclose(told(below, np.array([[2], [0], [3]])), sigma(masks + 5, 9), rtol=1e-12)
     np.testing.assert_allclose(told(above), sigma(masks, 4), rtol=1e-12)

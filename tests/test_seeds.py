@@ -9,7 +9,7 @@ from small import small_corpus, untrained_model
 import sedd
 from sedd import config as configs
 from sedd import data
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 
 NO_SEEDS = (-1, 2**64, 1.5, "7", None)
 
@@ -28,9 +28,9 @@ def test_a_key_has_all_bits_of_its_seed():
     """Below 2**32 it is JAX's own."""
     for seed in (0, 7, 2**31, 2**32 - 1, np.int64(5)):
         wanted = jax.random.key(seed, impl="threefry2x32")
-        np.testing.assert_array_equal(jax.random.key_data(draws.root_key(seed)), jax.random.key_data(wanted))
+        np.testing.assert_array_equal(jax.random.key_data(keyed_random.root_key(seed)), jax.random.key_data(wanted))
     seeds = [7, 7 + 2**32, 7 + 2**63, 2**64 - 1, 2**32 - 1]
-    assert len({draws.uniform(draws.root_key(seed)).item() for seed in seeds}) == len(seeds)
+    assert len({keyed_random.uniform(keyed_random.root_key(seed)).item() for seed in seeds}) == len(seeds)
 
 
 def test_training_and_its_batches_use_all_bits(corpus):
@@ -51,7 +51,7 @@ def test_what_is_no_seed_is_one_line(model, corpus, tmp_path, seed):
         lambda: model.log_likelihood("a", seed=seed),
         lambda: data.batch(corpus, 16, 8, seed, 0),
         lambda: sedd.prepare(f"text:{corpus.path.parent}/texts/*.txt", "characters", tmp_path / "made", seed),
-        lambda: draws.root_key(seed),
+        lambda: keyed_random.root_key(seed),
     ):
         with pytest.raises(sedd.UserError, match="^seed must be a whole number from 0 to 2..64 - 1") as caught:
             ask()
@@ -70,4 +70,4 @@ def test_a_config_is_told_which_numbers_are_seeds():
 def test_an_index_beyond_31_bits_has_noise_of_its_own():
     """Rows are keyed by numbers of 32 bits; later blocks of long texts take those from 2**31 on."""
     rows = jnp.array([5, 2**31 - 1, 2**31, 2**31 + 5, 2**32 - 1], jnp.uint32)
-    assert len(np.unique(draws.uniform(draws.row_keys(draws.root_key(0), rows)))) == len(rows)
+    assert len(np.unique(keyed_random.uniform(keyed_random.row_keys(keyed_random.root_key(0), rows)))) == len(rows)

@@ -11,18 +11,18 @@ from small import JAX_SETTINGS, MUON, NETWORK, small_config, small_corpus, unusu
 
 import sedd
 from sedd import config as configs
-from sedd.diffusion import draws
-from sedd.diffusion.exact import order_log_likelihoods, subset_log_likelihood
+from sedd.diffusion import keyed_random
+from sedd.diffusion.exact_likelihood import order_log_likelihoods, subset_log_likelihood
 from sedd.diffusion.likelihood import count_draws, level_draws, time_draws
 from sedd.diffusion.loss import denoising_loss
-from sedd.diffusion.score import edited, in_block, nucleus, stats_from, temperature, told_share
+from sedd.diffusion.score import condition_on_mask_ratio, edited, in_block, nucleus, stats_from, temperature
 from sedd.evaluation.conditional import Answers, log_likelihoods
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import from_corpus
 from sedd.generation import Generator
 from sedd.network.network import Network
 from sedd.parallel import data_mesh
-from sedd.samplers import SAMPLERS, Wanted, named_sampler
+from sedd.samplers import SAMPLERS, SamplerContext, named_sampler
 from sedd.training.objective import Objective
 
 
@@ -38,7 +38,7 @@ def generator(corpus):
     _, schedule, network = configs.build(config, corpus.vocab_size)
     params = jax.tree.map(
         lambda leaf: 0.3 * np.cos(np.arange(leaf.size, dtype=np.float32)).reshape(leaf.shape),
-        jax.eval_shape(network.init, draws.root_key(0)),
+        jax.eval_shape(network.init, keyed_random.root_key(0)),
     )
     return Generator(network, params, schedule, corpus.tokenizer, corpus.layout, config.data.block_length)
 
@@ -99,19 +99,21 @@ def test_keys_of_any_kind_draw_as_independently_of_the_batch(impl):
     """A key of the caller's is one of threefry: noise of a row is the same alone and among others."""
     key = jax.random.PRNGKey(7) if impl == "untyped" else jax.random.key(7, impl=impl)
     keys = jax.random.split(key, 8)
-    for make in (lambda rows: draws.row_keys(key, rows), lambda rows: draws.fold(keys[rows], 3)):
-        whole = draws.uniform(make(jnp.arange(8)))
+    for make in (lambda rows: keyed_random.row_keys(key, rows), lambda rows: keyed_random.fold(keys[rows], 3)):
+        whole = keyed_random.uniform(make(jnp.arange(8)))
         assert len(np.unique(whole)) == 8
-        np.testing.assert_array_equal(draws.uniform(make(jnp.arange(2, 5))), whole[2:5])
+        np.testing.assert_array_equal(keyed_random.uniform(make(jnp.arange(2, 5))), whole[2:5])
     if impl != "unsafe_rbg":  # the same seed draws the same
-        usual, found = (draws.uniform(draws.row_keys(one, jnp.arange(8))) for one in (draws.root_key(7), key))
+        usual, found = (
+            keyed_random.uniform(keyed_random.row_keys(one, jnp.arange(8))) for one in (keyed_random.root_key(7), key)
+        )
         np.testing.assert_array_equal(found, usual)
 
 
 def test_what_is_no_key_is_refused():
     for nothing in (0, None, np.zeros(2), jnp.zeros((), jnp.uint32)):
         with pytest.raises(sedd.UserError, match="a key is made by jax.random.key"):
-            draws.row_keys(nothing, jnp.arange(3))
+            keyed_random.row_keys(nothing, jnp.arange(3))
 
 
 # What runs inside a caller's own program, under the caller's settings. All is traced only: promotions fail there.
@@ -130,8 +132,8 @@ def small_network(process, **settings):
     "name, levels, settings, jax_settings",
     [
         ("absorbing", "counts", dict(prediction="denoiser", dropout=0.1, scan=True), STRICT),
-        ("uniform", "times", dict(prediction="score", observed=True), STRICT),
-        ("uniform", "times", dict(prediction="score", observed=True), ("x64", "prng rbg")),
+        ("uniform", "times", dict(prediction="score", given_embedding=True), STRICT),
+        ("uniform", "times", dict(prediction="score", given_embedding=True), ("x64", "prng rbg")),
     ],
 )
 def test_a_network_is_float32_under_any_settings(name, levels, settings, jax_settings):
@@ -166,7 +168,7 @@ def sampled_and_scored(process, sampler, key, tokens, free):
     """Samples with every wrapper of a Denoiser, and their likelihood where the sampler has one."""
     denoiser = edited(believed(process), lambda log_r: nucleus(temperature(log_r, 0.9), 0.8))
     if process is PROCESSES["absorbing"]:
-        denoiser = in_block(told_share(process, denoiser), L + 2, V)
+        denoiser = in_block(condition_on_mask_ratio(process, denoiser), L + 2, V)
     drawn = sedd.sample(key, denoiser, sampler, tokens, free, trace=True)
     likelihood = getattr(sampler, "log_likelihood", lambda *_: jnp.zeros(B))
     return drawn, likelihood(denoiser, tokens, free)
@@ -175,7 +177,7 @@ def sampled_and_scored(process, sampler, key, tokens, free):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_run_under_strict_promotion(name):
     for process in PROCESSES.values():
-        wanted = Wanted(process, sedd.LogLinear(), 3, L, unaware=process is PROCESSES["uniform"])
+        wanted = SamplerContext(process, sedd.LogLinear(), 3, L, ignores_given=process is PROCESSES["uniform"])
         try:
             sampler = named_sampler(name, wanted)
         except sedd.UserError:
@@ -194,7 +196,7 @@ def test_likelihoods_run_under_strict_promotion(name):
     free = jnp.arange(L)[None] < lengths[:, None]
 
     def run(key):
-        keys = draws.row_keys(key, jnp.arange(B))
+        keys = keyed_random.row_keys(key, jnp.arange(B))
         found = [
             denoising_loss(process, sedd.Geometric(), stats, keys, tokens, jnp.full(B, 0.5), free),
             level_draws(process, stats, keys, tokens, 4, 1e-3, 12.0, free),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sedd import streams
+from sedd.runtime import streams
 
 TEXT = "Grüße, 漢字\n"
 

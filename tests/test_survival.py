@@ -21,8 +21,9 @@ from etils import epath
 from small import parts, small_config, small_corpus
 
 import sedd
-from sedd import parallel, storage
+from sedd import parallel
 from sedd.data.batches import batch
+from sedd.runtime import storage
 from sedd.training import objective as objectives
 from sedd.training.checkpoint import Checkpoints, restore_params, steps_saved
 from sedd.training.digests import digests
@@ -297,7 +298,7 @@ def poisoned(at, times=1):
 
 def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
     """Written down: the step, the quantity, the example, its noise. What is saved is good, and the run goes on."""
-    config = small_config(corpus, "checkpoint.every=2", "training.levels=times", "training.steps=7")
+    config = small_config(corpus, "checkpoint.every=2", "training.noise_sampling=time", "training.steps=7")
     with monkeypatch.context() as patch:
         patch.setattr("sedd.training.fit.Objective", poisoned(6))
         with pytest.raises(sedd.UserError, match="the loss of step 6 is not finite .*nonfinite.jsonl") as caught:
@@ -318,11 +319,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_steps_may_be_left_out(corpus, tmp_path, monkeypatch, capsys):
     """Up to a number; such a step changes nothing but its number, and its record says so."""
-    settings = ("training.levels=times", "training.steps=6", "training.ema_decay=0.9", "optimizer.decay=constant")
+    settings = (
+        "training.noise_sampling=time",
+        "training.steps=6",
+        "training.ema_decay=0.9",
+        "optimizer.decay=constant",
+    )
     monkeypatch.setattr("sedd.training.fit.Objective", poisoned(3, times=2))
     with pytest.raises(sedd.UserError, match="step 4 is not finite"):
-        fit(small_config(corpus, *settings, "training.skips=1"), tmp_path / "one")
-    fit(small_config(corpus, *settings, "training.skips=2"), tmp_path / "two")
+        fit(small_config(corpus, *settings, "training.max_skipped_steps=1"), tmp_path / "one")
+    fit(small_config(corpus, *settings, "training.max_skipped_steps=2"), tmp_path / "two")
     assert "step 3 is not finite" in capsys.readouterr().err
     records = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
     assert [record.get("skipped", False) for record in records] == [False, False, True, True, False, False]
@@ -331,9 +337,9 @@ def test_steps_may_be_left_out(corpus, tmp_path, monkeypatch, capsys):
 
 def test_a_step_that_is_not_finite_changes_nothing(corpus):
     """Parameters, average and optimiser to the bit; the control: another step changes all."""
-    config = small_config(corpus, "training.ema_decay=0.9", "training.levels=times")
+    config = small_config(corpus, "training.ema_decay=0.9", "training.noise_sampling=time")
     objective, optimizer, mesh = parts(config, corpus, 1)
-    bad = poisoned(2)(objective.network, objective.schedule, 8, "times", 1e-3)
+    bad = poisoned(2)(objective.network, objective.schedule, 8, "time", 1e-3)
     init, step, _ = make_step(config, bad, optimizer, mesh)
     tokens = batch(corpus, 16, 8, 0, 0)
     first, metrics = step(init(), tokens)
@@ -407,4 +413,4 @@ def restored(workdir, config, corpus):
     """The newest state of a run, on the host."""
     init, _, where = make_step(config, *parts(config, corpus, 1))
     with Checkpoints(epath.Path(workdir) / "checkpoints", config.checkpoint) as saved:
-        return jax.device_get(saved.restore(parallel.placed(jax.eval_shape(init), where)))
+        return jax.device_get(saved.restore(parallel.abstract_arrays(jax.eval_shape(init), where)))

@@ -14,7 +14,7 @@ from sedd.data.batches import batch
 from sedd.diffusion.score import stats_from
 from sedd.training.objective import Objective
 from sedd.training.optimizer import learning_rate, make_optimizer
-from sedd.training.step import averaged
+from sedd.training.step import update_ema
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def test_levels(corpus):
 @pytest.mark.slow
 def test_noise_does_not_depend_on_the_batch_around_a_row(corpus):
     """Any slice of the batch, told its global rows, has the losses that it has in the whole."""
-    for levels in ("counts", "times"):
-        config = small_config(corpus, f"training.levels={levels}", "network.dropout=0.3")
+    for noise_sampling in ("mask_count", "time"):
+        config = small_config(corpus, f"training.noise_sampling={noise_sampling}", "network.dropout=0.3")
         objective, _, _ = parts(config, corpus)
         params = jax.jit(objective.network.init)(jax.random.key(1))
         tokens, key = batch(corpus, 16, 8, 0, 0).tokens, jax.random.key(5)
@@ -53,7 +53,7 @@ def test_noise_does_not_depend_on_the_batch_around_a_row(corpus):
 class Same:
     """A stand-in for a network: it knows that all the tokens of a row are the same, one of two. Its bound is log 2."""
 
-    dropout, process, observed = 0.0, sedd.Absorbing(2), False
+    dropout, process, given_embedding = 0.0, sedd.Absorbing(2), False
 
     def stats(self, params, keys, lengths, given, masked_pairs):
         assert given is None
@@ -72,7 +72,7 @@ def test_ragged_rows_have_their_own_bound():
     """In pairs of 5 and of 3 tokens in a block of 8: the mean over the levels is log 2 for each. As if all rows had
     8, the control, it is not: then most levels mask the whole of a row."""
     count, length = 30, 8
-    objective = Objective(Same(), None, count, "counts")
+    objective = Objective(Same(), None, count, "mask_count")
     lengths = jnp.tile(jnp.array([5, 3]), count // 2)
     tokens, rows, key = jnp.ones((count, length), jnp.int32), jnp.arange(count), jax.random.key(0)
     loss = jax.jit(objective)({}, tokens, rows, key, lengths)
@@ -86,7 +86,7 @@ def test_ragged_rows_have_their_own_bound():
 def test_a_pair_of_ragged_rows_fits_the_head():
     """It masks L + 1 tokens at most, each row one at least and all of its own at most; whole rows as before."""
     length, count = 37, 4096
-    objective = Objective(Same(), None, count, "counts")
+    objective = Objective(Same(), None, count, "mask_count")
     random, rows, key = np.random.default_rng(0), jnp.arange(count), jax.random.key(1)
     lengths = random.integers(1, length + 1, count)
     counts = np.asarray(objective.counts(rows, key, jnp.asarray(lengths)))
@@ -99,10 +99,10 @@ def test_a_pair_of_ragged_rows_fits_the_head():
     assert (np.asarray(whole).reshape(-1, 2).sum(1) == length + 1).all()
 
 
-@pytest.mark.parametrize("levels", ["times", pytest.param("counts", marks=pytest.mark.slow)])
-def test_padding_is_neither_seen_nor_scored(corpus, levels):
+@pytest.mark.parametrize("noise_sampling", ["time", pytest.param("mask_count", marks=pytest.mark.slow)])
+def test_padding_is_neither_seen_nor_scored(corpus, noise_sampling):
     """Whatever stands there, a row's loss is the same, and that of the row cut to its tokens; seen, it differs."""
-    objective, _, _ = parts(small_config(corpus, f"training.levels={levels}"), corpus)
+    objective, _, _ = parts(small_config(corpus, f"training.noise_sampling={noise_sampling}"), corpus)
     params = jax.jit(objective.network.init)(jax.random.key(1))
     params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape), params)
     tokens, rows, key = batch(corpus, 16, 8, 0, 0).tokens, jnp.arange(8), jax.random.key(5)
@@ -112,7 +112,7 @@ def test_padding_is_neither_seen_nor_scored(corpus, levels):
     wanted = loss(params, tokens, rows, key, lengths)
     np.testing.assert_array_equal(loss(params, other, rows, key, lengths), wanted)
     assert np.sum(wanted) > 0
-    if levels == "counts":
+    if noise_sampling == "mask_count":
         np.testing.assert_allclose(loss(params, tokens[:, :9], rows, key, lengths), wanted, rtol=1e-4)
         difference = loss(params, other, rows, key) - loss(params, tokens, rows, key)
         assert np.abs(difference).max() > 0.01
@@ -162,7 +162,7 @@ def test_learning_rate():
 
 def test_average_of_parameters():
     """The reference's warm-up: min(decay, (1 + n) / (10 + n)) at update n."""
-    ema = averaged({"w": jnp.float32(1.0)}, {"w": jnp.float32(0.0)}, 1, 0.9999)
+    ema = update_ema({"w": jnp.float32(1.0)}, {"w": jnp.float32(0.0)}, 1, 0.9999)
     np.testing.assert_allclose(ema["w"], 2 / 11, rtol=1e-6)
-    ema = averaged({"w": jnp.float32(1.0)}, {"w": jnp.float32(0.0)}, 10**6, 0.9999)
+    ema = update_ema({"w": jnp.float32(1.0)}, {"w": jnp.float32(0.0)}, 10**6, 0.9999)
     np.testing.assert_allclose(ema["w"], 0.9999, rtol=1e-6)

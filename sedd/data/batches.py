@@ -55,7 +55,7 @@ def batch(
         starts, lengths, _ = _rows(corpus, "train", block_length)
         at = np.array([_row_index(len(starts), seed, example) for example in examples])
         filled = _filled(tokens, starts[at], lengths[at], block_length, corpus.tokenizer.end_of_text)
-        return Batch(corpus.checked(filled), lengths[at] if corpus.layout.binds_lengths else None)
+        return Batch(corpus.checked(filled), lengths[at] if corpus.layout.masks_padding else None)
     starts = np.array([_block_start(len(tokens), block_length, seed, example) for example in examples])
     return Batch(corpus.checked(tokens[starts[:, None] + np.arange(block_length)]).astype(np.int32), None)
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import Tokenizer, check_ids, load_tokenizer
-from sedd.disk import absolute
 from sedd.errors import UserError
+from sedd.runtime.disk import absolute
 
 FORMAT = 3
 CHECKED = 2**24  # ids of a split that are looked at when a corpus is opened: in milliseconds, whatever its size

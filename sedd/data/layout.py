@@ -32,7 +32,7 @@ class Layout:
         return self.mode == "padded"
 
     @property
-    def binds_lengths(self) -> bool:
+    def masks_padding(self) -> bool:
         """Whether the network is told how many tokens of a row are valid."""
         return self.padding == "ignored"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from sedd.data.survey import PROGRESS_DELAY
+from sedd.data.scan import PROGRESS_DELAY
 
 PART = 2**16  # ids read at once: what a cache holds
 _ODD = tuple(np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93))

@@ -14,15 +14,15 @@ from tqdm import tqdm
 from sedd.data.corpus import FORMAT, Corpus, open_corpus
 from sedd.data.layout import Layout, make_layout
 from sedd.data.overlap import also_in_train
+from sedd.data.scan import PROGRESS_DELAY, Scan, scan
 from sedd.data.source import Source
+from sedd.data.split_text import SplitText, open_sources, parse_rule, with_split_rule
 from sedd.data.splits import SPLITS, philox
-from sedd.data.survey import PROGRESS_DELAY, Survey, survey
-from sedd.data.text import Text, asked_rule, divided, open_sources
+from sedd.data.staging import file_stamps, staging_directory
 from sedd.data.tokenizers import Tokenizer, given_data, load_tokenizer, make_tokenizer
-from sedd.data.workplace import stamps, workplace
 from sedd.data.writer import arrange, hash_of_splits, token_dtype, write_splits
-from sedd.disk import absolute, write_whole
 from sedd.errors import UserError
+from sedd.runtime.disk import absolute, write_json_atomic
 from sedd.seeds import check_seed
 
 MOST_WORKERS = 32  # threads, unless told otherwise: each holds some megabytes
@@ -67,7 +67,7 @@ def prepare(
         raise UserError(f"there must be at least one worker, not {workers}")
     existing = _existing(out)
     sources = open_sources(source, joined=not layout.padded)
-    rule = asked_rule(split, sources)
+    rule = parse_rule(split, sources)
     given = given_data(tokenizer)
     request = {
         "source": source if isinstance(source, str) else dict(source),
@@ -78,13 +78,13 @@ def prepare(
         "model_sha256": hashlib.sha256(given).hexdigest() if given is not None else None,
     }
     if existing:
-        counted = {name: survey(one) for name, one in sources.items()}
-        _check_same(existing, divided(sources, counted, rule).origin() | request)
+        counted = {name: scan(one) for name, one in sources.items()}
+        _check_same(existing, with_split_rule(sources, counted, rule).origin() | request)
         _warn_of_copies(existing)
         return existing
-    files = stamps(file for one in sources.values() for file in one.files)
-    with workplace(out, request | {"format": FORMAT, "split": split, "files": files}, "corpus") as folder:
-        text = divided(sources, _counted(folder / "survey.json", sources), rule)
+    files = file_stamps(file for one in sources.values() for file in one.files)
+    with staging_directory(out, request | {"format": FORMAT, "split": split, "files": files}, "corpus") as folder:
+        text = with_split_rule(sources, _counted(folder / "survey.json", sources), rule)
         _write(folder, text, layout, request, workers or min(_cores(), MOST_WORKERS))
     corpus = open_corpus(out)
     _warn_of_copies(corpus)
@@ -107,16 +107,16 @@ def _check_same(corpus: Corpus, origin: dict):
             raise UserError(f"{corpus.path} holds a corpus with another {what}; choose another --out")
 
 
-def _counted(record: Path, sources: dict[str, Source]) -> dict[str, Survey]:
+def _counted(record: Path, sources: dict[str, Source]) -> dict[str, Scan]:
     """The survey of each source; kept, since it takes a pass over all text."""
     if record.is_file():
-        return {name: Survey(**values) for name, values in json.loads(record.read_text()).items()}
-    counted = {name: survey(one) for name, one in sources.items()}
-    write_whole(record, json.dumps({name: asdict(one) for name, one in counted.items()}))
+        return {name: Scan(**values) for name, values in json.loads(record.read_text()).items()}
+    counted = {name: scan(one) for name, one in sources.items()}
+    write_json_atomic(record, json.dumps({name: asdict(one) for name, one in counted.items()}))
     return counted
 
 
-def _write(folder: Path, text: Text, layout: Layout, request: dict, workers: int):
+def _write(folder: Path, text: SplitText, layout: Layout, request: dict, workers: int):
     """Fills the folder `corpus` of a folder to work in, each stage from where it was interrupted."""
     written, corpus, splits, seed = folder / "written", folder / "corpus", text.splits, request["seed"]
     tokenizer = _tokenizer(corpus / "tokenizer", text, layout, request)
@@ -152,7 +152,7 @@ def _warn_of_copies(corpus: Corpus):
             )
 
 
-def _tokenizer(place: Path, text: Text, layout: Layout, request: dict) -> Tokenizer:
+def _tokenizer(place: Path, text: SplitText, layout: Layout, request: dict) -> Tokenizer:
     """The tokenizer, made from the training text where it is not given; kept, since that may take minutes."""
     if place.is_dir():
         return load_tokenizer(place)

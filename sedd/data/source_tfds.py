@@ -6,8 +6,8 @@ from pathlib import Path
 
 from sedd.data.files import no_such
 from sedd.data.source import Source
-from sedd.disk import absolute
 from sedd.errors import UserError
+from sedd.runtime.disk import absolute
 
 RECORDS = 256  # read at once: many times as fast as one by one
 

@@ -14,8 +14,8 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from sedd.data.scan import Scan
 from sedd.data.source import Piece
-from sedd.data.survey import Survey
 from sedd.errors import UserError
 from sedd.seeds import check_seed
 
@@ -46,11 +46,11 @@ class Rule(abc.ABC):
         return f"{self.name}:{','.join(str(number).removesuffix('.0') for number in self.numbers)}"
 
     @abc.abstractmethod
-    def sizes(self, counted: Survey) -> dict[str, int]:
+    def sizes(self, counted: Scan) -> dict[str, int]:
         """How much of the source each split gets."""
 
     @abc.abstractmethod
-    def segments(self, pieces: Iterable[Piece], counted: Survey, seed: int) -> Iterator[Segment]:
+    def segments(self, pieces: Iterable[Piece], counted: Scan, seed: int) -> Iterator[Segment]:
         """Says to which split each piece belongs."""
 
 
@@ -127,14 +127,14 @@ def make_rule(spec: str) -> Rule:
     return RULES[name](values)
 
 
-def default_rule(counted: Survey) -> Rule:
+def default_rule(counted: Scan) -> Rule:
     """Documents are drawn; where they are few, the text is cut."""
     if counted.documents >= FEW_DOCUMENTS:
         return Documents((0.9, 0.05, 0.05))
     return Position((90, 5, 5))
 
 
-def check_sizes(rule: Rule, counted: Survey, source: str):
+def check_sizes(rule: Rule, counted: Scan, source: str):
     """UserError where a split would be empty."""
     for split, size in rule.sizes(counted).items():
         if size < 1:

@@ -19,7 +19,7 @@ class Characters:
     data: bytes = field(repr=False)
 
     @classmethod
-    def made_from(cls, texts: Iterable[str], held_out: Iterable[str], size: None) -> "Characters":
+    def train(cls, texts: Iterable[str], held_out: Iterable[str], size: None) -> "Characters":
         """All characters of all texts: there is no id for an unknown one, and held-out text has to have ids too."""
         alphabet = set()
         for text in chain(texts, held_out):

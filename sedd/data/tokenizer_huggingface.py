@@ -11,8 +11,8 @@ from threading import BoundedSemaphore
 import numpy as np
 
 from sedd.data.tokenizer_ends import Rules, marks_ends, rules_inside
-from sedd.disk import absolute
 from sedd.errors import UserError
+from sedd.runtime.disk import absolute
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # what ends a text, the first that there is
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))

@@ -35,7 +35,7 @@ class SentencePiece:
     data: bytes = field(repr=False)
 
     @classmethod
-    def made_from(cls, texts: Iterable[str], held_out: Iterable[str], size: int) -> "SentencePiece":
+    def train(cls, texts: Iterable[str], held_out: Iterable[str], size: int) -> "SentencePiece":
         """A unigram model of `size` pieces, 256 bytes and an unknown piece (never used) among them.
 
         Raises:

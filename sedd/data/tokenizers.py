@@ -19,13 +19,13 @@ from sedd.data.tokenizer_bytes import Bytes
 from sedd.data.tokenizer_characters import Characters
 from sedd.data.tokenizer_huggingface import HuggingFace, gpt2_data
 from sedd.data.tokenizer_sentencepiece import SentencePiece
-from sedd.disk import absolute
 from sedd.errors import UserError
+from sedd.runtime.disk import absolute
 
 END_OF_TEXT = "<|endoftext|>"  # how the id is shown; the same words in a text are text like any other
 
 
-class Pieces(Protocol):
+class TokenizerBackend(Protocol):
     """What tokenizers differ in: a vocabulary, wholly determined by some bytes. Threads may share it."""
 
     data: bytes
@@ -51,7 +51,7 @@ def _file(path: Path) -> bytes:
     return file.read_bytes()
 
 
-TOKENIZERS: dict[str, type[Pieces]] = {
+TOKENIZERS: dict[str, type[TokenizerBackend]] = {
     "bytes": Bytes,
     "characters": Characters,
     "sentencepiece": SentencePiece,
@@ -59,15 +59,15 @@ TOKENIZERS: dict[str, type[Pieces]] = {
 }
 
 # What is made from text: by `made_from(texts, held_out, size)`, the size of the vocabulary being None or after a colon.
-MADE = {"bytes": "bytes", "characters": "characters", "sentencepiece": "sentencepiece:SIZE"}
+TRAINED = {"bytes": "bytes", "characters": "characters", "sentencepiece": "sentencepiece:SIZE"}
 
 # What is given after a colon: how it is written, whose `data` it holds, and how that is read.
-GIVEN: dict[str, tuple[str, str, Callable[[Path], bytes]]] = {
+PRETRAINED: dict[str, tuple[str, str, Callable[[Path], bytes]]] = {
     "sentencepiece": ("sentencepiece:FILE", "sentencepiece", _file),
     "huggingface": ("huggingface:FILE", "huggingface", _file),
     "gpt2": ("gpt2:FOLDER", "huggingface", gpt2_data),
 }
-FORMS = (*MADE.values(), *(form for form, _, _ in GIVEN.values()))
+FORMS = (*TRAINED.values(), *(form for form, _, _ in PRETRAINED.values()))
 
 
 class Ends(NamedTuple):
@@ -88,7 +88,7 @@ class Tokenizer:
     """
 
     kind: str
-    pieces: Pieces
+    pieces: TokenizerBackend
     has_end_of_text: bool
 
     @property
@@ -234,9 +234,9 @@ def make_tokenizer(spec: str, texts: Iterable[str], end_of_text: bool, held_out:
     kind, _, option = spec.partition(":")
     data = given_data(spec)
     if data is not None:
-        kind = GIVEN[kind][1]
+        kind = PRETRAINED[kind][1]
         return Tokenizer(kind, TOKENIZERS[kind](data), end_of_text)
-    return Tokenizer(kind, TOKENIZERS[kind].made_from(texts, held_out, int(option) if option else None), end_of_text)
+    return Tokenizer(kind, TOKENIZERS[kind].train(texts, held_out, int(option) if option else None), end_of_text)
 
 
 def given_tokenizer(spec: str) -> Tokenizer:
@@ -246,7 +246,7 @@ def given_tokenizer(spec: str) -> Tokenizer:
       UserError: the spec is no tokenizer's, or of one that is made from text, or what it names is missing or damaged.
     """
     if given_data(spec) is None and spec != "bytes":
-        there = ", ".join(["bytes", *(form for form, _, _ in GIVEN.values())])
+        there = ", ".join(["bytes", *(form for form, _, _ in PRETRAINED.values())])
         raise UserError(f"the tokenizer {spec} is made from text; name one that is there, as {there}")
     return make_tokenizer(spec, (), end_of_text=True)
 
@@ -258,11 +258,11 @@ def given_data(spec: str) -> bytes | None:
       UserError: the spec is no tokenizer's, or what it names is missing or damaged.
     """
     kind, _, option = spec.partition(":")
-    if kind in MADE and (option.isdecimal() if ":" in MADE[kind] else spec == kind):
+    if kind in TRAINED and (option.isdecimal() if ":" in TRAINED[kind] else spec == kind):
         return None
-    if kind not in GIVEN or not option:
+    if kind not in PRETRAINED or not option:
         raise UserError(f"unknown tokenizer {spec!r}; write {', '.join(FORMS)}")
-    _, kind, read = GIVEN[kind]
+    _, kind, read = PRETRAINED[kind]
     data = read(Path(option))
     try:
         TOKENIZERS[kind](data).size  # noqa: B018, it loads the vocabulary

@@ -21,7 +21,7 @@ from sedd.data.layout import Layout
 from sedd.data.source import LONGEST_PIECE
 from sedd.data.splits import Segment
 from sedd.data.tokenizers import Ends, Tokenizer, check_ids
-from sedd.disk import write_whole
+from sedd.runtime.disk import write_json_atomic
 
 COPIED = 2**24  # bytes copied at a time
 RECORD = 2.0  # seconds between records of what is written
@@ -71,12 +71,12 @@ def write_splits(
                 writer.append(part)
             done["chunks"] = number
             if time.monotonic() - recorded > RECORD:
-                now = done | {"splits": {writer.split: writer.settle() for writer in writers}}
-                write_whole(record, json.dumps(now))
+                now = done | {"splits": {writer.split: writer.sync() for writer in writers}}
+                write_json_atomic(record, json.dumps(now))
                 recorded = time.monotonic()
             progress(sum(part.num_bytes for part in tokens))
-        counts = {writer.split: writer.settle() for writer in writers}
-        write_whole(record, json.dumps(done | {"splits": counts, "complete": True}))
+        counts = {writer.split: writer.sync() for writer in writers}
+        write_json_atomic(record, json.dumps(done | {"splits": counts, "complete": True}))
         return counts
     finally:
         for writer in writers:
@@ -204,7 +204,7 @@ class _SplitWriter:
         counts["bytes"] += tokens.num_bytes
         counts["characters"] += tokens.num_characters
 
-    def settle(self) -> dict[str, int]:
+    def sync(self) -> dict[str, int]:
         """Brings to the disk what was appended, and says what that is."""
         for file in self._files:
             file.flush()

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.loss import count_loss, denoising_loss
 from sedd.diffusion.process import Absorbing, Process
 from sedd.diffusion.schedule import Schedule
@@ -71,9 +71,9 @@ def sigma_bound(
         x = jnp.where(free, process.perturb(keys, x0, sigma[:, None]), x0)
         return jnp.sum(jnp.where(free, term(stats_fn(x, sigma, x0), x, x0, sigma[:, None]), 0.0), axis=-1)
 
-    diffusion = weight * scored(draws.fold(keys, 0), sigma, process.score_entropy)
+    diffusion = weight * scored(keyed_random.fold(keys, 0), sigma, process.score_entropy)
     if low > 0:
-        reconstruction = scored(draws.fold(keys, 1), jnp.full_like(sigma, low), process.reconstruction)
+        reconstruction = scored(keyed_random.fold(keys, 1), jnp.full_like(sigma, low), process.reconstruction)
     else:
         reconstruction = jnp.zeros_like(diffusion)
     prior = process.prior_divergence(high) * jnp.sum(free, axis=-1).astype(diffusion.dtype)
@@ -96,8 +96,8 @@ def level_draws(
     """
 
     def at(keys, stratum, strata):
-        level = _within(stratum, strata, draws.fold(keys, 0))
-        bound = sigma_bound(process, stats_fn, draws.fold(keys, 1), x0, level, low, high, free)
+        level = _within(stratum, strata, keyed_random.fold(keys, 0))
+        bound = sigma_bound(process, stats_fn, keyed_random.fold(keys, 1), x0, level, low, high, free)
         sigma, weight = _noise_at(process, level, low, high)
         terms = (-jnp.expm1(-sigma), weight * jnp.exp(-sigma), bound.diffusion, bound.reconstruction)
         return Draws(*(leaf[None] for leaf in terms))
@@ -120,8 +120,8 @@ def count_draws(
     tokens, which mask every token, and one of them twice. `stats_fn` is then asked at rows 2i and 2i + 1 that hold at
     most n + 1 masks of free tokens together, so that a head can have a static size; else at one row a time.
 
-    The bound is that of the process whose network is told `process.sigma_seen` of each state. What stands masked in x0
-    stays masked: with free False there, that is work in a block of which the rest is unknown.
+    The bound is that of the network conditioned on `process.sigma_from_mask_ratio` of each state. A position that is
+    masked in x0 stays masked: with free False there, the rows are part of a block whose other positions are unknown.
 
     keys: Key[B]; x0: Int[B L]; free: Bool[B L]; lengths: Int[B], the valid positions where the network is told them.
     """
@@ -130,9 +130,9 @@ def count_draws(
     pairs = paired(num_draws)
 
     def at(keys, stratum, strata):
-        share = _within(stratum, strata, draws.fold(keys, 0))
+        share = _within(stratum, strata, keyed_random.fold(keys, 0))
         k = jnp.minimum(1 + (share * n.astype(share.dtype)).astype(jnp.int32), n)
-        rows = (draws.fold(keys, 1), x0, k, free, lengths)
+        rows = (keyed_random.fold(keys, 1), x0, k, free, lengths)
         if not pairs:
             loss = count_loss(process, stats_fn, *rows).sum(-1)
             return Draws(share[None], jnp.ones((1, len(n))), loss[None], jnp.zeros_like(loss)[None])
@@ -168,8 +168,8 @@ def time_draws(
     """
 
     def at(keys, *_):
-        t = eps + (1 - eps) * _within(stratum, strata, draws.fold(keys, 0))
-        loss = denoising_loss(process, schedule, stats_fn, draws.fold(keys, 1), x0, t).sum(-1)
+        t = eps + (1 - eps) * _within(stratum, strata, keyed_random.fold(keys, 0))
+        loss = denoising_loss(process, schedule, stats_fn, keyed_random.fold(keys, 1), x0, t).sum(-1)
         share = -jnp.expm1(-schedule.sigma(t))
         width = (1 - eps) * schedule.rate(t) * jnp.exp(-schedule.sigma(t))  # d share, of one time's
         return Draws(*(leaf[None] for leaf in (share, width, loss, jnp.zeros_like(loss))))
@@ -189,7 +189,7 @@ def _in_halves(at: Callable[..., Draws], keys: jax.Array, num_draws: int, each: 
 
     def one(number):
         half, stratum = number // (strata // each), number % (strata // each)
-        return at(draws.fold(draws.fold(keys, half), stratum), stratum, strata)
+        return at(keyed_random.fold(keyed_random.fold(keys, half), stratum), stratum, strata)
 
     found = jax.lax.map(one, jnp.arange(num_draws // each))
     return jax.tree.map(lambda leaf: leaf.reshape(num_draws, *leaf.shape[2:]), found)
@@ -217,4 +217,4 @@ def _noise_at(process: Process, level: jax.Array, low: float, high: float) -> tu
 def _within(stratum: jax.Array, strata: int, keys: jax.Array) -> jax.Array:
     """Uniform on a stratum of [0, 1), one draw a key, in the default precision. Int[] or Int[B], Key[B] -> Float[B]."""
     dtype = jnp.result_type(float)
-    return (jnp.asarray(stratum, dtype) + draws.uniform(keys, dtype)) / strata
+    return (jnp.asarray(stratum, dtype) + keyed_random.uniform(keys, dtype)) / strata

@@ -6,7 +6,7 @@ Both give nats for each token, whose sum over a row is an unbiased estimate of t
 import jax
 import jax.numpy as jnp
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.process import Absorbing, Process
 from sedd.diffusion.schedule import Schedule
 from sedd.diffusion.score import StatsFn
@@ -48,8 +48,8 @@ def count_loss(
     """The cross-entropy of exactly k of each row's n free tokens, masked, times n / k (Ou et al., arXiv 2406.03736).
 
     With k uniform on 1 .. n the mean of a row's sum is the bound of decoding in random order: the integral over all
-    noise, from 0 to infinity, with nothing cut off. A network that is told the noise is told `process.sigma_seen`, a
-    function of the number of masks in the row.
+    noise levels, from 0 to infinity. A network that is conditioned on the noise level gets
+    `process.sigma_from_mask_ratio`, a function of the number of masks in the row.
 
     keys: Key[B]; x0: Int[B L]; k: Int[B]; free: Bool[B L], False where a token is given, or masked and not to be
     revealed; lengths: Int[B], the valid positions where the network is told them; mirrored: Bool[B], rows that mask the
@@ -59,12 +59,12 @@ def count_loss(
     free = jnp.ones(x0.shape, bool) if free is None else free
     n = jnp.maximum(jnp.sum(free, axis=-1), 1)  # a row with nothing free costs nothing
     k = jnp.clip(k, 1, n)
-    order = draws.ranks(keys, free)
+    order = keyed_random.ranks(keys, free)
     if mirrored is not None:
         order = jnp.where(mirrored[:, None], n[:, None] - 1 - order, order)
     masked = (order < k[:, None]) & free
-    x = process.hide(x0, masked)
-    sigma = process.sigma_seen(x, lengths)
+    x = process.mask_tokens(x0, masked)
+    sigma = process.sigma_from_mask_ratio(x, lengths)
     entropy = process.cross_entropy(stats_fn(x, sigma, x0), x, sigma[:, None])
     weight = n.astype(sigma.dtype) / k.astype(sigma.dtype)
     return jnp.where(masked, weight[:, None] * entropy, 0.0)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.score import ScoreStats
 
 
@@ -59,13 +59,13 @@ class Process(abc.ABC):
 
     def perturb(self, keys: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
         """A draw of x at noise sigma. keys: Key[B]; x0: Int[B L] -> Int32[B L]; SEDD, equations 13 and 14."""
-        sites = draws.sites(keys, jnp.arange(x0.shape[-1]))
-        corrupted = draws.bernoulli(draws.fold(sites, 0), -jnp.expm1(-jnp.broadcast_to(sigma, x0.shape)))
-        return jnp.where(corrupted, self._noise(draws.fold(sites, 1)), x0.astype(jnp.int32))
+        sites = keyed_random.sites(keys, jnp.arange(x0.shape[-1]))
+        corrupted = keyed_random.bernoulli(keyed_random.fold(sites, 0), -jnp.expm1(-jnp.broadcast_to(sigma, x0.shape)))
+        return jnp.where(corrupted, self._noise(keyed_random.fold(sites, 1)), x0.astype(jnp.int32))
 
     def prior(self, keys: jax.Array, length: int) -> jax.Array:
         """A draw from the law in which the noise ends. Key[B] -> Int32[B length]."""
-        return self._noise(draws.sites(keys, jnp.arange(length)))
+        return self._noise(keyed_random.sites(keys, jnp.arange(length)))
 
     @abc.abstractmethod
     def log_noised(self, log_clean: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -99,7 +99,7 @@ class Absorbing(Process):
         """Whether the reverse process can still change a token. Int[...] -> Bool[...]."""
         return x == self.mask
 
-    def hide(self, x: jax.Array, where: jax.Array) -> jax.Array:
+    def mask_tokens(self, x: jax.Array, where: jax.Array) -> jax.Array:
         """x with masks at the positions told, where a Denoiser can then be asked. Int[...], Bool[...] -> Int[...]."""
         return jnp.where(where, self.mask, x)
 
@@ -108,7 +108,7 @@ class Absorbing(Process):
         alpha = jnp.exp(-jnp.broadcast_to(sigma, log_clean.shape[:-1]))
         return Jump(alpha, log_clean)
 
-    def sigma_seen(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    def sigma_from_mask_ratio(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """The noise that a network is told where rows, not times, say how much is masked. Int[B L] -> Float[B].
 
         With k of a row's n positions masked it is that of the middle of the k-th of n equal shares,
@@ -202,13 +202,13 @@ class Uniform(Process):
         return jnp.full(self.num_states, 1 / self.num_states)
 
     def _noise(self, sites):
-        return draws.integers(sites, self.vocab_size)
+        return keyed_random.integers(sites, self.vocab_size)
 
     def movable(self, x: jax.Array) -> jax.Array:
         """Whether the reverse process can still change a token: always. Int[...] -> Bool[...]."""
         return jnp.ones(x.shape, bool)
 
-    def hide(self, x: jax.Array, where: jax.Array) -> jax.Array:
+    def mask_tokens(self, x: jax.Array, where: jax.Array) -> jax.Array:
         """x as it is: a Denoiser never sees the token that it is asked about. Int[...], Bool[...] -> Int[...]."""
         return x
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.process import Absorbing, Jump, Process
 from sedd.diffusion.schedule import Schedule
 from sedd.diffusion.score import Denoiser, clamped
@@ -83,10 +83,10 @@ class Tweedie(Sampler):
             return move(keys, x, self.jump(denoiser(x, sigma, None), x, entry))
         # Whether a mask is uncovered does not depend on what is believed of it: the head is asked of those alone.
         p_move = self.jump(jnp.zeros((*x.shape, 1), sigma.dtype), x, entry).p_move
-        moves = draws.bernoulli(draws.fold(draws.sites(keys, jnp.arange(x.shape[-1])), 0), p_move)
-        return uncover(keys, denoiser, x, sigma, moves, self.few(x.shape[-1]))
+        moves = keyed_random.bernoulli(keyed_random.fold(keyed_random.sites(keys, jnp.arange(x.shape[-1])), 0), p_move)
+        return unmask(keys, denoiser, x, sigma, moves, self.max_unmasked_per_step(x.shape[-1]))
 
-    def few(self, length: int) -> int:
+    def max_unmasked_per_step(self, length: int) -> int:
         """How many of so many masks a step uncovers at most, but in one step of a million; static under jit."""
         with jax.ensure_compile_time_eval():
             hidden = jnp.int32(self.process.num_states - 1)
@@ -139,9 +139,9 @@ class Trapezoidal(Tweedie):
     def _two_stages(self, keys, denoiser, x, entry):
         first, second = halves(entry)
         before = denoiser(x, jnp.full(x.shape[0], first.sigma), None)
-        x = move(draws.fold(keys, 0), x, self.jump(before, x, first))
+        x = move(keyed_random.fold(keys, 0), x, self.jump(before, x, first))
         after = denoiser(x, jnp.full(x.shape[0], second.sigma), None)
-        return move(draws.fold(keys, 1), x, self.second_jump(before, after, x, second))
+        return move(keyed_random.fold(keys, 1), x, self.second_jump(before, after, x, second))
 
     def second_jump(self, before: jax.Array, after: jax.Array, x: jax.Array, entry: Interval) -> Jump:
         """The second half of a step, from what was believed at the step's start and is now. Float[B L V], twice."""
@@ -174,28 +174,28 @@ def move(keys: jax.Array, x: jax.Array, jump: Jump, positions: jax.Array | None 
 
     positions: Int[B P], where the jumps are, all L when None; where two of a row are the same so is what they draw.
     """
-    sites = draws.sites(keys, jnp.arange(x.shape[-1]) if positions is None else positions)
+    sites = keyed_random.sites(keys, jnp.arange(x.shape[-1]) if positions is None else positions)
     here = x if positions is None else jnp.take_along_axis(x, positions, axis=-1)
-    moves = draws.bernoulli(draws.fold(sites, 0), jump.p_move)
-    there = jnp.where(moves, draws.categorical(draws.fold(sites, 1), jump.log_dest), here)
+    moves = keyed_random.bernoulli(keyed_random.fold(sites, 0), jump.p_move)
+    there = jnp.where(moves, keyed_random.categorical(keyed_random.fold(sites, 1), jump.log_dest), here)
     return there if positions is None else jnp.put_along_axis(x, positions, there, axis=-1, inplace=False)
 
 
-def uncover(
-    keys: jax.Array, denoiser: Denoiser, x: jax.Array, sigma: jax.Array, where: jax.Array, few: int
+def unmask(
+    keys: jax.Array, denoiser: Denoiser, x: jax.Array, sigma: jax.Array, where: jax.Array, max_unmasked_per_step: int
 ) -> jax.Array:
     """x with a token drawn at the masks told, all as if independent. where: Bool[B L] -> Int32[B L].
 
     One network call, its head at `few` positions of each row; where a row has more, another of the same x, which is
     rare and not counted.
     """
-    if few >= x.shape[-1]:
+    if max_unmasked_per_step >= x.shape[-1]:
         log_clean = denoiser(x, sigma, None)
         return move(keys, x, Jump(where.astype(log_clean.dtype), log_clean))
 
     def ask(state):
         left, drawn, _ = state
-        positions = jnp.argsort(~left, axis=-1, stable=True)[:, :few]
+        positions = jnp.argsort(~left, axis=-1, stable=True)[:, :max_unmasked_per_step]
         chosen = jnp.take_along_axis(left, positions, axis=-1)
         log_clean = denoiser(x, sigma, positions)
         drawn = move(keys, drawn, Jump(chosen.astype(log_clean.dtype), log_clean), positions)
@@ -239,9 +239,9 @@ def begin(
     """Settles what can be, and draws the state before the first step. Arguments as of `sample`."""
     rows = jnp.arange(tokens.shape[0]) if rows is None else rows
     tokens = tokens.astype(jnp.int32)
-    keys = draws.row_keys(key, rows)
-    task = Task(keys, tokens, free, sampler.plan(draws.fold(keys, _PLAN), free))
-    start = jnp.where(free, sampler.process.prior(draws.fold(keys, _PRIOR), tokens.shape[-1]), tokens)
+    keys = keyed_random.row_keys(key, rows)
+    task = Task(keys, tokens, free, sampler.plan(keyed_random.fold(keys, _PLAN), free))
+    start = jnp.where(free, sampler.process.prior(keyed_random.fold(keys, _PRIOR), tokens.shape[-1]), tokens)
     states = jnp.zeros((task.steps, *tokens.shape), jnp.int32) if trace else None
     return task, State(jnp.int32(0), _done(sampler, task, jnp.int32(0), start), start, states)
 
@@ -262,7 +262,7 @@ def advance(
     def body(state):
         k = state.steps
         entry = jax.tree.map(lambda leaf: leaf[k], task.plan)
-        x = sampler.step(draws.fold(task.keys, _STEPS + k), seen, state.tokens, entry)
+        x = sampler.step(keyed_random.fold(task.keys, _STEPS + k), seen, state.tokens, entry)
         x = jnp.where(task.free, x, task.tokens)
         states = None if state.trace is None else state.trace.at[k].set(x)
         return State(k + 1, _done(sampler, task, k + 1, x), x, states)

@@ -73,14 +73,14 @@ def clamped(denoiser: Denoiser, tokens: jax.Array, free: jax.Array) -> Denoiser:
     return lambda x, sigma, positions=None: denoiser(jnp.where(free, x, tokens), sigma, positions)
 
 
-def told_share(process, denoiser: Denoiser, lengths: jax.Array | None = None) -> Denoiser:
-    """Told `process.sigma_seen` of what it sees, whatever the caller says (absorbing process only).
+def condition_on_mask_ratio(process, denoiser: Denoiser, lengths: jax.Array | None = None) -> Denoiser:
+    """Told `process.sigma_from_mask_ratio` of what it sees, whatever the caller says (absorbing process only).
 
     Put below `in_block`, it counts the masks of the whole block, as likelihoods do. lengths: Int[B], the valid ones.
     A trained network does better so, whatever the sampler: the bound of Tweedie's own steps too is lower, by .001 to
-    .008 nats a token on two small networks (benchmarks/told_noise.py).
+    .008 nats a token on two small networks (benchmarks/noise_conditioning.py).
     """
-    return lambda x, sigma, positions=None: denoiser(x, process.sigma_seen(x, lengths), positions)
+    return lambda x, sigma, positions=None: denoiser(x, process.sigma_from_mask_ratio(x, lengths), positions)
 
 
 def in_block(denoiser: Denoiser, block: int, mask: int) -> Denoiser:

@@ -1,10 +1,10 @@
 """The log-likelihood of some tokens given others: exact where that is affordable, else a bound with its error.
 
 What is bounded, or computed, is the law of filling in the answer with the context clamped, which for a learned model is
-not quite Bayes' conditional of its joint law. Under the absorbing process what is not masked is part of what a network
-conditions on. A uniform model has such a law, and a bound on it, where it was trained to be told which tokens are given
-(`network.observed`): the context is clean and flagged, the answer is noised and scored. Another one takes the context
-for noise, and has none.
+not quite Bayes' conditional of its joint distribution. Under the absorbing process the network is conditioned on every
+token that is not masked. A uniform model has such a conditional, and a bound on it, where it was trained with a flag on
+given tokens (`network.given_embedding`): the context is clean and flagged, the answer is corrupted and scored. Without
+the flag it takes the context for noise, and has no bound.
 """
 
 import dataclasses
@@ -18,19 +18,19 @@ import numpy as np
 
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import Ends, Tokenizer
-from sedd.diffusion import draws
-from sedd.diffusion.exact import importance_bound, order_log_likelihoods, subset_log_likelihood
+from sedd.diffusion import keyed_random
+from sedd.diffusion.exact_likelihood import importance_bound, order_log_likelihoods, subset_log_likelihood
 from sedd.diffusion.likelihood import count_draws, level_draws
 from sedd.diffusion.pickers import Entropy, Margin
 from sedd.diffusion.process import Absorbing, Process
-from sedd.diffusion.reveal import Adaptive
 from sedd.diffusion.schedule import Schedule
+from sedd.diffusion.unmasking import Adaptive
 from sedd.errors import UserError
-from sedd.evaluation.scoring import ends
+from sedd.evaluation.scoring import sigma_limits
 from sedd.evaluation.text import encoded
 from sedd.network.network import Network
+from sedd.runtime.settings import jax_defaults
 from sedd.seeds import check_seed
-from sedd.settings import jax_defaults
 
 METHODS = ("auto", "exact", "bound", "orders", "margin", "entropy")
 MOST_EXACT = 12  # tokens: 4095 network rows
@@ -81,7 +81,7 @@ def answers_to(
         if not text:
             raise UserError("an answer is empty; there is nothing to score")
         ids = encoded(given + text, tokenizer, "an answer")
-        lengths[number] = len(ids) + layout.binds_lengths
+        lengths[number] = len(ids) + layout.masks_padding
         if lengths[number] > block_length:
             raise UserError(
                 f"given and answer take {lengths[number]} tokens, more than the model's block of {block_length}; "
@@ -93,9 +93,9 @@ def answers_to(
             raise UserError(f"the answer {text!r} adds no token to what is given; there is nothing to score")
         tokens[number, : len(ids)] = ids
         free[number, known : len(ids) if masks else lengths[number]] = True  # a uniform model scores the end it is told
-        if layout.binds_lengths:
+        if layout.masks_padding:
             tokens[number, len(ids) :] = tokenizer.end_of_text
-    return Answers(tokens, free, None if masks and not layout.binds_lengths else lengths)
+    return Answers(tokens, free, None if masks and not layout.masks_padding else lengths)
 
 
 @jax_defaults()
@@ -132,7 +132,7 @@ def log_likelihoods(
     if method == "exact":
         found = (_exact(network, params, answers, number) for number in range(len(counts)))
         return [LogLikelihood(nats, None, "exact", False) for nats in found]
-    rows = (draws.root_key(seed), answers.tokens, answers.free, answers.lengths)
+    rows = (keyed_random.root_key(seed), answers.tokens, answers.free, answers.lengths)
     return _together(network, params, rows, method, num_draws)
 
 
@@ -201,7 +201,9 @@ def _counted(network, params, key, tokens, free, lengths, replicates):
     told = None if lengths is None else jnp.repeat(lengths, 2)
     free_scores = network.prediction == "score"
     stats = network.stats(params, lengths=told, masked_pairs=True, tightened=free_scores)
-    found = count_draws(network.process, stats, draws.row_keys(key, replicates), tokens, _REPLICATE, free, lengths)
+    found = count_draws(
+        network.process, stats, keyed_random.row_keys(key, replicates), tokens, _REPLICATE, free, lengths
+    )
     tightened = found.diffusion[:, -1] if free_scores else found.diffusion  # as the other methods read free scores
     return tightened.mean(axis=0)
 
@@ -209,7 +211,7 @@ def _counted(network, params, key, tokens, free, lengths, replicates):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _orders(network, num_orders, params, key, tokens, free, lengths):
     """log p along each of so many random orders. Float[A K]."""
-    keys = draws.row_keys(key, jnp.arange(num_orders))
+    keys = keyed_random.row_keys(key, jnp.arange(num_orders))
 
     def of(answer):
         row, mine, length = answer
@@ -228,15 +230,15 @@ def _adaptive(network, sampler, params, tokens, free, lengths):
 def _uniform(network, schedule, params, answers: Answers, method, num_draws, seed) -> list[LogLikelihood]:
     """A uniform model's: a bound where nothing is given, or it is told what is."""
     whole = np.arange(answers.tokens.shape[1]) < answers.lengths[:, None]
-    if not network.observed and not np.array_equal(answers.free, whole):
+    if not network.given_embedding and not np.array_equal(answers.free, whole):
         raise UserError(
             "this model is of the uniform process and was not trained to know which tokens are given, so it has no "
             "likelihood given a context; leave given= out, or train an absorbing model, or one with "
-            "network.observed=True"
+            "network.given_embedding=True"
         )
     if method not in ("auto", "bound"):
         raise UserError(f"method={method!r} is for the absorbing process; a uniform model has 'bound'")
-    run = functools.partial(_levels, network, *ends(network, schedule), params, draws.root_key(seed))
+    run = functools.partial(_levels, network, *sigma_limits(network, schedule), params, keyed_random.root_key(seed))
     rows = (answers.tokens, answers.free, answers.lengths)
     return [_mean(row, "levels") for row in _replicated(run, network, num_draws, *rows)]
 
@@ -244,8 +246,8 @@ def _uniform(network, schedule, params, answers: Answers, method, num_draws, see
 @functools.partial(jax.jit, static_argnums=range(3))
 def _levels(network, low, high, params, key, tokens, free, lengths, replicates):
     """A replicate of each row's bound by levels, in nats. replicates: Int[B], their numbers. Float[B]."""
-    keys = draws.row_keys(key, replicates)
-    given = (jnp.arange(tokens.shape[1]) < lengths[:, None]) & ~free if network.observed else None
+    keys = keyed_random.row_keys(key, replicates)
+    given = (jnp.arange(tokens.shape[1]) < lengths[:, None]) & ~free if network.given_embedding else None
     free_scores = network.prediction == "score"
     stats = network.stats(params, lengths=lengths, given=given, tightened=free_scores)
     found = level_draws(network.process, stats, keys, tokens, _REPLICATE, low, high, free)

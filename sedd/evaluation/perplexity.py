@@ -21,18 +21,19 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sedd import disk, parallel, processes, storage
+from sedd import parallel
 from sedd.data.layout import Layout
 from sedd.diffusion.process import Absorbing
 from sedd.diffusion.schedule import Schedule
 from sedd.evaluation.protocols import CLEAN, Protocol
-from sedd.evaluation.report import Report, Terms, make_report, read
-from sedd.evaluation.scoring import KEPT, Record, ends, levels_of, num_values, score
+from sedd.evaluation.report import Report, Terms, make_report, terms_from_draws
+from sedd.evaluation.scoring import KEPT, ResumableDraws, levels_of, record_shape, score, sigma_limits
 from sedd.evaluation.statistics import ratio
-from sedd.evaluation.text import Scored
+from sedd.evaluation.text import ScoringRows
 from sedd.network.network import Network
+from sedd.runtime import disk, processes, storage
+from sedd.runtime.settings import jax_defaults
 from sedd.seeds import check_seed
-from sedd.settings import jax_defaults
 from sedd.version import __version__
 
 SHOWN = 0.5  # seconds between running estimates
@@ -43,7 +44,7 @@ def perplexity(
     network: Network,
     schedule: Schedule,
     params: dict,
-    scored: Scored,
+    scored: ScoringRows,
     protocol: Protocol = CLEAN,
     num_draws: int = 16,
     seed: int = 0,
@@ -65,12 +66,12 @@ def perplexity(
     if mesh is None:
         mesh = parallel.data_mesh()
         params = parallel.put(params, parallel.shardings(mesh, params))
-    low, high = ends(network, schedule)
-    prior = network.process.prior_divergence(high) if protocol.whole else 0.0
+    low, high = sigma_limits(network, schedule)
+    prior = network.process.prior_divergence(high) if protocol.is_bound else 0.0
     settings = (scored, protocol, num_draws, seed, mesh, batch_size)
     levels = functools.partial(levels_of, network, schedule, protocol, num_draws, seed)
     with (
-        Record(folder, job, num_values(network, num_draws), len(scored.tokens), levels) as record,
+        ResumableDraws(folder, job, record_shape(network, num_draws), len(scored.tokens), levels) as record,
         _Bar(scored, prior, protocol.tightened, progress and processes.is_first()) as bar,
     ):
         bar.update(record.records())
@@ -80,8 +81,10 @@ def perplexity(
             if on_batch is not None:
                 on_batch()
         records = record.records()
-        terms = read(records, scored, prior, protocol.tightened)
-        other = read(records, scored, prior, not protocol.tightened) if network.prediction == "score" else None
+        terms = terms_from_draws(records, scored, prior, protocol.tightened)
+        other = (
+            terms_from_draws(records, scored, prior, not protocol.tightened) if network.prediction == "score" else None
+        )
         report = make_report(
             terms,
             other,
@@ -91,13 +94,13 @@ def perplexity(
             seed=seed,
             protocol=protocol.name,
             noise="masked" if isinstance(network.process, Absorbing) else "random",
-            law=_law(network, protocol, low, high),
-            lengths=_how(scored.layout, network),
+            likelihood_of=_likelihood_of(network, protocol, low, high),
+            lengths=_lengths_in_words(scored.layout, network),
             about={**about, "versions": versions()},
         )
         if folder is not None and processes.is_first():
             with storage.written(folder, KEPT):
-                disk.write_whole(folder / "report.json", report.to_json() + "\n")
+                disk.write_json_atomic(folder / "report.json", report.to_json() + "\n")
     return report, terms
 
 
@@ -125,7 +128,7 @@ def versions() -> dict[str, str]:
 class _Bar:
     """Progress in rows, with the estimate so far and its error."""
 
-    def __init__(self, scored: Scored, prior: float, tightened: bool, shown: bool):
+    def __init__(self, scored: ScoringRows, prior: float, tightened: bool, shown: bool):
         self._scored, self._reading, self._nats, self._told = scored, (prior, tightened), [], 0.0
         self._bar = tqdm(desc="scoring", unit="block", total=len(scored.tokens), delay=2, disable=not shown)
 
@@ -139,7 +142,7 @@ class _Bar:
         """The records of the rows that follow those of before."""
         if self._bar.disable or not len(records):
             return
-        self._nats.append(read(records, self._scored, *self._reading, start=self._bar.n).rows)
+        self._nats.append(terms_from_draws(records, self._scored, *self._reading, start=self._bar.n).rows)
         done = self._bar.n + len(records)
         if time.monotonic() - self._told > SHOWN or done == self._bar.total:
             estimate = ratio(np.concatenate(self._nats), self._scored.counts[:done], self._scored.clusters[:done])
@@ -148,16 +151,16 @@ class _Bar:
         self._bar.update(len(records))
 
 
-def _law(network: Network, protocol: Protocol, low: float, high: float) -> str:
+def _likelihood_of(network: Network, protocol: Protocol, low: float, high: float) -> str:
     """Whose likelihood is bounded."""
-    if not protocol.whole:
+    if not protocol.is_bound:
         return "of none: the loss as those papers report it, without prior and reconstruction"
     if isinstance(network.process, Absorbing):
         return "of decoding one token at a time in random order, told how many are masked"
     return f"of the reverse process from sigma {high:g} to {low:g}, and one step from there"
 
 
-def _how(layout: Layout, network: Network) -> str:
+def _lengths_in_words(layout: Layout, network: Network) -> str:
     """How text shorter than a block was scored."""
     if layout.padding is not None:
         return "with its padding, as a whole block" if layout.padding == "scored" else "given its length"

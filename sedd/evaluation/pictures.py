@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from sedd import disk, storage
 from sedd.errors import UserError
 from sedd.evaluation.sweep import Point
+from sedd.runtime import disk, storage
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow; one marker more, so that lines
 # differ in one or the other.

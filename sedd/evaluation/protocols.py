@@ -23,7 +23,7 @@ from sedd.data.source import Source
 from sedd.data.tokenizers import Tokenizer
 from sedd.diffusion.schedule import LogLinear, Schedule
 from sedd.errors import UserError
-from sedd.evaluation.text import Scored, documents, from_corpus, from_rows, from_source, from_texts
+from sedd.evaluation.text import ScoringRows, documents, from_corpus, from_rows, from_source, from_texts
 
 GROUP = 1000  # documents that the data loaders of the three papers concatenate at a time
 
@@ -35,14 +35,14 @@ class Protocol:
     name: str
     split: str  # that of the zero-shot tables
     draws: int | None  # noise levels a block; None: the config's
-    whole: bool = False  # all text and all terms; the settings below are for the others
+    is_bound: bool = False  # all text and all terms; the settings below are for the others
     eps: float = 1e-3  # the earliest time
     strata: int = 1  # rows in a row that share out [eps, 1] among them; 1: each has its own
     tightened: bool = True  # of free scores: normalised or clipped, else as they are
     own_schedule: bool = False  # times by the model's schedule, else log-linear with eps 1e-3
     shards: int = 1  # processes that the documents are dealt to, each cutting its own
-    ends: bool = True  # an end-of-text id after each document
-    wraps: bool = False  # one before and one after each block, scored as well
+    append_eos: bool = True  # an end-of-text id after each document
+    wrap_with_eos: bool = False  # one before and one after each block, scored as well
 
     def __str__(self) -> str:
         return self.name
@@ -57,14 +57,14 @@ class Protocol:
         return model if self.own_schedule else LogLinear(1e-3)
 
 
-CLEAN = Protocol("clean", split="test", draws=None, whole=True)
+CLEAN = Protocol("clean", split="test", draws=None, is_bound=True)
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         CLEAN,
         Protocol("sedd-paper", split="test", draws=1000, tightened=False, own_schedule=True, shards=8),
-        Protocol("mdlm", split="validation", draws=1, strata=64, wraps=True),
-        Protocol("duo", split="validation", draws=1, strata=16, ends=False, wraps=True),
+        Protocol("mdlm", split="validation", draws=1, strata=64, wrap_with_eos=True),
+        Protocol("duo", split="validation", draws=1, strata=16, append_eos=False, wrap_with_eos=True),
     )
 }
 
@@ -76,16 +76,16 @@ def get_protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def laid_out(
+def scoring_rows(
     protocol: Protocol,
     text: Corpus | Source | Sequence[str],
     split: str,
     tokenizer: Tokenizer,
     block_length: int,
     layout: Layout,
-) -> Scored:
+) -> ScoringRows:
     """Text in rows, as the protocol has it, for a model of this layout. UserError where there is nothing to score."""
-    if protocol.whole:
+    if protocol.is_bound:
         if isinstance(text, Corpus):
             return from_corpus(text, split, block_length)
         lay = from_source if isinstance(text, Source) else from_texts
@@ -109,8 +109,8 @@ def grouped(found: Sequence[np.ndarray], block_length: int, protocol: Protocol, 
     none is added. A vocabulary as GPT-2's has one id for the beginning and the end of a text.
     """
     has_end = [] if end is None else [end]
-    wrap = has_end if protocol.wraps else []
-    after = has_end if protocol.ends else []
+    wrap = has_end if protocol.wrap_with_eos else []
+    after = has_end if protocol.append_eos else []
     inner = block_length - 2 * len(wrap)
     blocks = [np.zeros((0, block_length), np.int32)]
     if inner < 1:

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from sedd.data.tokenizers import Tokenizer
-from sedd.disk import absolute
 from sedd.errors import UserError
-from sedd.evaluation.judges import Judge
+from sedd.evaluation.scorers import Scorer
 from sedd.evaluation.statistics import Estimate, exponential, ratio, with_error
-from sedd.evaluation.text import marked_ids
+from sedd.evaluation.text import encode_with_eos_markers
+from sedd.runtime.disk import absolute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Quality:
         return "\n".join(lines)
 
 
-def quality(texts: Sequence[str] | None, tokens: Sequence[np.ndarray], judge: Judge | None = None) -> Quality:
+def quality(texts: Sequence[str] | None, tokens: Sequence[np.ndarray], judge: Scorer | None = None) -> Quality:
     """Measures samples. texts: None where there are none, which only a judge needs; tokens: Int[L_i] of each sample.
 
     Raises:
@@ -146,7 +146,7 @@ def _sample(line: str, where: str, cut: bool, tokenizer: Tokenizer | None) -> tu
     if tokenizer is not None:
         if text is None:
             raise UserError(f"{where} has no text to encode; leave the tokenizer out")
-        return text, marked_ids(text, tokenizer, where).astype(np.int64)
+        return text, encode_with_eos_markers(text, tokenizer, where).astype(np.int64)
     if ids is None and text is not None:
         raise UserError(f"{where} has no tokens; name a tokenizer that encodes the texts")
     length = record.get("length", len(ids) if isinstance(ids, list) else 0)  # what follows is not of the text
@@ -164,7 +164,7 @@ def _entropy(counts: np.ndarray) -> float:
     return float(np.sum(shares * np.log(1 / shares)))
 
 
-def _judged(texts: Sequence[str] | None, judge: Judge) -> dict:
+def _judged(texts: Sequence[str] | None, judge: Scorer) -> dict:
     """What a judge says, as the fields of a Quality."""
     if texts is None:
         raise UserError("a judge reads texts, and these samples have none; their model has no tokenizer")

@@ -18,7 +18,7 @@ from sedd.evaluation.statistics import (
     t_quantile,
     with_error,
 )
-from sedd.evaluation.text import Scored
+from sedd.evaluation.text import ScoringRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Report:
     standard_error: what another sample of documents would change; interval: 95 %, by Student's t; sampling_error: what
     other noise would change, of this very text, with so many degrees of freedom for Student's t. None where they cannot
     be told: from one cluster, from an odd number of draws.
-    free_nats_per_token: of a network that predicts free scores, the bound of the scores as they are; the other number
+    raw_nats_per_token: of a network that predicts free scores, the bound of the scores as they are; the other number
     is that of the tightened ones (or, as `sedd-paper` has it, the other way round).
     """
 
@@ -38,7 +38,7 @@ class Report:
     interval: tuple[float, float] | None
     sampling_error: float | None
     sampling_freedom: float | None
-    free_nats_per_token: float | None
+    raw_nats_per_token: float | None
     tightened_nats_per_token: float | None
     prior: float
     diffusion: float
@@ -57,7 +57,7 @@ class Report:
     seed: int
     protocol: str
     noise: str  # what touched tokens are: masked, or random
-    law: str  # whose likelihood is bounded
+    likelihood_of: str  # whose likelihood is bounded
     lengths: str  # how text shorter than a block was scored
     notes: tuple[str, ...]
     about: dict[str, Any]  # data, tokenizer, model, versions
@@ -81,8 +81,8 @@ class Report:
             characters = "" if self.bits_per_character is None else f", {self.bits_per_character:.4f} per character"
             bits = with_error(self.bits_per_byte, self.bits_per_byte_error)
             lines.append(f"bits per byte {bits}{characters}")
-        if self.free_nats_per_token is not None:
-            free = f"{self.free_nats_per_token:.4f} as they are, {self.tightened_nats_per_token:.4f} tightened"
+        if self.raw_nats_per_token is not None:
+            free = f"{self.raw_nats_per_token:.4f} as they are, {self.tightened_nats_per_token:.4f} tightened"
             lines.append(f"free scores   {free}, nats per token")
         size = "" if self.num_bytes is None else f", {self.num_bytes:,} bytes"
         lines.append(
@@ -97,7 +97,7 @@ def table(reports: Sequence[Report]) -> str:
     for report in reports:
         value = with_error(report.nats_per_token, report.standard_error)
         sizes = f"{_number(report.perplexity):>11} {report.num_tokens:12,} {report.draws:6}"
-        lines.append(f"{report.protocol:12} {value:>18} {sizes}  {report.law}")
+        lines.append(f"{report.protocol:12} {value:>18} {sizes}  {report.likelihood_of}")
     return "\n".join(lines)
 
 
@@ -159,7 +159,7 @@ class Terms:
         return sampling_error(self.nats.reshape(number, 2, -1).mean(axis=2), int(self.counts.sum()))
 
 
-def read(records: np.ndarray, scored: Scored, prior: float, tightened: bool, start: int = 0) -> Terms:
+def terms_from_draws(records: np.ndarray, scored: ScoringRows, prior: float, tightened: bool, start: int = 0) -> Terms:
     """The terms of the rows from `start` on that have records. tightened: of the two ways to read free scores.
 
     records: Float32[n M K], as `sedd.evaluation.scoring.num_values` has it; prior: nats a token.
@@ -172,7 +172,7 @@ def read(records: np.ndarray, scored: Scored, prior: float, tightened: bool, sta
     return Terms(*rows, level, width, diffusion, reconstruction, prior * scored.lengths[at_rows].astype(np.float64))
 
 
-def make_report(terms: Terms, other: Terms | None, scored: Scored, tightened: bool, **about: Any) -> Report:
+def make_report(terms: Terms, other: Terms | None, scored: ScoringRows, tightened: bool, **about: Any) -> Report:
     """other: the same draws, the free scores read in the other way. about: the fields that are known already."""
     estimate, (scatter, freedom) = terms.estimate(), terms.sampling_error()
     total = int(scored.counts.sum())
@@ -191,7 +191,7 @@ def make_report(terms: Terms, other: Terms | None, scored: Scored, tightened: bo
         interval=estimate.interval,
         sampling_error=scatter,
         sampling_freedom=freedom,
-        free_nats_per_token=None if other is None else free,
+        raw_nats_per_token=None if other is None else free,
         tightened_nats_per_token=None if other is None else tight,
         prior=prior,
         diffusion=diffusion,
@@ -223,7 +223,7 @@ def _number(value: float | None) -> str:
     return "beyond all numbers" if value is None else f"{value:.3f}"
 
 
-def _notes(estimate: Estimate, scored: Scored) -> tuple[str, ...]:
+def _notes(estimate: Estimate, scored: ScoringRows) -> tuple[str, ...]:
     if scored.documents < estimate.clusters:
         return (
             f"{scored.documents} document(s) in {estimate.clusters} clusters: ± is what other parts of them would "

@@ -15,16 +15,17 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sedd import disk, parallel, processes, storage
-from sedd.diffusion import draws
+from sedd import parallel
+from sedd.diffusion import keyed_random
 from sedd.diffusion.likelihood import Draws, count_draws, level_draws, paired, time_draws
 from sedd.diffusion.process import Absorbing, Process
 from sedd.diffusion.schedule import Schedule
 from sedd.diffusion.score import ScoreStats
 from sedd.errors import UserError
 from sedd.evaluation.protocols import Protocol
-from sedd.evaluation.text import Scored
+from sedd.evaluation.text import ScoringRows
 from sedd.network.network import Network
+from sedd.runtime import disk, processes, storage
 
 _DRAWS = "draws.f32"
 _SYNC = 60  # seconds between copies into a bucket
@@ -32,14 +33,14 @@ KEPT = "; what is scored is kept"
 UNIFORM_SIGMA = 12.0  # where the uniform bound ends at the earliest: there its prior is below 1e-5 nats a token
 
 
-def ends(network: Network, schedule: Schedule) -> tuple[float, float]:
+def sigma_limits(network: Network, schedule: Schedule) -> tuple[float, float]:
     """The noise from which the integral of the bound runs, and to which."""
     if isinstance(network.process, Absorbing):
         return 0.0, math.inf
     return float(schedule.sigma(0.0)), max(float(schedule.sigma(1.0)), UNIFORM_SIGMA)
 
 
-def num_values(network: Network, num_draws: int) -> tuple[int, int]:
+def record_shape(network: Network, num_draws: int) -> tuple[int, int]:
     """M and K: a row's record is Float32[M K], of each draw its level and width, and for each way to read the scores
     the diffusion and the reconstruction in nats a row. Free scores are read as they are and tightened."""
     return num_draws, 2 + 2 * (1 + (network.prediction == "score"))
@@ -49,7 +50,7 @@ def score(
     network: Network,
     schedule: Schedule,
     params: dict,
-    scored: Scored,
+    scored: ScoringRows,
     protocol: Protocol,
     num_draws: int,
     seed: int,
@@ -65,24 +66,24 @@ def score(
     number, (_, length) = len(scored.tokens), scored.tokens.shape
     size = min(batch_size or network.rows_at_once(length) * devices, number)
     size = -(-size // devices) * devices
-    bind = scored.layout.binds_lengths or not isinstance(network.process, Absorbing)
-    static = (network, schedule, protocol, num_draws, bind, mesh, ends(network, schedule))
-    run = functools.partial(_records, *static, params, draws.root_key(seed))
+    uses_lengths = scored.layout.masks_padding or not isinstance(network.process, Absorbing)
+    static = (network, schedule, protocol, num_draws, uses_lengths, mesh, sigma_limits(network, schedule))
+    run = functools.partial(_records, *static, params, keyed_random.root_key(seed))
     here = parallel.local_rows(mesh, size)
     for first in range(start, number, size):
         at = np.arange(first, first + size) % number  # one shape for all; what is over is dropped
-        batch = parallel.spread(mesh, (scored.tokens[at[here]], scored.lengths[at[here]], at[here]), here, size)
+        batch = parallel.shard_batch(mesh, (scored.tokens[at[here]], scored.lengths[at[here]], at[here]), here, size)
         yield np.asarray(run(*batch))[: number - first]
 
 
 @functools.partial(jax.jit, static_argnums=range(7))
-def _records(network, schedule, protocol, num_draws, bind, mesh, limits, params, key, tokens, lengths, rows):
+def _records(network, schedule, protocol, num_draws, uses_lengths, mesh, limits, params, key, tokens, lengths, rows):
     """bind: tell the network the lengths; else what follows a short text stays masked: the model's exact marginal."""
     process = network.process
     free = jnp.arange(tokens.shape[1]) < lengths[:, None]
     pairs = _counts(process, protocol) and paired(num_draws)
-    if not bind:
-        tokens, lengths = process.hide(tokens, ~free), None
+    if not uses_lengths:
+        tokens, lengths = process.mask_tokens(tokens, ~free), None
     of_pairs = lengths if lengths is None or not pairs else jnp.repeat(lengths, 2)
     stats = network.stats(params, lengths=of_pairs, masked_pairs=pairs, tightened=network.prediction == "score")
     found = _draws(process, schedule, protocol, num_draws, limits, stats, key, tokens, rows, free, lengths)
@@ -90,14 +91,14 @@ def _records(network, schedule, protocol, num_draws, bind, mesh, limits, params,
 
 
 def _counts(process: Process, protocol: Protocol) -> bool:
-    return protocol.whole and isinstance(process, Absorbing)
+    return protocol.is_bound and isinstance(process, Absorbing)
 
 
 def _draws(process, schedule, protocol, num_draws, limits, stats, key, tokens, rows, free=None, lengths=None) -> Draws:
-    keys = draws.row_keys(key, rows)
+    keys = keyed_random.row_keys(key, rows)
     if _counts(process, protocol):
         return count_draws(process, stats, keys, tokens, num_draws, free, lengths)
-    if protocol.whole:
+    if protocol.is_bound:
         return level_draws(process, stats, keys, tokens, num_draws, *limits, free)
     times = (protocol.eps, protocol.stratum(rows), protocol.strata)
     return time_draws(process, protocol.schedule(schedule), stats, keys, tokens, num_draws, *times)
@@ -118,8 +119,8 @@ def levels_of(
     network: Network, schedule: Schedule, protocol: Protocol, num_draws: int, seed: int, number: int
 ) -> np.ndarray:
     """Where the draws of the first rows lie: what the records of these rows begin with, Float32[number M 2]."""
-    static = (network.process, schedule, protocol, num_draws, ends(network, schedule))
-    return np.asarray(_levels(*static, draws.root_key(seed), jnp.arange(number)))
+    static = (network.process, schedule, protocol, num_draws, sigma_limits(network, schedule))
+    return np.asarray(_levels(*static, keyed_random.root_key(seed), jnp.arange(number)))
 
 
 def _flat(found: Draws) -> jax.Array:
@@ -132,7 +133,7 @@ def _with_axis(term: jax.Array) -> jax.Array:
     return term[:, None] if term.ndim == 2 else term
 
 
-class Record:
+class ResumableDraws:
     """What a job has scored, in a folder, so that it can go on after any interruption.
 
         job.json     all that its numbers depend on
@@ -169,7 +170,7 @@ class Record:
                         there = self._read()
                     _check(folder, there, rows, levels)
             self._held = held.pop_all()
-        self._parts.append(processes.array_of_first(there))
+        self._parts.append(processes.broadcast_array_from_first(there))
 
     def __enter__(self):
         return self
@@ -212,7 +213,7 @@ def _claim(folder: epath.Path, job: dict):
     if not file.exists():
         if not storage.is_empty(folder):
             raise UserError(f"{folder} is not empty and holds no evaluation; choose another --out")
-        disk.write_whole(file, json.dumps(job))
+        disk.write_json_atomic(file, json.dumps(job))
         return
     try:
         there = dict(json.loads(file.read_bytes()))

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from sedd.errors import UserError
-from sedd.evaluation.judges import Judge
 from sedd.evaluation.quality import Quality, quality
+from sedd.evaluation.scorers import Scorer
 from sedd.generation import Generator
 
 
@@ -29,7 +29,7 @@ def sweep(
     samplers: Sequence[str],
     steps: Sequence[int],
     num_samples: int,
-    judge: Judge | None = None,
+    judge: Scorer | None = None,
     seed: int = 0,
     progress: bool = True,
     **settings,
@@ -91,7 +91,7 @@ def _timed(generator: Generator, num_samples: int, **settings):
     fits = generator.network.rows_at_once(generator.block_length)
     group = min(num_samples, settings.get("batch_size") or fits)
     # Where lengths are drawn, the longest of all samples is part of the program's shape.
-    generator.sample(num_samples if generator.layout.binds_lengths else group, **settings)
+    generator.sample(num_samples if generator.layout.masks_padding else group, **settings)
     start = time.perf_counter()
     drawn = generator.sample(num_samples, **settings)
     return drawn, time.perf_counter() - start

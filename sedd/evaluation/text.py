@@ -15,11 +15,11 @@ from sedd.data.source import Source
 from sedd.data.tokenizers import END_OF_TEXT, WHOLE, Ends, Tokenizer
 from sedd.errors import UserError
 
-RUN = 16  # blocks of packed text in a cluster of the standard error: neighbours come from the same documents
+CLUSTER_BLOCKS = 16  # blocks of packed text in a cluster of the standard error: neighbours come from the same documents
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class ScoringRows:
     """N rows of a block each. num_bytes, num_characters: of the text they hold, UTF-8; None where some was left out."""
 
     tokens: np.ndarray  # Int32[N L]
@@ -42,7 +42,7 @@ class Scored:
         return digest.hexdigest()
 
 
-def fitting(corpus: Corpus, tokenizer: Tokenizer | None, vocab_size: int, layout: Layout) -> Tokenizer:
+def check_compatible(corpus: Corpus, tokenizer: Tokenizer | None, vocab_size: int, layout: Layout) -> Tokenizer:
     """The corpus' tokenizer. UserError unless the corpus has the model's tokenizer and layout; of a model that has no
     tokenizer of its own, such as a published one, the size has to fit."""
     if tokenizer is None and corpus.vocab_size != vocab_size:
@@ -60,17 +60,17 @@ def fitting(corpus: Corpus, tokenizer: Tokenizer | None, vocab_size: int, layout
     return corpus.tokenizer
 
 
-def from_corpus(corpus: Corpus, split: str, block_length: int) -> Scored:
+def from_corpus(corpus: Corpus, split: str, block_length: int) -> ScoringRows:
     """A split: packed in consecutive blocks, the tail with its own length, in clusters of 16 blocks; padded document
     by document, each a cluster."""
     tokens, counts, document = blocks(corpus, split, block_length)
-    clusters = np.arange(len(tokens)) // RUN if document is None else document
+    clusters = np.arange(len(tokens)) // CLUSTER_BLOCKS if document is None else document
     size = (corpus.num_bytes(split), corpus.num_characters(split))
     data = {"corpus": str(corpus.path), "split": split, "hash": corpus.hash}
-    return _scored(tokens, counts, clusters, size, corpus.layout, data, len(corpus.document_bytes(split)))
+    return _scoring_rows(tokens, counts, clusters, size, corpus.layout, data, len(corpus.document_bytes(split)))
 
 
-def from_source(source: Source, tokenizer: Tokenizer, block_length: int, layout: Layout) -> Scored:
+def from_source(source: Source, tokenizer: Tokenizer, block_length: int, layout: Layout) -> ScoringRows:
     """The documents of a source, laid out as `sedd prepare` would for a model of this layout, in the source's order."""
     if layout.padded:
         texts = [text for text in _documents(source) if text]
@@ -90,12 +90,14 @@ def from_source(source: Source, tokenizer: Tokenizer, block_length: int, layout:
         raise UserError(f"the source {source.spec} holds no text; choose another")
     rows, counts = cut(tokens, block_length)
     data = {"source": source.spec, "hash": digest.hexdigest()}
-    return _scored(rows, counts, np.arange(len(rows)) // RUN, tuple(map(int, size)), layout, data, count)
+    return _scoring_rows(
+        rows, counts, np.arange(len(rows)) // CLUSTER_BLOCKS, tuple(map(int, size)), layout, data, count
+    )
 
 
 def from_texts(
-    texts: Sequence[str], tokenizer: Tokenizer, block_length: int, layout: Layout, marked: bool = False
-) -> Scored:
+    texts: Sequence[str], tokenizer: Tokenizer, block_length: int, layout: Layout, has_eos_markers: bool = False
+) -> ScoringRows:
     """Texts one by one, cut into blocks where they are longer; each is a cluster. UserError for an empty one.
 
     For a model of padded documents each ends as those do, with the end-of-text id. marked: an end of text within them
@@ -107,7 +109,7 @@ def from_texts(
         if not text:
             raise UserError(f"text {number + 1} of {len(texts)} is empty; there is nothing to score")
         what = f"text {number + 1} of {len(texts)}"
-        ids = (marked_ids if marked else encoded)(text, tokenizer, what)
+        ids = (encode_with_eos_markers if has_eos_markers else encoded)(text, tokenizer, what)
         ids = np.concatenate([ids, np.array(end, np.int32)])
         if not len(ids):
             raise UserError(f"text {number + 1} of {len(texts)} has no tokens, {text!r}; there is nothing to score")
@@ -119,13 +121,15 @@ def from_texts(
         raise UserError("there are no texts to score")
     size = sum(len(text.encode()) for text in texts), sum(map(len, texts))
     data = {"texts": len(texts), "hash": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
-    return _scored(*map(np.concatenate, (rows, counts, clusters)), size, layout, data, len(texts))
+    return _scoring_rows(*map(np.concatenate, (rows, counts, clusters)), size, layout, data, len(texts))
 
 
-def from_rows(rows: np.ndarray, layout: Layout, data: dict[str, Any], num_documents: int) -> Scored:
+def from_rows(rows: np.ndarray, layout: Layout, data: dict[str, Any], num_documents: int) -> ScoringRows:
     """Whole blocks, Int32[N L], in clusters of 16, of which every token counts."""
     counts = np.full(len(rows), rows.shape[1], np.int32)
-    return _scored(rows, counts, np.arange(len(rows)) // RUN, (None, None), layout, data, num_documents)
+    return _scoring_rows(
+        rows, counts, np.arange(len(rows)) // CLUSTER_BLOCKS, (None, None), layout, data, num_documents
+    )
 
 
 def documents(text: Corpus | Source | Sequence[str], split: str, tokenizer: Tokenizer) -> tuple[list, dict[str, Any]]:
@@ -145,7 +149,7 @@ def documents(text: Corpus | Source | Sequence[str], split: str, tokenizer: Toke
     return found, {**data, "hash": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
 
 
-def marked_ids(text: str, tokenizer: Tokenizer, what: str) -> np.ndarray:
+def encode_with_eos_markers(text: str, tokenizer: Tokenizer, what: str) -> np.ndarray:
     """The ids of a text in which an end of text is written as `Tokenizer.decode` shows it, Int32[T]."""
     parts = [text] if tokenizer.end_of_text is None else text.split(END_OF_TEXT)
     first, *others = (encoded(part, tokenizer, what) for part in parts)
@@ -170,6 +174,6 @@ def _documents(source: Source) -> Iterable[str]:
         yield document if isinstance(document, str) else "".join(document)
 
 
-def _scored(tokens, counts, clusters, size, layout, data, num_documents) -> Scored:
+def _scoring_rows(tokens, counts, clusters, size, layout, data, num_documents) -> ScoringRows:
     lengths = np.full_like(counts, tokens.shape[1]) if layout.padding == "scored" else counts
-    return Scored(tokens, lengths, counts, clusters, *size, layout, data, num_documents)
+    return ScoringRows(tokens, lengths, counts, clusters, *size, layout, data, num_documents)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from sedd.errors import UserError
-from sedd.network.layout import ROWS, SPLIT, meshed
+from sedd.network.sharding import ROWS, SPLIT, has_mesh
 
 LANES = 128  # splash attention works on blocks of so many positions
 _ON = {"xla": ("cpu", "gpu", "tpu"), "cudnn": ("gpu",), "splash": ("tpu", "cpu")}  # on CPUs interpreted, for tests
@@ -48,7 +48,7 @@ def _cudnn(q, k, v, lengths):
 
 def _splash(q, k, v, lengths):
     check_sizes("splash", q.dtype.name, q.shape[-1], q.shape[1])
-    if not meshed():
+    if not has_mesh():
         return _splash_of_device(q, k, v, lengths)
     split = P(ROWS, None, SPLIT)  # the compiler cannot split the kernel by itself
     return jax.shard_map(_splash_of_device, in_specs=(split, split, split, P(ROWS)), out_specs=split, check_vma=False)(

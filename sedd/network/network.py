@@ -15,7 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.process import Absorbing, Process, log_expm1
 from sedd.diffusion.score import Denoiser, ScoreStats, StatsFn, clean_stats, score_stats
 from sedd.network.trunk import Head, Trunk, padded
@@ -39,22 +39,22 @@ class Network:
     layers: int
     heads: int
     sigma_range: tuple[float, float]
-    condition: int = 128
+    cond_dim: int = 128
     embedding_std: float = 0.5
     dropout: float = 0.0
     dtype: str = "float32"
     scan: bool = False
     remat: str = "none"
     attention: str = "xla"
-    observed: bool = False
+    given_embedding: bool = False
 
     def __post_init__(self):
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"network.prediction must be one of {', '.join(PREDICTIONS)}, not {self.prediction!r}")
         if self.width % (2 * self.heads):
             raise ValueError(f"network.width ({self.width}) must be a multiple of twice network.heads ({self.heads})")
-        if self.observed and isinstance(self.process, Absorbing):
-            raise ValueError("network.observed is for the uniform process; the absorbing one needs no flag")
+        if self.given_embedding and isinstance(self.process, Absorbing):
+            raise ValueError("network.given_embedding is for the uniform process; the absorbing one needs no flag")
 
     @property
     def trunk(self) -> Trunk:
@@ -63,14 +63,14 @@ class Network:
             width=self.width,
             layers=self.layers,
             heads=self.heads,
-            condition=self.condition,
+            cond_dim=self.cond_dim,
             embedding_std=self.embedding_std,
             dropout=self.dropout,
             dtype=self.dtype,
             scan=self.scan,
             remat=self.remat,
             attention=self.attention,
-            observed=self.observed,
+            given_embedding=self.given_embedding,
         )
 
     @property
@@ -80,14 +80,14 @@ class Network:
     def init(self, key: jax.Array) -> dict:
         """Fresh parameters, float32: {"trunk": ..., "head": ...}. Pure; can be jitted, sharded or only traced."""
         tokens, sigma = jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.float32)
-        for_trunk, for_head = jax.random.split(draws.threefry(key))
+        for_trunk, for_head = jax.random.split(keyed_random.threefry(key))
         trunk = self.trunk.init(for_trunk, tokens, sigma)
-        sites = (jnp.zeros((1, 2, self.width), jnp.float32), jnp.zeros((1, 1, self.condition), jnp.float32))
+        sites = (jnp.zeros((1, 2, self.width), jnp.float32), jnp.zeros((1, 1, self.cond_dim), jnp.float32))
         return {"trunk": trunk["params"], "head": self.head.init(for_head, *sites)["params"]}
 
     def num_parameters(self) -> int:
         """How many parameters there are, the rows of padding not counted."""
-        params = jax.eval_shape(self.init, draws.root_key(0))
+        params = jax.eval_shape(self.init, keyed_random.root_key(0))
         stored = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
         spare = padded(self.process.num_states) - self.process.num_states
         return stored - spare * (self.width + self.width + 1)
@@ -133,7 +133,7 @@ class Network:
         def stats(x, sigma, x0):
             sigma = sigma.astype(jnp.float32)
             hidden, condition = self._hidden(params, x, self._clipped(sigma), keys, lengths, given)
-            sites = (hidden, jnp.broadcast_to(condition[:, None], (*x.shape, self.condition)), x, x0)
+            sites = (hidden, jnp.broadcast_to(condition[:, None], (*x.shape, self.cond_dim)), x, x0)
             sites = (*sites, jnp.broadcast_to(sigma[:, None], x.shape))
             if not masked_pairs:
                 return self._stats(params, tightened, *sites)
@@ -168,8 +168,8 @@ class Network:
         return jnp.clip(sigma.astype(jnp.float32), *self.sigma_range)
 
     def _hidden(self, params, x, sigma, keys=None, lengths=None, given=None):
-        if given is not None and not self.observed:
-            raise ValueError("this network has no flag for given tokens; train one with network.observed=True")
+        if given is not None and not self.given_embedding:
+            raise ValueError("this network has no flag for given tokens; train one with network.given_embedding=True")
         return self.trunk.apply({"params": params["trunk"]}, x, sigma, keys, lengths, given)
 
     def _logits(self, params, hidden, condition):

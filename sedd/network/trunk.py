@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.network.attention import attend
-from sedd.network.layout import ROWS, SPLIT, laid
+from sedd.network.sharding import ROWS, SPLIT, constrain_sharding
 
 MULTIPLE = 128  # embedding rows and head columns are padded to a multiple of this, so that a mesh can split them
 FREQUENCIES = 256  # sine and cosine features of sigma
@@ -39,25 +39,33 @@ def _like_torch(fan_in: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x, kernel, taken, made):
+def _product(x, kernel, in_axis, out_axes):
     """x W, in the dtype of x. x: Float[N D]; kernel: Float32[D ...]; taken, made: what splits D, and the other axes.
 
     The gradient is JAX's own; but the kernel is gathered and cast anew for it, where JAX would keep each one whole, and
     its gradient, which devices sum, is of the kernel's dtype, where JAX would round each device's part to that of x.
     """
-    return laid(jnp.tensordot(laid(x, ROWS, taken), laid(kernel.astype(x.dtype), taken, *made), 1), ROWS, *made)
+    return constrain_sharding(
+        jnp.tensordot(
+            constrain_sharding(x, ROWS, in_axis), constrain_sharding(kernel.astype(x.dtype), in_axis, *out_axes), 1
+        ),
+        ROWS,
+        *out_axes,
+    )
 
 
-def _product_forward(x, kernel, taken, made):
-    return _product(x, kernel, taken, made), (x, kernel)
+def _product_forward(x, kernel, in_axis, out_axes):
+    return _product(x, kernel, in_axis, out_axes), (x, kernel)
 
 
-def _product_backward(taken, made, kept, gradient):
+def _product_backward(in_axis, out_axes, kept, gradient):
     x, kernel = kept
-    gradient = laid(gradient, ROWS, *made)
-    whole = laid(jax.lax.optimization_barrier(kernel).astype(x.dtype), taken, *made)  # else XLA takes the first one
+    gradient = constrain_sharding(gradient, ROWS, *out_axes)
+    whole = constrain_sharding(
+        jax.lax.optimization_barrier(kernel).astype(x.dtype), in_axis, *out_axes
+    )  # else XLA takes the first one
     columns = tuple(range(1, kernel.ndim))
-    to_x = laid(jnp.tensordot(gradient, whole, (columns, columns)), ROWS, taken)
+    to_x = constrain_sharding(jnp.tensordot(gradient, whole, (columns, columns)), ROWS, in_axis)
     if jax.default_backend() == "cpu":  # where XLA lacks some products of bfloat16 with float32 sums
         x, gradient = x.astype(kernel.dtype), gradient.astype(kernel.dtype)
     return to_x, jnp.tensordot(x, gradient, (0, 0), preferred_element_type=kernel.dtype)
@@ -84,10 +92,10 @@ class Linear(nn.Module):
         features = self.features if isinstance(self.features, tuple) else (self.features,)
         init = nn.initializers.zeros if self.zero else _like_torch(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], *features), jnp.float32)
-        taken, made = SPLIT if self.split == "in" else None, SPLIT if self.split == "out" else None
+        in_axis, out_axes = SPLIT if self.split == "in" else None, SPLIT if self.split == "out" else None
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # on CPUs the gradient of 3-D products takes twice as long
-        made = (*(None,) * (len(features) - 1), made)
-        y = checkpoint_name(_product(flat, kernel, taken, made), "dot")
+        out_axes = (*(None,) * (len(features) - 1), out_axes)
+        y = checkpoint_name(_product(flat, kernel, in_axis, out_axes), "dot")
         if self.use_bias:
             y = y + self.param("bias", init, features, jnp.float32)[None].astype(self.dtype)
         return y.reshape(*x.shape[:-1], *features)
@@ -105,7 +113,7 @@ def _dropout(x, rate: float, keys, number):
     """Drops entries by each example's own key. x: Float[B L D]; keys: Key[B], or None to drop nothing."""
     if keys is None or rate == 0:
         return x
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(draws.fold(keys, number))
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keyed_random.fold(keys, number))
     return jnp.where(kept, x / (1 - rate), 0.0)
 
 
@@ -159,14 +167,14 @@ class Trunk(nn.Module):
     width: int
     layers: int
     heads: int
-    condition: int
+    cond_dim: int
     embedding_std: float
     dropout: float
     dtype: str
     scan: bool
     remat: str
     attention: str
-    observed: bool = False
+    given_embedding: bool = False
 
     @nn.compact
     def __call__(self, tokens, sigma, keys=None, lengths=None, given=None):
@@ -177,14 +185,14 @@ class Trunk(nn.Module):
         """
         normal, shape = nn.initializers.normal(self.embedding_std), (padded(self.states), self.width)
         table = self.param("embedding", normal, shape, jnp.float32)
-        h = laid(laid(table, SPLIT)[tokens], ROWS)
-        if self.observed:
+        h = constrain_sharding(constrain_sharding(table, SPLIT)[tokens], ROWS)
+        if self.given_embedding:
             flag = self.param("given", normal, (self.width,), jnp.float32)
             h = h if given is None else jnp.where(given[..., None], h + flag[None, None], h)
         angle = sigma[:, None].astype(jnp.float32) * _frequencies(FREQUENCIES // 2)
         features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-        hidden = nn.silu(Linear(self.condition, name="sigma_in")(features))
-        condition = nn.silu(Linear(self.condition, name="sigma_out")(hidden))
+        hidden = nn.silu(Linear(self.cond_dim, name="sigma_in")(features))
+        condition = nn.silu(Linear(self.cond_dim, name="sigma_out")(hidden))
 
         block = Block
         if self.remat != "none":

@@ -21,9 +21,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sedd import disk, parallel, processes, storage
+from sedd import parallel
 from sedd.errors import UserError
 from sedd.parallel import named
+from sedd.runtime import disk, processes, storage
 from sedd.training.digests import digests
 from sedd.training.step import TrainState
 
@@ -63,7 +64,7 @@ class Checkpoints:
         )
         # What is whole on many devices is written by one of them; Orbax would have each write, and compile, a slice.
         types = ocp.type_handlers
-        writer = types.ArrayHandler(min_slice_bytes_for_replica_parallel=parallel.WHOLE)
+        writer = types.ArrayHandler(min_slice_bytes_for_replica_parallel=parallel.MIN_SHARD_BYTES)
         arrays = ocp.PyTreeCheckpointHandler(
             type_handler_registry=types.create_type_handler_registry((jax.Array, writer))
         )
@@ -110,7 +111,7 @@ class Checkpoints:
         with processes.together(), self._written():
             if processes.is_first():
                 manifest = _manifest(self.directory / str(step)) | {"bound": bound}
-                disk.write_whole(self.directory / str(step) / "manifest" / "metadata", json.dumps(manifest))
+                disk.write_json_atomic(self.directory / str(step) / "manifest" / "metadata", json.dumps(manifest))
 
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest state that verifies, or None where none was ever written; what is passed over is put aside.
@@ -187,12 +188,12 @@ def restore_params(directory: epath.Path, like: dict, ema: bool, step: int | Non
     """
     name = "ema" if ema else "params"
     while True:
-        steps = processes.of_first(steps_saved(directory)) if step is None else [step]
+        steps = processes.broadcast_from_first(steps_saved(directory)) if step is None else [step]
         try:
             found = _newest(directory, {name: like}, steps)
             break
         except UserError:  # a run beside may have removed these while they were read, and written newer ones
-            if step is not None or processes.of_first(steps_saved(directory))[-1:] <= steps[-1:]:
+            if step is not None or processes.broadcast_from_first(steps_saved(directory))[-1:] <= steps[-1:]:
                 raise
     if found is None:
         raise UserError(f"{directory} holds no checkpoint yet; train a little longer")
@@ -222,7 +223,7 @@ def _newest(
     """
     passed = {}
     _hush()
-    steps = processes.of_first(steps_saved(directory)) if steps is None else steps
+    steps = processes.broadcast_from_first(steps_saved(directory)) if steps is None else steps
     for step in reversed(steps):
         items, problem = None, None
         try:
@@ -231,7 +232,7 @@ def _newest(
             problem = str(error)
         except Exception as error:  # whatever Orbax, JSON or a file system say of a damaged file
             problem = f"is damaged ({_cause(error)})"
-        problem = processes.agreed(problem)
+        problem = processes.first_problem(problem)
         if problem is None:
             if processes.is_first():
                 for worse, why in passed.items():

@@ -91,7 +91,7 @@ def estimate(config: ConfigDict, vocab_size: int, devices: int) -> Estimate:
     _, schedule, network = configs.build(config, vocab_size)
     sizes = parallel.mesh_sizes(config, devices)
     mesh = AbstractMesh(sizes, parallel.AXES, axis_types=(AxisType.Auto,) * len(sizes))
-    objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
+    objective = Objective(network, schedule, training.batch_size, training.noise_sampling, training.min_time)
     optimizer = make_optimizer(config.optimizer, training.steps)
     state = jax.eval_shape(lambda: init_state(config, objective, optimizer))
     where = parallel.shardings(mesh, state)
@@ -99,7 +99,10 @@ def estimate(config: ConfigDict, vocab_size: int, devices: int) -> Estimate:
     parameters = network.num_parameters()
     shapes = state.params
     outer = network.process.num_states * (2 * network.width + 1)  # the embedding, and the head's matrix with its bias
-    rows, paired = training.batch_size // training.accumulation // (sizes[0] * sizes[1]), training.levels == "counts"
+    rows, paired = (
+        training.batch_size // training.accumulation // (sizes[0] * sizes[1]),
+        training.noise_sampling == "mask_count",
+    )
     return Estimate(
         parameters=parameters,
         inner_parameters=parameters - outer,
@@ -124,7 +127,7 @@ def step_flops(network: Network, rows: int, length: int, paired: bool, recompute
     recomputed: with what `network.remat` computes a second time. Without it they are the model's FLOPs, whose share of
     a chip's peak is the utilisation that papers report.
     """
-    width, condition, sites = network.width, network.condition, _sites(rows, length, paired)
+    width, condition, sites = network.width, network.cond_dim, _sites(rows, length, paired)
     attention = network.layers * rows * length * 4 * length * width  # scores and values
     maps = network.layers * rows * (length * 24 * width**2 + 12 * condition * width)  # qkv, out, up, down; modulation
     told = 2 * rows * condition * (FREQUENCIES + condition)
@@ -149,7 +152,7 @@ def activation_bytes(network: Network, rows: int, length: int, paired: bool, mod
     kept = {"none": layer, "dots": tokens * 4 * width + int(maps), "full": tokens * 4 * width}[network.remat]
     trunk = network.layers * kept + (layer if network.remat != "none" else 0)
     # The head: what it takes, in float32, and three arrays of the size of the logits.
-    head = sites * (4 * (3 * width + network.condition) + 3 * 4 * padded(network.process.num_states) // model)
+    head = sites * (4 * (3 * width + network.cond_dim) + 3 * 4 * padded(network.process.num_states) // model)
     return trunk + head
 
 

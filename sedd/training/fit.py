@@ -13,27 +13,28 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sedd import config as configs
-from sedd import disk, parallel, processes, storage
+from sedd import parallel
 from sedd.data.batches import batches, check_block_length
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.data.layout import Layout
-from sedd.diffusion.draws import root_key
+from sedd.diffusion.keyed_random import root_key
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.network.network import Network
-from sedd.settings import jax_defaults
-from sedd.training.board import Board, check_installed
+from sedd.runtime import disk, processes, storage
+from sedd.runtime.settings import jax_defaults
 from sedd.training.checkpoint import Checkpoints, steps_saved
 from sedd.training.chips import peak_flops
-from sedd.training.claim import claim
 from sedd.training.estimate import step_flops
-from sedd.training.guard import NONFINITE, Guard
-from sedd.training.held_out import HeldOut, check_split, layout_of
+from sedd.training.guard import NONFINITE, NonFiniteGuard
 from sedd.training.metrics import BOUND, Metrics, Summary, has_bound
 from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
 from sedd.training.profile import Profile
 from sedd.training.step import TrainState, make_step
+from sedd.training.tensorboard import TensorBoardWriter, check_installed
+from sedd.training.validation import Validator, check_split, layout_of
+from sedd.training.workdir import prepare_workdir
 
 
 class Interrupted(KeyboardInterrupt):
@@ -70,12 +71,12 @@ def fit(config: ConfigDict, workdir: str | Path, weights: dict | None = None, in
         check_installed()
     layout = layout_of(corpus, data.block_length)
     with contextlib.ExitStack() as held:
-        _settle(held, workdir, config, corpus, layout, init_from)
+        _acquire_workdir(held, workdir, config, corpus, layout, init_from)
         run = _Run(workdir, config, corpus, layout, schedule, network, mesh)
         return run(weights)
 
 
-def _settle(held: contextlib.ExitStack, workdir: epath.Path, config: ConfigDict, corpus: Corpus, *about):
+def _acquire_workdir(held: contextlib.ExitStack, workdir: epath.Path, config: ConfigDict, corpus: Corpus, *about):
     """The folder is this run's, and every process sees it, has the same corpus and was told the same."""
     if processes.are_many() or storage.is_bucket(workdir):
         storage.check_shared(workdir)
@@ -85,7 +86,7 @@ def _settle(held: contextlib.ExitStack, workdir: epath.Path, config: ConfigDict,
     with processes.together():
         if processes.is_first():
             held.enter_context(storage.locked(workdir))
-            claim(workdir, config, corpus, *about)
+            prepare_workdir(workdir, config, corpus, *about)
 
 
 @dataclasses.dataclass
@@ -103,7 +104,9 @@ class _Run:
     def __call__(self, weights: dict | None) -> Summary:
         """From the newest checkpoint, or the weights, or fresh parameters, to the last step."""
         config, training = self.config, self.config.training
-        objective = Objective(self.network, self.schedule, training.batch_size, training.levels, training.min_time)
+        objective = Objective(
+            self.network, self.schedule, training.batch_size, training.noise_sampling, training.min_time
+        )
         optimizer = make_optimizer(config.optimizer, training.steps)
         init, step, where = make_step(config, objective, optimizer, self.mesh)
         with (
@@ -112,7 +115,7 @@ class _Run:
             disk.faults(self.workdir, "; the last checkpoint stays"),
             storage.Mirror(self.workdir, ("metrics.jsonl", "samples.jsonl", NONFINITE)) as mirror,
         ):
-            state = checkpoints.restore(parallel.placed(jax.eval_shape(init), where))
+            state = checkpoints.restore(parallel.abstract_arrays(jax.eval_shape(init), where))
             if state is None:
                 state = init() if weights is None else init(parallel.put(weights, where.params))
             return self._loop(state, step, checkpoints, mirror, stopping)
@@ -124,13 +127,17 @@ class _Run:
         profile = Profile(mirror.local / "profile", start, self.config.metrics.profile)
         stop = asked = False
         with contextlib.closing(source), profile, self._metrics(mirror.local, start) as log:
-            if start and self._is_evaluated(start) and not processes.of_first(has_bound(mirror.local, start)):
+            if (
+                start
+                and self._is_evaluated(start)
+                and not processes.broadcast_from_first(has_bound(mirror.local, start))
+            ):
                 bound, stop = self._evaluation(state, log, stopping)  # a signal ended it before
                 mirror.sync()
                 checkpoints.add_bound(start, bound)
             for number in range(start + 1, 1 + (start if stop else training.steps)):
                 with profile.step(number):
-                    batch = parallel.spread(self.mesh, next(source), rows, training.batch_size)
+                    batch = parallel.shard_batch(self.mesh, next(source), rows, training.batch_size)
                     state, metrics = step(state, batch)
                 # True where a process received a signal; all processes read it one step later.
                 stop, asked = bool(asked), processes.any_of(stopping.is_set())
@@ -139,7 +146,7 @@ class _Run:
                 if self._is_evaluated(number) and not stop:
                     bound, stop = self._evaluation(state, log, stopping)
                 if number % self.config.checkpoint.every == 0 or stop or number == training.steps or bound is not None:
-                    log.settle()
+                    log.flush()
                     mirror.sync()  # first: records that a checkpoint is ahead of would be lost with this process
                     checkpoints.save(state, bound)
                 if stop:
@@ -154,10 +161,10 @@ class _Run:
         """What process 0 writes and shows; the others look at the numbers only."""
         config, training = self.config, self.config.training
         if not processes.is_first():
-            return Metrics(None, start, training.steps, Guard(training.skips, None))
-        board = Board(folder / "tensorboard", start) if config.metrics.tensorboard else None
-        guard, least = Guard(training.skips, folder), None
-        rate, paired = peak_flops(jax.devices()[0].device_kind), training.levels == "counts"
+            return Metrics(None, start, training.steps, NonFiniteGuard(training.max_skipped_steps, None))
+        board = TensorBoardWriter(folder / "tensorboard", start) if config.metrics.tensorboard else None
+        guard, least = NonFiniteGuard(training.max_skipped_steps, folder), None
+        rate, paired = peak_flops(jax.devices()[0].device_kind), training.noise_sampling == "mask_count"
         if rate is not None:
             flops = step_flops(self.network, training.batch_size, config.data.block_length, paired, recomputed=False)
             least = flops / (rate * jax.device_count())
@@ -174,14 +181,14 @@ class _Run:
         A signal to any process ends it between two batches, or two steps of sampling: nothing is recorded, and the
         result is (None, True). A resumed run evaluates that step first.
         """
-        held_out = HeldOut(self.config, self.corpus, self.layout, self.schedule, self.network, self.mesh)
+        validation = Validator(self.config, self.corpus, self.layout, self.schedule, self.network, self.mesh)
 
         def check():
             if bool(processes.any_of(stopping.is_set())):
                 raise _Stopped
 
         try:
-            bound, drawn = held_out.bound(state.best, check), held_out.samples(state.best, check)
+            bound, drawn = validation.bound(state.eval_params, check), validation.samples(state.eval_params, check)
         except _Stopped:
             return None, True
         log.bound(int(state.step), bound)

@@ -13,18 +13,18 @@ from sedd.errors import UserError
 NONFINITE = "nonfinite.jsonl"
 
 
-class Guard:
+class NonFiniteGuard:
     """Looks at the loss and the gradient of each step, in every process alike.
 
     The step itself changes nothing where they are not finite, so that the state is good whatever comes. Up to `skips`
     such steps are left out, as if their batches had not been; the next one stops the run.
     """
 
-    def __init__(self, skips: int, folder: Path | None):
+    def __init__(self, max_skipped_steps: int, folder: Path | None):
         """folder: where nonfinite.jsonl goes, a line for each such step; None: nowhere."""
-        self._left, self._folder = skips, folder
+        self._left, self._folder = max_skipped_steps, folder
 
-    def passes(self, step: int, metrics: dict) -> bool:
+    def check(self, step: int, metrics: dict) -> bool:
         """Whether all is finite; UserError where it is not, and no more steps may be left out.
 
         metrics: of `make_step`, on the host.
@@ -39,8 +39,7 @@ class Guard:
         what = f"{record['quantity']} of step {step} is not finite (rows, noise: {NONFINITE})"
         if self._left < 0:
             raise UserError(
-                f"{what}; the last checkpoint stays. Lower optimizer.learning_rate, or let training.skips steps be "
-                "left out"
+                f"{what}; the last checkpoint stays. Lower optimizer.learning_rate, or raise training.max_skipped_steps"
             )
         if self._folder is not None:
             tqdm.write(f"sedd: {what}; the step is left out, {self._left} more may be", sys.stderr)

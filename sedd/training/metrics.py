@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sedd.training.board import Board
-from sedd.training.guard import Guard
+from sedd.training.guard import NonFiniteGuard
+from sedd.training.tensorboard import TensorBoardWriter
 
 BOUND = "validation_nats_per_token"  # the name of the bound on the validation split in metrics.jsonl
 
@@ -24,7 +24,7 @@ class Summary:
     seconds: float  # of the clock, compilation and evaluation included
     tokens: int  # seen, those that count
     tokens_per_second: float | None  # without compilation and evaluation
-    utilisation: float | None  # of the devices' dense bfloat16 rate; None where that is not known
+    mfu: float | None  # of the devices' dense bfloat16 rate; None where that is not known
     loss: float | None  # nats per token, the mean over the last steps
     validation_nats_per_token: float | None  # the last bound on the validation split
 
@@ -32,7 +32,7 @@ class Summary:
         """A line for people."""
         if not self.steps:
             return "nothing was left to do"
-        rate = "" if self.tokens_per_second is None else f" ({_rate(self.tokens_per_second, self.utilisation)})"
+        rate = "" if self.tokens_per_second is None else f" ({_rate(self.tokens_per_second, self.mfu)})"
         bound = self.validation_nats_per_token
         return (
             f"{self.steps:,} steps, {self.tokens:,} tokens in {self.seconds:,.0f} s{rate}; "
@@ -52,9 +52,9 @@ class Metrics:
         folder: Path | None,
         start: int,
         steps: int,
-        guard: Guard,
-        board: Board | None = None,
-        least_seconds: float | None = None,
+        guard: NonFiniteGuard,
+        board: TensorBoardWriter | None = None,
+        ideal_step_seconds: float | None = None,
     ):
         """Goes on in metrics.jsonl and samples.jsonl of the folder after step `start`, of `steps` in all.
 
@@ -64,9 +64,9 @@ class Metrics:
         self._file = self._samples = None
         if folder is not None:
             for name in ("metrics.jsonl", "samples.jsonl"):
-                _forget_after(folder / name, start)
+                _truncate_after(folder / name, start)
             self._file, self._samples = (folder / "metrics.jsonl").open("a"), folder / "samples.jsonl"
-        self._guard, self._board, self._least = guard, board, least_seconds
+        self._guard, self._board, self._ideal = guard, board, ideal_step_seconds
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._begin, self._clock = time.monotonic(), None
         self._loss = self._seconds = self._seconds_per_token = None  # running means
@@ -80,7 +80,7 @@ class Metrics:
 
     def __exit__(self, kind, *_):
         if kind is None:
-            self.settle()
+            self.flush()
         self._bar.close()
         if self._file is not None:
             self._file.close()
@@ -89,19 +89,19 @@ class Metrics:
 
     def record(self, step: int, metrics: dict[str, jax.Array]):
         """Takes the metrics of one step, as `make_step` has them, and writes those of the step before."""
-        self.settle()
+        self.flush()
         self._pending = step, metrics
 
-    def settle(self):
+    def flush(self):
         """Writes what it was last given. UserError if the guard lets it not pass."""
         if self._pending is None:
             return
         (step, metrics), self._pending = jax.device_get(self._pending), None
-        passes, tokens = self._guard.passes(step, metrics), int(metrics["tokens"])
+        finite, tokens = self._guard.check(step, metrics), int(metrics["tokens"])
         values = {name: float(metrics[name]) for name in ("loss", "gradient_norm", "learning_rate")}
         self._taken, self._tokens = self._taken + 1, self._tokens + tokens
-        self._write(step, {**(values if passes else {"skipped": True}), **self._speed(tokens)})
-        self._loss = _running(self._loss, values["loss"]) if passes else self._loss
+        self._write(step, {**(values if finite else {"skipped": True}), **self._speed(tokens)})
+        self._loss = _running(self._loss, values["loss"]) if finite else self._loss
         loss = "" if self._loss is None else f"loss {self._loss:.3f} nats/token"
         rate = "" if self._seconds is None else f", {_rate(1 / self._seconds_per_token, self._share(self._seconds))}"
         self._bar.set_description("training", refresh=False)
@@ -110,7 +110,7 @@ class Metrics:
 
     def bound(self, step: int, values: dict[str, float]):
         """The bound on the validation split, as `validation_nats_per_token` and in other units."""
-        self.settle()
+        self.flush()
         self._write(step, values)
         self._say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self._bound = values[BOUND]
@@ -118,7 +118,7 @@ class Metrics:
 
     def samples(self, step: int, texts: list[str], tokens: list[np.ndarray]):
         """Texts drawn from the model as it is, and their tokens, Int[L] each."""
-        self.settle()
+        self.flush()
         if self._samples is None:
             return
         with self._samples.open("a") as file:
@@ -147,11 +147,11 @@ class Metrics:
         self._seconds = _running(self._seconds, seconds)
         self._seconds_per_token = _running(self._seconds_per_token, seconds / max(1, tokens))
         share = self._share(seconds)
-        return {"tokens_per_second": round(tokens / seconds)} | ({} if share is None else {"utilisation": share})
+        return {"tokens_per_second": round(tokens / seconds)} | ({} if share is None else {"mfu": share})
 
     def _share(self, seconds: float) -> float | None:
         """The utilisation of the devices in a step of so many seconds."""
-        return self._least and round(self._least / seconds, 4)
+        return self._ideal and round(self._ideal / seconds, 4)
 
     def _say(self, text: str):
         if self._file is not None:
@@ -173,8 +173,8 @@ def has_bound(folder: Path, step: int) -> bool:
     return any(json.loads(line)["step"] == step for line in lines if BOUND in line and line.endswith("\n"))
 
 
-def _rate(tokens_per_second: float, utilisation: float | None) -> str:
-    share = "" if utilisation is None else f", {utilisation:.1%} utilisation"
+def _rate(tokens_per_second: float, mfu: float | None) -> str:
+    share = "" if mfu is None else f", {mfu:.1%} utilisation"
     return f"{tokens_per_second:,.0f} tokens/s{share}"
 
 
@@ -182,7 +182,7 @@ def _running(mean: float | None, value: float) -> float:
     return value if mean is None else 0.95 * mean + 0.05 * value
 
 
-def _forget_after(path: Path, step: int):
+def _truncate_after(path: Path, step: int):
     """Drops the records of steps that a resumed run is about to take again."""
     if path.is_file():
         lines = path.read_text().splitlines(keepends=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.loss import count_loss, denoising_loss
 from sedd.diffusion.schedule import Schedule
 from sedd.network.network import Network
@@ -37,10 +37,10 @@ def random_given(keys: jax.Array, valid: jax.Array) -> jax.Array:
     text in a quarter of those rows, ends it in a quarter, and lies anywhere in the others, so that suffix, prefix and
     both are given. At least one token stays free, in a row that has any; valid tokens stand before the others.
     """
-    kind, share, place = (draws.uniform(draws.fold(keys, number))[:, None] for number in range(3))
+    kind, share, place = (keyed_random.uniform(keyed_random.fold(keys, number))[:, None] for number in range(3))
     n, position = jnp.sum(valid, axis=-1, keepdims=True), jnp.arange(valid.shape[-1])[None]
     count = jnp.minimum((share * n.astype(share.dtype)).astype(jnp.int32), n - 1)  # share * n can be rounded to n
-    scattered = draws.ranks(draws.fold(keys, 3), valid) < count
+    scattered = keyed_random.ranks(keyed_random.fold(keys, 3), valid) < count
     begin = jnp.round(jnp.clip(2 * place - 0.5, 0, 1) * count.astype(place.dtype)).astype(jnp.int32)
     around = (position < begin) | (position >= begin + n - count)
     return valid & (kind >= 0.5) & jnp.where(kind < 0.75, scattered, around)
@@ -50,17 +50,17 @@ def random_given(keys: jax.Array, valid: jax.Array) -> jax.Array:
 class Objective:
     """The paper's loss: the score entropy summed over positions, for each row of a batch of `batch_size` rows.
 
-    levels: "times", stratified over [min_time, 1] (SEDD, algorithm 1), or "counts", numbers of masked tokens in
-    antithetic pairs: rows 2i and 2i + 1 mask k and L + 1 - k tokens, so that the head runs at L + 1 positions a pair.
+    noise_sampling: "time", stratified over [min_time, 1] (SEDD, algorithm 1), or "mask_count", antithetic pairs: rows
+    2i and 2i + 1 mask k and L + 1 - k tokens, so that the head runs at L + 1 positions a pair.
     The optimiser sees the sum over the positions that count, averaged over rows, however long the rows are. With
-    `network.observed` each row has `random_given` tokens: clean, flagged and not scored, so that its loss bounds the
-    log-likelihood of the others given them.
+    `network.given_embedding` each row has `random_given` tokens: clean, flagged and not scored, so that its loss bounds
+    the log-likelihood of the others given them.
     """
 
     network: Network
     schedule: Schedule
     batch_size: int
-    levels: str = "times"
+    noise_sampling: str = "time"
     min_time: float = 1e-3
 
     def __call__(
@@ -70,12 +70,12 @@ class Objective:
 
         lengths: Int[B], how many tokens of each row count; the others are neither seen nor scored. None: all.
         """
-        keys = draws.row_keys(key, rows)
-        paired = self.levels == "counts"
-        dropout = draws.fold(keys, _DROPOUT) if self.network.dropout else None
+        keys = keyed_random.row_keys(key, rows)
+        paired = self.noise_sampling == "mask_count"
+        dropout = keyed_random.fold(keys, _DROPOUT) if self.network.dropout else None
         free, given = self.free_and_given(rows, key, tokens.shape[1], lengths)
         stats = self.network.stats(params, dropout, lengths=lengths, given=given, masked_pairs=paired)
-        noise, process = draws.fold(keys, _NOISE), self.network.process
+        noise, process = keyed_random.fold(keys, _NOISE), self.network.process
         if paired:
             counts = self.counts(rows, key, tokens.shape[1] if lengths is None else lengths)
             loss = count_loss(process, stats, noise, tokens, counts, free, lengths)
@@ -91,10 +91,10 @@ class Objective:
         None: all are scored; none is given, and the network has no flag for it. lengths: Int[B].
         """
         valid = None if lengths is None else jnp.arange(length)[None] < lengths[:, None]
-        if not self.network.observed:
+        if not self.network.given_embedding:
             return valid, None
         valid = jnp.ones((len(rows), length), bool) if valid is None else valid
-        given = random_given(draws.fold(draws.row_keys(key, rows), _GIVEN), valid)
+        given = random_given(keyed_random.fold(keyed_random.row_keys(key, rows), _GIVEN), valid)
         return valid & ~given, given
 
     def times(self, rows: jax.Array, key: jax.Array) -> jax.Array:
@@ -114,16 +114,14 @@ class Objective:
         below = jnp.minimum((level * lengths.astype(level.dtype)).astype(jnp.int32), lengths - 1)
         return jnp.where(rows % 2 == 0, 1 + below, lengths - below)
 
-    def sigma(
-        self, rows: jax.Array, key: jax.Array, length: int, lengths: jax.Array | None = None
-    ) -> jax.Array:
+    def sigma(self, rows: jax.Array, key: jax.Array, length: int, lengths: jax.Array | None = None) -> jax.Array:
         """The noise of each row, as a network is told it. Int[B] -> Float[B]. lengths: Int[B]."""
-        if self.levels == "times":
+        if self.noise_sampling == "time":
             return self.schedule.sigma(self.times(rows, key))
         lengths = jnp.maximum(length if lengths is None else lengths, 1)
         return -jnp.log1p(-(self.counts(rows, key, lengths) - 0.5) / lengths)
 
     def _level(self, index, key, count):
         """U[0, 1) in the stratum of each index among `count`. Int[B] -> Float[B]."""
-        own = draws.uniform(draws.fold(draws.row_keys(key, index), _LEVEL))
+        own = keyed_random.uniform(keyed_random.fold(keyed_random.row_keys(key, index), _LEVEL))
         return (jnp.asarray(strata(count), own.dtype)[index] + own) / count

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from sedd import parallel
 from sedd.data.batches import Batch
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.training.objective import Objective
 from sedd.training.optimizer import learning_rate
 
@@ -27,7 +27,7 @@ class TrainState:
     optimizer: optax.OptState
 
     @property
-    def best(self) -> dict:
+    def eval_params(self) -> dict:
         """The parameters to evaluate and sample with."""
         return self.params if self.ema is None else self.ema
 
@@ -37,7 +37,7 @@ def init_state(
 ) -> TrainState:
     """The state before the first step, a pure function to be jitted with its shardings; from fresh parameters, or
     from those told."""
-    params = objective.network.init(draws.root_key(config.training.seed)) if params is None else params
+    params = objective.network.init(keyed_random.root_key(config.training.seed)) if params is None else params
     ema = jax.tree.map(jnp.copy, params) if config.training.ema_decay else None
     return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
 
@@ -80,11 +80,11 @@ def make_step(
             return advanced(state, batch)
 
     def advanced(state, batch):
-        key = draws.fold(draws.root_key(training.seed), state.step)
+        key = keyed_random.fold(keyed_random.root_key(training.seed), state.step)
         loss, gradient, of_each = loss_and_gradient(state.params, batch, key)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = None if state.ema is None else averaged(state.ema, params, state.step + 1, training.ema_decay)
+        ema = None if state.ema is None else update_ema(state.ema, params, state.step + 1, training.ema_decay)
         metrics = {
             "loss": loss / _scored_per_row(objective, batch, key),
             "gradient_norm": optax.tree.norm(gradient),
@@ -120,7 +120,7 @@ def _scored_per_row(objective: Objective, batch: Batch, key: jax.Array) -> jax.A
     return length if free is None else jnp.mean(jnp.sum(free, axis=-1), dtype=jnp.float32)
 
 
-def averaged(ema: dict, params: dict, updates: jax.Array, decay: float) -> dict:
+def update_ema(ema: dict, params: dict, updates: jax.Array, decay: float) -> dict:
     """The exponential average after so many updates, with the reference's warm-up: min(decay, (1 + n) / (10 + n))."""
     decay = jnp.minimum(decay, (1 + updates) / (10 + updates))
     return jax.tree.map(lambda old, new: old - (1 - decay) * (old - new), ema, params)

@@ -8,9 +8,9 @@ from oracle import answers, index, p_value, random_tables, states, untrained
 
 from sedd.diffusion.pickers import Entropy, EntropyBounded, Margin
 from sedd.diffusion.process import Absorbing, Uniform
-from sedd.diffusion.reveal import Adaptive
 from sedd.diffusion.samplers import sample
-from sedd.diffusion.score import edited, in_block, nucleus, told_share
+from sedd.diffusion.score import condition_on_mask_ratio, edited, in_block, nucleus
+from sedd.diffusion.unmasking import Adaptive
 
 V, L = 3, 3
 PROCESS, MASK = Absorbing(V), V
@@ -199,7 +199,7 @@ def test_work_in_a_longer_block(float64):
 def test_a_network_told_the_share_of_its_block_draws_the_law_of_the_whole_block():
     """Work cut to what is free, scored in the block that holds it. Control: told the share of the short text."""
     network, repeats = untrained(random_tables(1, L + 1)[0]), 20_000
-    sampler, cut = Adaptive(PROCESS, Entropy(1)), in_block(told_share(PROCESS, network), L + 1, MASK)
+    sampler, cut = Adaptive(PROCESS, Entropy(1)), in_block(condition_on_mask_ratio(PROCESS, network), L + 1, MASK)
     short, free = completions(np.zeros(L, int), np.ones(L, bool)), np.ones((V**L, L), bool)
     whole = np.pad(short, ((0, 0), (0, 1)), constant_values=MASK), np.pad(free, ((0, 0), (0, 1)))
     drawn = run(jax.random.key(0), cut, sampler, np.zeros((repeats, L), int), np.ones((repeats, L), bool)).tokens

@@ -2,7 +2,7 @@
 
 import jax
 
-from sedd import disk
+from sedd.runtime import disk
 
 _LESS = "lower --batch_size, which changes no result"
 _LESS_MEMORY = {  # what to change, by command

@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from sedd.data.tokenizers import END_OF_TEXT
-from sedd.disk import absolute
 from sedd.errors import UserError
+from sedd.runtime.disk import absolute
 
 LONGEST = 4096  # tokens of a window at the most, whatever the model can read
 AT_ONCE = 2048  # tokens in one call of the network, if a window is no longer: their logits are held all at once
@@ -30,17 +30,17 @@ Nats = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class ScoredTexts:
     """What a judge says of N texts."""
 
     nats: np.ndarray  # Float64[N], the negative log-likelihood of each, in all
     tokens: np.ndarray  # Int[N], how many of the judge's own tokens that is the sum over
 
 
-class Judge(Protocol):
+class Scorer(Protocol):
     """Any callable like this is a judge. Reports call it by its `name`, or else by its `__name__`."""
 
-    def __call__(self, texts: list[str]) -> Judged: ...
+    def __call__(self, texts: list[str]) -> ScoredTexts: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,11 +55,11 @@ class LanguageModel:
     nats: Nats
     window: int
 
-    def __call__(self, texts: list[str]) -> Judged:
+    def __call__(self, texts: list[str]) -> ScoredTexts:
         return scored(self.encode(texts), self.nats, self.window)
 
 
-def open_judge(path: str | Path) -> LanguageModel:
+def open_scorer(path: str | Path) -> LanguageModel:
     """The judge that a local folder holds: a causal language model and its tokenizer in the Hugging Face format.
 
     Nothing is fetched, and no code of the folder's is run. It is put on a GPU where torch sees one.
@@ -129,7 +129,7 @@ def windows(length: int, size: int) -> list[tuple[int, int, int]]:
     return found
 
 
-def scored(rows: Sequence[np.ndarray], nats: Nats, size: int) -> Judged:
+def scored(rows: Sequence[np.ndarray], nats: Nats, size: int) -> ScoredTexts:
     """The nats of all tokens of each row but its first, in windows of at most `size`. rows: Int64[L_i]."""
     todo = [(number, *window) for number, row in enumerate(rows) for window in windows(len(row), size)]
     todo.sort(key=lambda one: one[1] - one[3])  # the longest first: what does not fit into memory fails at once
@@ -149,7 +149,7 @@ def scored(rows: Sequence[np.ndarray], nats: Nats, size: int) -> Judged:
                 totals[number] += of_token[place, first - start - 1 : stop - start - 1].sum()
             done += len(batch)
             bar.update(len(batch))
-    return Judged(totals, np.array([max(0, len(row) - 1) for row in rows]))
+    return ScoredTexts(totals, np.array([max(0, len(row) - 1) for row in rows]))
 
 
 def _loaded(folder: Path) -> tuple[Any, Any]:

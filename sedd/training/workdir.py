@@ -9,25 +9,27 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sedd import config as configs
-from sedd import disk, storage
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.errors import UserError
+from sedd.runtime import disk, storage
 from sedd.training.checkpoint import steps_saved
 
 # What may change between the start of a run and its continuation without making it another run.
-_FREE = {
+_MUTABLE_KEYS = {
     "training.steps",
     "training.accumulation",
-    "training.skips",
+    "training.max_skipped_steps",
     "data.corpus",
     "network.remat",
     "network.attention",
 }
-_FREE_GROUPS = {"mesh", "checkpoint", "evaluation", "metrics"}
+_MUTABLE_GROUPS = {"mesh", "checkpoint", "evaluation", "metrics"}
 
 
-def claim(workdir: epath.Path, config: ConfigDict, corpus: Corpus, layout: Layout, init_from: str | None = None):
+def prepare_workdir(
+    workdir: epath.Path, config: ConfigDict, corpus: Corpus, layout: Layout, init_from: str | None = None
+):
     """Makes the folder this run's, or makes sure that it is. UserError if it holds another run, or something else.
 
     Leaves config.json: the config with the absolute path of the corpus, its vocabulary and hash, its layout as
@@ -38,6 +40,7 @@ def claim(workdir: epath.Path, config: ConfigDict, corpus: Corpus, layout: Layou
     values = config.to_dict()
     values["data"]["corpus"] = os.fspath(corpus.path)
     mine = {
+        "format": configs.FORMAT,
         "config": values,
         "vocab_size": corpus.vocab_size,
         "corpus": corpus.hash,
@@ -55,17 +58,14 @@ def claim(workdir: epath.Path, config: ConfigDict, corpus: Corpus, layout: Layou
         raise UserError(f"{workdir} is not empty and holds no run; choose another --workdir")
     with storage.written(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        disk.write_whole(path, json.dumps(mine, indent=2) + "\n")
+        disk.write_json_atomic(path, json.dumps(mine, indent=2) + "\n")
         corpus.tokenizer.save(workdir / "tokenizer")  # after what tells whose it is, for who is interrupted here
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-    try:
-        about = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path} is damaged: it is no JSON; restore it, or choose another --workdir") from None
-    if not isinstance(about, dict) or "config" not in about:
-        raise UserError(f"{path} is of another kind than a run's; choose another --workdir")
+    about = configs.read_description(path)
+    if "config" not in about:
+        raise UserError(f"{path} is not the config.json of a run; choose another --workdir")
     return about
 
 
@@ -74,11 +74,11 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str
     for key in ("vocab_size", "corpus"):
         if old.get(key) != new[key]:
             yield key, old.get(key), new[key]
-    default = configs.default()  # which a key had before there was one
+    default = configs.default()  # for keys that are newer than the run
     for group, members in new["config"].items():
         for name, value in members.items():
             before, key = old["config"].get(group, {}).get(name, default[group][name]), f"{group}.{name}"
-            if before != value and group not in _FREE_GROUPS and key not in _FREE:
+            if before != value and group not in _MUTABLE_GROUPS and key not in _MUTABLE_KEYS:
                 yield key, before, value
     before, now = old.get("init_from"), new["init_from"]
     if None not in (before, now) and disk.absolute(before) != now:

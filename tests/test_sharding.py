@@ -13,13 +13,13 @@ from jax.sharding import PartitionSpec as P
 from sedd import config as configs
 from sedd import parallel
 from sedd.data.batches import Batch
-from sedd.network import layout, trunk
+from sedd.network import sharding, trunk
 from sedd.network.attention import attend
 from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
 from sedd.training.step import make_step
 
-SHAPE = ("network.width=64", "network.layers=2", "network.heads=8", "network.condition=32", "network.scan=true")
+SHAPE = ("network.width=64", "network.layers=2", "network.heads=8", "network.cond_dim=32", "network.scan=true")
 SHAPE += ("network.dtype=float32", "data.block_length=32", "training.batch_size=32", "optimizer.name=adamw")
 VOCABULARY = 300  # padded to 384
 
@@ -39,7 +39,7 @@ def compiled(base, sizes, *settings, vocabulary=VOCABULARY):
     config.mesh.update(dict(zip(parallel.AXES, sizes)))
     _, schedule, network = configs.build(config, vocabulary)
     training = config.training
-    objective = Objective(network, schedule, training.batch_size, training.levels, training.min_time)
+    objective = Objective(network, schedule, training.batch_size, training.noise_sampling, training.min_time)
     mesh = parallel.make_mesh(config, jax.devices()[: math.prod(sizes)])
     init, step, _ = make_step(config, objective, make_optimizer(config.optimizer, training.steps), mesh)
     tokens = jax.ShapeDtypeStruct((training.batch_size, config.data.block_length), jnp.int32)
@@ -70,8 +70,10 @@ def test_nothing_is_gathered_for_want_of_a_better_way(fresh, capfd, base, sizes)
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="later compilers know a way for the control too")
 def test_the_compiler_would_say_so(fresh, capfd, monkeypatch):
     """The control: looking tokens up in an embedding whose width is split."""
-    laid = layout.laid
-    monkeypatch.setattr(trunk, "laid", lambda x, *axes: x if axes == (layout.SPLIT,) else laid(x, *axes))
+    constrain_sharding = sharding.constrain_sharding
+    monkeypatch.setattr(
+        trunk, "laid", lambda x, *axes: x if axes == (sharding.SPLIT,) else constrain_sharding(x, *axes)
+    )
     compiled(configs.paper, (2, 2, 2))
     assert "Involuntary" in capfd.readouterr().err
 
@@ -88,7 +90,7 @@ def test_devices_exchange_weights_and_no_logits(fresh, monkeypatch, base, sizes)
     found = list(exchanged(compiled(base, sizes)))
     assert {"all-gather", "all-reduce"} <= {kind for kind, _ in found}
     assert "all-to-all" not in dict(found) and max(size for _, size in found) <= largest
-    monkeypatch.setattr(layout, "meshed", lambda: False)
+    monkeypatch.setattr(sharding, "meshed", lambda: False)
     assert max(size for _, size in exchanged(compiled(base, sizes))) > 2 * largest
 
 
@@ -101,12 +103,12 @@ def test_pairs_of_rows_stay_where_they_are(fresh):
 def test_a_mesh_of_other_axes_says_nothing():
     """Outside of any mesh, under one that someone else has named, and mapped over devices, arrays stay as they are."""
     x = jnp.ones((8, 4))
-    assert layout.laid(x, layout.ROWS) is x
+    assert sharding.constrain_sharding(x, sharding.ROWS) is x
     with jax.sharding.use_abstract_mesh(parallel.data_mesh(jax.devices()[:2]).abstract_mesh):
-        assert jax.make_jaxpr(lambda x: layout.laid(x, layout.ROWS))(x).eqns
+        assert jax.make_jaxpr(lambda x: sharding.constrain_sharding(x, sharding.ROWS))(x).eqns
     with jax.sharding.use_abstract_mesh(jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,)).abstract_mesh):
-        assert layout.laid(x, layout.ROWS) is x
-    mapped = jax.make_jaxpr(jax.pmap(lambda x: layout.laid(x, layout.ROWS)))(x)
+        assert sharding.constrain_sharding(x, sharding.ROWS) is x
+    mapped = jax.make_jaxpr(jax.pmap(lambda x: sharding.constrain_sharding(x, sharding.ROWS)))(x)
     assert "sharding_constraint" not in str(mapped)
 
 
@@ -115,13 +117,13 @@ def test_splash_attention_is_split_by_rows_and_heads():
     mesh = parallel.make_mesh(configs.override(configs.default(), ["mesh.fsdp=2", "mesh.model=2"]))
     q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 128, 2, 16))
     lengths = jnp.array([128, 5, 64, 100])
-    place = NamedSharding(mesh, P(layout.ROWS, None, layout.SPLIT))
+    place = NamedSharding(mesh, P(sharding.ROWS, None, sharding.SPLIT))
 
     def split(q, k, v, lengths):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return attend("splash", q, k, v, lengths)
 
-    step = jax.jit(split, in_shardings=(place, place, place, NamedSharding(mesh, P(layout.ROWS))))
+    step = jax.jit(split, in_shardings=(place, place, place, NamedSharding(mesh, P(sharding.ROWS))))
     found = step(q, k, v, lengths)
     assert found.sharding.is_equivalent_to(place, 4) and not list(exchanged(step.lower(q, k, v, lengths).compile()))
     valid = np.arange(128) < lengths[:, None]
@@ -135,7 +137,7 @@ def test_the_papers_medium_network_shrinks_with_fsdp(capsys):
     A row a device: what else the step needs there falls to the activations of that row, and the weights of a layer.
     """
     settings = ("network.width=1024", "network.layers=24", "network.heads=16", "network.remat=full")
-    settings += ("network.condition=128", "network.dtype=bfloat16", "data.block_length=1024", "training.batch_size=8")
+    settings += ("network.cond_dim=128", "network.dtype=bfloat16", "data.block_length=1024", "training.batch_size=8")
     held, needed = {}, {}
     for devices in (1, 2, 4, 8):
         memory = compiled(configs.paper, (1, devices, 1), *settings, vocabulary=50257).memory_analysis()

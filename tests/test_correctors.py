@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from oracle import MarkovChain, index, kernel, p_value, sampler_law, states, total_variation
 
-from sedd.diffusion import draws
-from sedd.diffusion.correct import Barker, Corrected, Gibbs, Renoise
+from sedd.diffusion import keyed_random
+from sedd.diffusion.correctors import Barker, Corrected, Gibbs, Renoise
 from sedd.diffusion.pickers import Margin
 from sedd.diffusion.process import Absorbing, Jump, Uniform
-from sedd.diffusion.reveal import Adaptive
 from sedd.diffusion.samplers import Trapezoidal, Tweedie, leap, sample
 from sedd.diffusion.schedule import Geometric, LogLinear
 from sedd.diffusion.score import clamped
+from sedd.diffusion.unmasking import Adaptive
 
 run = jax.jit(sample, static_argnames=("denoiser", "sampler"))
 
@@ -41,7 +41,7 @@ def round_law(kind, size, process, denoiser, sigma, tokens, free):
     if kind is Gibbs:
 
         def redrawn(i):
-            hidden = process.hide(x, jnp.arange(length) == i)
+            hidden = process.mask_tokens(x, jnp.arange(length) == i)
             jump = process.redraw(believed(hidden, sigma), sigma)
             return moved(jump._replace(p_move=jnp.where(jnp.arange(length) == i, jump.p_move, 0.0)), hidden)
 
@@ -154,11 +154,11 @@ def test_a_round_draws_its_law(process, corrector, joint):
 
     @jax.jit
     def draw(keys):
-        entry = corrector.plan(draws.fold(keys, 0), jnp.tile(free, (rows, 1)))
+        entry = corrector.plan(keyed_random.fold(keys, 0), jnp.tile(free, (rows, 1)))
         start = jnp.tile(jnp.asarray(x, jnp.int32), (rows, 1))
-        return corrector.correct(process, draws.fold(keys, 1), denoiser, start, jnp.float32(1.0), entry)
+        return corrector.correct(process, keyed_random.fold(keys, 1), denoiser, start, jnp.float32(1.0), entry)
 
-    drawn = index(draw(draws.row_keys(jax.random.key(0), jnp.arange(rows))), process.num_states)
+    drawn = index(draw(keyed_random.row_keys(jax.random.key(0), jnp.arange(rows))), process.num_states)
 
     def fits(sigma):
         with jax.enable_x64(True):
@@ -274,19 +274,19 @@ def infilling_distances(denoisers, steps, corrector=None, rounds=0):
 def test_correctors_are_the_resampling_loops_of_uniform_infilling(joint):
     """The figures of the module. A Denoiser that is told what is given needs none; clamped alone no steps help."""
     process = Uniform(3)
-    unaware, told = [joint.denoiser(process)] * 4, [joint.informed(process, ~free) for free in FREE[:4]]
+    ignores_given, told = [joint.denoiser(process)] * 4, [joint.informed(process, ~free) for free in FREE[:4]]
     conditional = joint.conditional(TOKENS[:4], FREE[:4])
 
     def distances(*args):
         return np.abs(infilling_distances(*args) - conditional).sum(-1) / 2
 
-    alone, gibbs = distances(unaware, 64), distances(unaware, 64, Gibbs(), 1)
-    renoised = [distances(unaware, 64, Renoise(1.0), rounds) for rounds in (1, 4, 10)]
+    alone, gibbs = distances(ignores_given, 64), distances(ignores_given, 64, Gibbs(), 1)
+    renoised = [distances(ignores_given, 64, Renoise(1.0), rounds) for rounds in (1, 4, 10)]
     assert 0.03 < alone.min() and 0.15 < alone.max() < 0.17
     assert gibbs.max() < 0.0015
     np.testing.assert_allclose([r.max() for r in renoised], [0.079, 0.033, 0.016], atol=0.001)
     np.testing.assert_allclose([r.min() for r in renoised], [0.013, 0.004, 0.002], atol=0.001)
-    assert distances(told, 64).max() < 0.01 < 0.03 < distances(unaware, 256).max()
+    assert distances(told, 64).max() < 0.01 < 0.03 < distances(ignores_given, 256).max()
 
 
 def test_what_cannot_be_corrected_is_said_in_one_line():

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from etils import epath
 
-from sedd import disk, processes
 from sedd.errors import UserError
-from sedd.lease import Lease, check
+from sedd.runtime import disk, processes
+from sedd.runtime.lease import Lease, check
 
 _PATIENCE = 20  # seconds that a network file system may take to show others what was written, or a bucket to answer
 _PROBE = ".probe-"  # how the names begin of files that show whether they can be written

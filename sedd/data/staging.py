@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sedd import disk
 from sedd.errors import UserError
+from sedd.runtime import disk
 
 
 @contextmanager
-def workplace(out: Path, request: dict[str, Any], result: str) -> Iterator[Path]:
+def staging_directory(out: Path, request: dict[str, Any], result: str) -> Iterator[Path]:
     """A folder to work in, beside `out`, whose folder `result` becomes `out` when all went well.
 
     After an interruption, or when the disk is full, it stays, and the same request resumes with what is in it. It
@@ -39,6 +39,6 @@ def workplace(out: Path, request: dict[str, Any], result: str) -> Iterator[Path]
         shutil.rmtree(folder)
 
 
-def stamps(files: Iterable[Path]) -> list[list]:
+def file_stamps(files: Iterable[Path]) -> list[list]:
     """What tells whether files have changed since an interruption: their sizes and times."""
     return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in ((file, file.stat()) for file in files)]

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from sedd.errors import UserError
 
 
-class Board:
+class TensorBoardWriter:
     """Numbers and texts in an event file of workdir/tensorboard.
 
     It is written at once, without the thread of tensorboardX's SummaryWriter, whose queue blocks for ever once that

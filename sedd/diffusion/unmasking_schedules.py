@@ -10,7 +10,7 @@ the error of a left Riemann sum. With an exact Denoiser that is the divergence K
 positions each call reveals) averaged over these, an upper bound on the KL of the sampler; with a learned one it is what
 the bound on its likelihood loses.
 
-    FixedCounts(process, reveal_counts(report.profile, calls=64, length=1024).counts)      # the planned schedule
+    FixedCounts(process, plan_unmasking(report.profile, calls=64, length=1024).counts)      # the planned schedule
 """
 
 import math
@@ -20,14 +20,14 @@ from typing import NamedTuple
 import numpy as np
 
 
-class RevealCounts(NamedTuple):
+class UnmaskingPlan(NamedTuple):
     """A planned schedule, and what it costs."""
 
     counts: tuple[int, ...]  # tokens revealed by each call, in all those of the profile
     excess: float  # predicted nats per token above one token a call
 
 
-def reveal_counts(profile: Sequence, calls: int, length: int | None = None) -> RevealCounts:
+def plan_unmasking(profile: Sequence, calls: int, length: int | None = None) -> UnmaskingPlan:
     """The counts of at most so many calls that lose least, by dynamic programming: L^2 work for each call.
 
     profile: Float[L], h_j for j = 0 .. L - 1; or the information profile of an evaluation's report, as `information`
@@ -49,11 +49,11 @@ def reveal_counts(profile: Sequence, calls: int, length: int | None = None) -> R
     for best in reversed(before):
         ends.append(int(best[ends[-1]]))
     counts = tuple(int(count) for count in np.diff([0, *reversed(ends)]) if count)
-    return RevealCounts(counts, excess(h, counts))
+    return UnmaskingPlan(counts, excess(h, counts))
 
 
 def excess(profile: Sequence, counts: Sequence[int], length: int | None = None) -> float:
-    """What counts lose, in nats per token above one token a call. profile, length: as of `reveal_counts`."""
+    """What counts lose, in nats per token above one token a call. profile, length: as of `plan_unmasking`."""
     h, counts = _curve(profile, length), np.asarray(counts)
     if counts.sum() != len(h) or np.any(counts < 0):
         raise ValueError(f"the counts must be at least 0 and sum to the {len(h)} tokens of the profile, not {counts}")
@@ -61,7 +61,7 @@ def excess(profile: Sequence, counts: Sequence[int], length: int | None = None) 
     return float((counts @ h[start] - h.sum()) / len(h))
 
 
-def cosine(calls: int) -> tuple[float, ...]:
+def cosine_unmasking(calls: int) -> tuple[float, ...]:
     """Shares for `FixedCounts`: after call k of K the share cos(pi k / 2K) is masked. Sum to 1, few tokens first.
 
     MaskGIT (Chang et al., arXiv 2202.04200, section 3.3). ValueError for calls < 1.

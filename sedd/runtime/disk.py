@@ -125,7 +125,7 @@ def held_by(folder: os.PathLike, holder: str) -> str:
     return f"another process is at work in {os.fspath(folder)} ({holder or 'unknown'}); wait for it, or end it"
 
 
-def write_whole(path: Path, text: str):
+def write_json_atomic(path: Path, text: str):
     """Writes a file that is whole whenever it is there. path: also one of epath's."""
     part = path.with_name(f"{path.name}.part")
     try:

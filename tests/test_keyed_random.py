@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 from oracle import p_value
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.process import Absorbing, Jump
 from sedd.diffusion.samplers import Tweedie, move
 from sedd.diffusion.schedule import LogLinear
@@ -19,7 +19,7 @@ FAST = {"xla_backend_optimization_level": 3}  # other tests compile fast rather 
 
 def changes(draw, rows, here):
     """How many of so many draws, each with its own key, are not `here`."""
-    keys = draws.row_keys(jax.random.key(0), jnp.arange(rows))
+    keys = keyed_random.row_keys(jax.random.key(0), jnp.arange(rows))
     run = jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=16), compiler_options=FAST)
     return int(jnp.sum(run(keys) != here))
 
@@ -38,7 +38,7 @@ def test_a_rare_move_to_one_of_many_states_gets_its_share():
         return scipy.stats.binomtest(changes(draw, rows, here), rows, mass).pvalue
 
     assert p(staged, 2**15) > 1e-3
-    assert p(lambda key: draws.categorical(key, whole), 2**15) > 1e-3
+    assert p(lambda key: keyed_random.categorical(key, whole), 2**15) > 1e-3
     assert p(lambda key: jax.random.categorical(key, whole), 2**13) < 1e-3
 
 
@@ -58,7 +58,7 @@ def test_one_step_of_many_among_zipfs_words():
 
     def moved(rows, jump):
         """The words at masks that moved, of so many; the jump is an argument, for many draws one."""
-        keys = draws.row_keys(jax.random.key(0), jnp.arange(rows))
+        keys = keyed_random.row_keys(jax.random.key(0), jnp.arange(rows))
         run = jax.jit(
             lambda keys, jump: jax.lax.map(lambda key: move(key[None], x, jump)[0, 0], keys, batch_size=512),
             compiler_options=FAST,
@@ -83,12 +83,12 @@ def test_one_step_of_many_among_zipfs_words():
 @pytest.mark.slow
 def test_the_rarest_events_get_their_share():
     """JAX's default modes know no probability between 0 and 2^-23: 32 in place of 4, and none in place of 15."""
-    keys = draws.row_keys(jax.random.key(0), jnp.arange(2**20))
-    happened = sum(int(draws.bernoulli(draws.fold(keys, k), 2.0**-26).sum()) for k in range(256))
+    keys = keyed_random.row_keys(jax.random.key(0), jnp.arange(2**20))
+    happened = sum(int(keyed_random.bernoulli(keyed_random.fold(keys, k), 2.0**-26).sum()) for k in range(256))
     assert scipy.stats.binomtest(happened, 2**28, 2.0**-26).pvalue > 1e-3
     states, mass, rows = 128 * 40_000, 1e-3, 15_000  # a block holds 2.5e-8
     whole = jnp.full(states, jnp.log(mass / (states - 1))).at[7].set(jnp.log1p(-mass))
-    moved = changes(lambda key: draws.categorical(key, whole), rows, 7)
+    moved = changes(lambda key: keyed_random.categorical(key, whole), rows, 7)
     assert scipy.stats.binomtest(moved, rows, mass).pvalue > 1e-3
 
 
@@ -105,14 +105,14 @@ def test_rare_words_get_their_share():
 
     def drawn(draw, log_weights, rows, at_once):
         """The log weights are an argument, so that what depends on them alone is worked out once for many draws."""
-        keys = draws.row_keys(jax.random.key(0), jnp.arange(rows))
+        keys = keyed_random.row_keys(jax.random.key(0), jnp.arange(rows))
         run = jax.jit(
             lambda keys, weights: jax.lax.map(lambda key: draw(key, weights), keys, batch_size=at_once),
             compiler_options=FAST,
         )
         return np.asarray(run(keys, jnp.asarray(log_weights, jnp.float32)))
 
-    words, rows = drawn(draws.categorical, logits, 4_000_000, 512), 4_000_000
+    words, rows = drawn(keyed_random.categorical, logits, 4_000_000, 512), 4_000_000
     seen = np.array([(decade[words] == power).sum() for power in (-9, -8, -7)])
     assert np.all(np.abs(seen - rows * p_decade) < 4 * (rows * p_decade) ** 0.5)
     condensed, rows = np.append(p[decade == -8], 1 - p_decade[1]), 2**16
@@ -125,8 +125,8 @@ def test_categorical_follows_the_law():
     rng = np.random.default_rng(0)
     log_weights = np.where(rng.random(300) < 0.2, -np.inf, 7 + rng.normal(size=300))  # not normalised
     law = np.exp(log_weights - np.logaddexp.reduce(log_weights))
-    keys = draws.row_keys(jax.random.key(0), jnp.arange(100_000))
-    drawn = jax.jit(jax.vmap(draws.categorical, in_axes=(0, None)))(keys, jnp.asarray(log_weights, jnp.float32))
+    keys = keyed_random.row_keys(jax.random.key(0), jnp.arange(100_000))
+    drawn = jax.jit(jax.vmap(keyed_random.categorical, in_axes=(0, None)))(keys, jnp.asarray(log_weights, jnp.float32))
     assert drawn.dtype == jnp.int32
     other = law * (1 + 0.1 * (-1) ** np.arange(300))
     assert p_value(drawn, law) > 1e-3
@@ -135,8 +135,8 @@ def test_categorical_follows_the_law():
 
 def test_bernoulli_keeps_the_ends():
     """What is certain always happens and what is impossible never does, however often it is tried."""
-    keys = draws.row_keys(jax.random.key(0), jnp.arange(300_000)).reshape(-1, 3)
-    happens = np.asarray(draws.bernoulli(keys, jnp.array([0.0, 1e-3, 1.0]))).sum(0)
+    keys = keyed_random.row_keys(jax.random.key(0), jnp.arange(300_000)).reshape(-1, 3)
+    happens = np.asarray(keyed_random.bernoulli(keys, jnp.array([0.0, 1e-3, 1.0]))).sum(0)
     assert happens[0] == 0 and happens[2] == len(keys)
     assert scipy.stats.binomtest(int(happens[1]), len(keys), 1e-3).pvalue > 1e-3
     assert scipy.stats.binomtest(int(happens[1]), len(keys), 2e-3).pvalue < 1e-6
@@ -147,8 +147,8 @@ def test_uniform_is_fine_near_zero(bits):
     """What JAX's grid of 2^-23, or 2^-52, leaves out of the draws near 0. Control: JAX's own."""
     with jax.enable_x64(bits == 64):
         dtype = jnp.dtype(f"float{bits}")
-        keys = draws.row_keys(jax.random.key(0), jnp.arange(2**18))
-        fine = np.asarray(draws.uniform(keys, dtype))
+        keys = keyed_random.row_keys(jax.random.key(0), jnp.arange(2**18))
+        fine = np.asarray(keyed_random.uniform(keys, dtype))
         coarse = np.asarray(jax.vmap(lambda key: jax.random.uniform(key, dtype=dtype))(keys))
         grid = 2.0 ** -jnp.finfo(dtype).nmant
     assert fine.dtype == dtype and fine.max() < 1
@@ -166,7 +166,9 @@ def test_noise_belongs_to_row_and_position():
 
     @jax.jit
     def noise(rows, positions):
-        return draws.uniform(draws.fold(draws.sites(draws.row_keys(jax.random.key(0), rows), positions), 1))
+        return keyed_random.uniform(
+            keyed_random.fold(keyed_random.sites(keyed_random.row_keys(jax.random.key(0), rows), positions), 1)
+        )
 
     whole = noise(rows, positions)
     assert len(np.unique(whole)) == whole.size
@@ -176,7 +178,7 @@ def test_noise_belongs_to_row_and_position():
 def test_ranks_are_a_uniformly_random_order():
     """Every order of the free positions is as likely, and given ones come last. Control: a law a tenth off."""
     free = jnp.tile(jnp.array([True, False, True, True]), (20_000, 1))
-    ranks = np.asarray(draws.ranks(draws.row_keys(jax.random.key(0), jnp.arange(len(free))), free))
+    ranks = np.asarray(keyed_random.ranks(keyed_random.row_keys(jax.random.key(0), jnp.arange(len(free))), free))
     assert np.all(ranks[:, 1] == 3)
     orders = np.array(list(itertools.permutations(range(3))))
     seen = np.argmax(np.all(ranks[:, None, [0, 2, 3]] == orders, axis=-1), axis=-1)

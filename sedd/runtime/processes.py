@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sedd.errors import UserError
-from sedd.rendezvous import meet
+from sedd.runtime.rendezvous import meet
 from sedd.version import __version__
 
 COORDINATOR, PROCESSES, PROCESS = "SEDD_COORDINATOR", "SEDD_NUM_PROCESSES", "SEDD_PROCESS_ID"
@@ -77,7 +77,7 @@ def initialize():
     _look_at_devices()
     _keep_compiled()
     if are_many():
-        sys.excepthook = _give_up
+        sys.excepthook = _excepthook
         threading.Thread(target=_watch, name="watch", daemon=True).start()
         check_same("version", f"sedd {__version__}, jax {jax.__version__}")
         check_same("kind of devices", jax.local_devices()[0].device_kind)
@@ -94,7 +94,7 @@ def are_many() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def agreed(problem: str | None) -> str | None:
+def first_problem(problem: str | None) -> str | None:
     """The first problem that any process has, the same in all of them; None where none has one.
 
     It names the process, where there are several. All processes have to call it.
@@ -116,13 +116,13 @@ def gathered(text: str) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
-def of_first(value):
+def broadcast_from_first(value):
     """What process 0 has, of numbers, texts, lists and dictionaries of these. All processes have to call it."""
-    told = array_of_first(np.frombuffer(json.dumps(value).encode(), np.uint8))
+    told = broadcast_array_from_first(np.frombuffer(json.dumps(value).encode(), np.uint8))
     return json.loads(told.tobytes())
 
 
-def array_of_first(array: np.ndarray) -> np.ndarray:
+def broadcast_array_from_first(array: np.ndarray) -> np.ndarray:
     """The array that process 0 has; those of the others may differ along the first axis. All have to call it."""
     if not are_many():
         return array
@@ -141,7 +141,7 @@ def together() -> Iterator[None]:
         yield
     except UserError as error:
         problem = str(error)
-    problem = agreed(problem)
+    problem = first_problem(problem)
     if problem is not None:
         raise UserError(problem)
 
@@ -166,7 +166,7 @@ def any_of(flag: bool) -> jax.Array | bool:
     return reduce(jax.make_array_from_process_local_data(rows, told, (jax.device_count(),)))
 
 
-def leave_others(status: int, reason: str):
+def abort_job(status: int, reason: str):
     """Where there are other processes: tells them, and ends this one at once with the status; they end too.
 
     That takes seconds, whatever they wait for; without it they would wait for minutes for a process that is gone.
@@ -299,10 +299,10 @@ def _watch():
             _stop_with_it(reason)
 
 
-def _give_up(kind, error, trace):
+def _excepthook(kind, error, trace):
     """What is done with an exception that nobody catches."""
     reason = _failure()
     if reason is not None:  # a collective without it has failed here, which is no news
         _stop_with_it(reason)
     traceback.print_exception(kind, error, trace)
-    leave_others(1, f"{kind.__name__}: {error}".splitlines()[0])
+    abort_job(1, f"{kind.__name__}: {error}".splitlines()[0])

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from oracle import answers, index, kernel, p_value, random_tables, sampler_law, states, untrained
 
-from sedd.diffusion import draws, reveal, samplers
-from sedd.diffusion.counts import cosine, excess, information, reveal_counts
-from sedd.diffusion.exact import subset_log_likelihood
+from sedd.diffusion import keyed_random, samplers, unmasking
+from sedd.diffusion.exact_likelihood import subset_log_likelihood
 from sedd.diffusion.pickers import EntropyBounded
 from sedd.diffusion.process import Absorbing, Jump, Uniform
-from sedd.diffusion.reveal import Adaptive, Counts, FirstHitting, FixedCounts
 from sedd.diffusion.samplers import Euler, Tweedie, sample
 from sedd.diffusion.schedule import Geometric, LogLinear
-from sedd.diffusion.score import told_share
+from sedd.diffusion.score import condition_on_mask_ratio
+from sedd.diffusion.unmasking import Adaptive, Counts, FirstHitting, FixedCounts
+from sedd.diffusion.unmasking_schedules import cosine_unmasking, excess, information, plan_unmasking
 from sedd.evaluation.statistics import profile as measured
 
 V, L = 3, 3
@@ -66,11 +66,11 @@ def laws_by_plan(sampler, denoiser=UNTRAINED):
         def uniform(keys):
             return jnp.broadcast_to(share, keys.shape)
 
-        keys = draws.row_keys(jax.random.key(0), jnp.arange(rows))
-        with mock.patch.multiple(draws, ranks=ranks, uniform=uniform):
+        keys = keyed_random.row_keys(jax.random.key(0), jnp.arange(rows))
+        with mock.patch.multiple(keyed_random, ranks=ranks, uniform=uniform):
             plan = sampler.plan(keys, jnp.broadcast_to(free, (rows, L)))
         law = jnp.all(x == jnp.where(free, MASK, tokens), axis=-1).astype(share.dtype)
-        with mock.patch.object(reveal, "move", transitions), mock.patch.object(samplers, "move", transitions):
+        with mock.patch.object(unmasking, "move", transitions), mock.patch.object(samplers, "move", transitions):
             for k in range(jax.tree.leaves(plan)[0].shape[0]):
                 law = law @ sampler.step(keys, denoiser, x, jax.tree.map(lambda leaf: leaf[k], plan))
         return law
@@ -120,7 +120,7 @@ def test_first_hitting_infills_exactly(joint):
 @pytest.mark.parametrize("steps", [2, 5])
 def test_presampled_counts_have_the_law_of_tweedie(steps):
     """Of as many steps, exactly; the network is told the row's own noise in both. Control: of one step more."""
-    found, told = laws(Counts(PROCESS, SCHEDULE, steps)), told_share(PROCESS, UNTRAINED)
+    found, told = laws(Counts(PROCESS, SCHEDULE, steps)), condition_on_mask_ratio(PROCESS, UNTRAINED)
 
     def due(steps):
         tweedie = Tweedie(PROCESS, SCHEDULE, steps)
@@ -188,7 +188,7 @@ class Narrow(Counts):
 
     asked: int = 1
 
-    def few(self, length):
+    def max_unmasked_per_step(self, length):
         return self.asked
 
 
@@ -198,10 +198,10 @@ PLANNED = [
     Narrow(PROCESS, Geometric(), 12, 2),
     FixedCounts(PROCESS, (1.0,) * 7),
     FixedCounts(PROCESS, (1.0,) * LENGTH),
-    FixedCounts(PROCESS, cosine(9)),
+    FixedCounts(PROCESS, cosine_unmasking(9)),
     FixedCounts(PROCESS, (0, 5, 0, 0, 1)),
 ]
-KEYS = draws.row_keys(jax.random.key(4), jnp.arange(len(PATTERNS)))
+KEYS = keyed_random.row_keys(jax.random.key(4), jnp.arange(len(PATTERNS)))
 
 
 def where_chosen(call):
@@ -224,7 +224,7 @@ def test_a_plan_reveals_each_free_position_once(sampler):
     assert np.array_equal(chosen.sum(0), PATTERNS)
     sizes = chosen.sum(-1)
     assert np.all((sizes[1:] == 0) | (sizes[:-1] > 0))
-    calls, width = sampler.most(LENGTH)
+    calls, width = sampler.max_calls_and_width(LENGTH)
     limits = {FirstHitting: LENGTH, FixedCounts: len(getattr(sampler, "weights", ()))}
     assert len(chosen) == calls <= min(limits.get(type(sampler), getattr(sampler, "steps", LENGTH)), LENGTH)
     assert sizes.max() <= width
@@ -241,16 +241,19 @@ def test_buckets_have_the_chances_of_the_grid():
     sigma = np.array([*(0.1 * 20 ** t[:-1]), 0.0])
     due = np.diff(np.exp(-sigma)) / -np.expm1(-sigma[0])
     sampler, free = Counts(PROCESS, SCHEDULE, steps), jnp.ones((800, 10), bool)
-    bucket = jax.jit(sampler.bucket)(draws.row_keys(jax.random.key(0), jnp.arange(800)), free)
+    bucket = jax.jit(sampler.bucket)(keyed_random.row_keys(jax.random.key(0), jnp.arange(800)), free)
     np.testing.assert_allclose(-np.diff(sampler.masked()), due, rtol=1e-5)
     assert p_value(bucket, due) > 1e-3 and p_value(bucket, np.full(steps, 1 / steps)) < 1e-6
     alone = Counts(PROCESS, Geometric(1e-4, 20.0), 50)  # small shares near the end keep their relative accuracy
     np.testing.assert_allclose(alone.masked()[-2], -np.expm1(-1e-4 * 2e5 ** (1 / 50)), rtol=1e-5)
-    assert Counts(PROCESS, LogLinear(), 7).few(4) == 4 and Counts(PROCESS, LogLinear(), 1024).few(1024) == 7
     assert (
-        Euler(PROCESS, Geometric(1e-3, 20.0), 2).few(1024)
+        Counts(PROCESS, LogLinear(), 7).max_unmasked_per_step(4) == 4
+        and Counts(PROCESS, LogLinear(), 1024).max_unmasked_per_step(1024) == 7
+    )
+    assert (
+        Euler(PROCESS, Geometric(1e-3, 20.0), 2).max_unmasked_per_step(1024)
         == 1024
-        > Tweedie(PROCESS, Geometric(1e-3, 20.0), 2).few(1024)
+        > Tweedie(PROCESS, Geometric(1e-3, 20.0), 2).max_unmasked_per_step(1024)
     )
 
 
@@ -279,7 +282,7 @@ def drawn(sampler, rows, numbers=None):
 def test_a_row_draws_the_same_in_any_batch():
     """Bit for bit, by its global index. Control: the index within the batch gives other samples."""
     rows, mixed = np.arange(39, 24, -3), np.array([27, 36, 14, 3, 33])
-    for sampler in (FixedCounts(PROCESS, cosine(6)), Adaptive(PROCESS, EntropyBounded(0.5))):
+    for sampler in (FixedCounts(PROCESS, cosine_unmasking(6)), Adaptive(PROCESS, EntropyBounded(0.5))):
         whole, other = drawn(sampler, rows), drawn(sampler, mixed)
         assert np.array_equal(whole[[4, 1, 2]], other[[0, 1, 4]])
         assert np.any(drawn(sampler, mixed, np.arange(5)) != other)
@@ -296,11 +299,11 @@ def test_counts_draw_the_same_however_many_positions_are_asked():
 def test_no_more_calls_than_tokens_or_steps():
     """The row with the most to reveal decides; nothing is asked where nothing is free."""
     free = PATTERNS.sum(-1)
-    few, none = np.argsort(free, kind="stable")[[5, 4, 3, 2, 1]], np.zeros(5, int)
+    order, none = np.argsort(free, kind="stable")[[5, 4, 3, 2, 1]], np.zeros(5, int)
     for sampler in (FirstHitting(PROCESS), Counts(PROCESS, SCHEDULE, 9)):
-        most = free[few].max()
-        drawn(sampler, few)
-        assert 0 < len(ASKED) <= most and (len(ASKED) == most or isinstance(sampler, Counts))
+        most_free = free[order].max()
+        drawn(sampler, order)
+        assert 0 < len(ASKED) <= most_free and (len(ASKED) == most_free or isinstance(sampler, Counts))
         drawn(sampler, none)
         assert not ASKED
         drawn(sampler, np.full(5, 39))
@@ -325,13 +328,13 @@ def test_what_cannot_work_is_refused():
 # Schedules
 
 
-def parts(total, most):
-    """Every way to write a total as at most so many positive numbers."""
+def parts(total, num_parts):
+    """Every way to write a total as at most `num_parts` positive numbers."""
     if total == 0:
         yield ()
-    elif most:
+    elif num_parts:
         for first in range(1, total + 1):
-            yield from ((first, *rest) for rest in parts(total - first, most - 1))
+            yield from ((first, *rest) for rest in parts(total - first, num_parts - 1))
 
 
 @pytest.mark.parametrize("falling", [True, False])
@@ -340,7 +343,7 @@ def test_the_counts_are_the_best_there_are(falling):
     for seed in range(5):
         h = np.random.default_rng(seed).exponential(size=7)
         h = -np.sort(-h) if falling else h
-        found = [reveal_counts(h, calls) for calls in range(1, 8)]
+        found = [plan_unmasking(h, calls) for calls in range(1, 8)]
         for calls, (counts, loss) in enumerate(found, 1):
             assert sum(counts) == 7 and len(counts) <= calls and min(counts) > 0
             start = np.cumsum(counts) - counts
@@ -357,7 +360,7 @@ def test_the_predicted_excess_is_the_divergence(joint, float64):
     h = np.zeros(L)
     for revealed in itertools.product([False, True], repeat=L):
         hidden, j = ~np.array(revealed), sum(revealed)
-        log_r = np.asarray(denoiser(PROCESS.hide(clean, hidden), jnp.ones(len(clean))))
+        log_r = np.asarray(denoiser(PROCESS.mask_tokens(clean, hidden), jnp.ones(len(clean))))
         cost = -np.take_along_axis(log_r, clean[..., None], axis=-1)[..., 0]
         if j < L:
             h[j] += joint.p.ravel() @ cost @ hidden / (L - j) / len(list(itertools.combinations(range(L), j)))
@@ -371,7 +374,7 @@ def test_the_predicted_excess_is_the_divergence(joint, float64):
     losses, found = [excess(h, counts) for counts in choices], [divergence(counts) for counts in choices]
     np.testing.assert_allclose(losses, found, atol=1e-12)
     assert min(losses) > 1e-3 and np.ptp(losses[:2]) > 1e-3
-    assert reveal_counts(h, 2).counts == choices[int(np.argmin(losses[:2]))]
+    assert plan_unmasking(h, 2).counts == choices[int(np.argmin(losses[:2]))]
 
 
 def test_planned_counts_beat_even_and_cosine():
@@ -383,18 +386,18 @@ def test_planned_counts_beat_even_and_cosine():
         after = np.round(np.cumsum(weights) / np.sum(weights) * length).astype(int)
         return excess(h, np.diff(after, prepend=0))
 
-    planned = reveal_counts(h, calls)
-    assert 0 < 1.2 * planned.excess < min(cut((1,) * calls), cut(cosine(calls)))
+    planned = plan_unmasking(h, calls)
+    assert 0 < 1.2 * planned.excess < min(cut((1,) * calls), cut(cosine_unmasking(calls)))
     sampler = FixedCounts(PROCESS, planned.counts)
-    assert np.array_equal(sampler.uncovered(jnp.array(length)), np.cumsum(planned.counts)[:-1])
-    assert sampler.most(length) == (calls, max(planned.counts))
+    assert np.array_equal(sampler.num_unmasked(jnp.array(length)), np.cumsum(planned.counts)[:-1])
+    assert sampler.max_calls_and_width(length) == (calls, max(planned.counts))
 
 
 def test_cosine():
     """What is masked after call k of K is cos(pi k / 2K): few tokens first."""
-    weights = cosine(8)
+    weights = cosine_unmasking(8)
     np.testing.assert_allclose(1 - np.cumsum(weights), np.cos(np.pi * np.arange(1, 9) / 16), atol=1e-12)
-    assert weights[0] < weights[-1] / 5 and cosine(1) == (1.0,)
+    assert weights[0] < weights[-1] / 5 and cosine_unmasking(1) == (1.0,)
     FixedCounts(PROCESS, weights)
 
 
@@ -410,7 +413,7 @@ def test_an_evaluations_profile_becomes_a_curve():
     np.testing.assert_allclose(information(bins, 40), due, rtol=1e-3)
     bins[3]["nats_per_token"] = bins[-1]["nats_per_token"] = None
     np.testing.assert_allclose(information(bins, 40), due, rtol=1e-3)
-    assert reveal_counts(bins, 6, 40) == reveal_counts(information(bins, 40), 6)
+    assert plan_unmasking(bins, 6, 40) == plan_unmasking(information(bins, 40), 6)
     assert np.array_equal(information(bins[:1], 4), [bins[0]["nats_per_token"]] * 4)
 
 
@@ -418,15 +421,15 @@ def test_profiles_and_calls_that_make_no_plan_are_refused():
     """In one line."""
     bins = [{"low": 0.0, "high": 1.0, "nats_per_token": None, "error": None}]
     refused = [
-        (lambda: reveal_counts([1.0, 0.5], 0), "calls must lie in 1 .. 2"),
-        (lambda: reveal_counts([1.0, 0.5], 3), "calls must lie in 1 .. 2"),
-        (lambda: reveal_counts([], 1), "not empty"),
-        (lambda: reveal_counts([1.0, np.inf], 1), "finite"),
-        (lambda: reveal_counts([1.0, 0.5], 1, 3), "leave it out"),
-        (lambda: reveal_counts(bins, 1), "give the length"),
-        (lambda: reveal_counts(bins, 1, 4), "no measurement"),
+        (lambda: plan_unmasking([1.0, 0.5], 0), "calls must lie in 1 .. 2"),
+        (lambda: plan_unmasking([1.0, 0.5], 3), "calls must lie in 1 .. 2"),
+        (lambda: plan_unmasking([], 1), "not empty"),
+        (lambda: plan_unmasking([1.0, np.inf], 1), "finite"),
+        (lambda: plan_unmasking([1.0, 0.5], 1, 3), "leave it out"),
+        (lambda: plan_unmasking(bins, 1), "give the length"),
+        (lambda: plan_unmasking(bins, 1, 4), "no measurement"),
         (lambda: excess([1.0, 0.5], (1, 2)), "sum to the 2 tokens"),
-        (lambda: cosine(0), "at least 1"),
+        (lambda: cosine_unmasking(0), "at least 1"),
     ]
     for make, message in refused:
         with pytest.raises(ValueError, match=message) as found:

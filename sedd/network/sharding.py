@@ -13,18 +13,18 @@ from jax.sharding import PartitionSpec as P
 ROWS, SPLIT = ("data", "fsdp"), "model"
 
 
-def meshed() -> bool:
+def has_mesh() -> bool:
     """Whether a mesh with these axes is set: not under `jax.pmap`, which has one of its own, or in `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return {*ROWS, SPLIT} <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
 
 
-def laid(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+def constrain_sharding(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """x, its axes split over those of the mesh; None: whole, as are the axes left out. x itself where none is set.
 
     An axis that the mesh does not divide is left to the compiler.
     """
-    if not meshed():
+    if not has_mesh():
         return x
     return jax.lax.with_sharding_constraint(x, P(*map(_fitting, x.shape, axes)))
 

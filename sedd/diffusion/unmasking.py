@@ -9,7 +9,7 @@ the order of a sequence is a function of the sequence, and the sampler has an ex
 
 All tell the Denoiser the noise of the row's own masked share, not that of the time of the plan: on two small trained
 networks (by counts, by times; 32 tokens) that cost .001 to .005 nats a token less with 1 to 16 positions free, and no
-more with all free (benchmarks/told_noise.py). A mask may be given: it stays, and is in no call.
+more with all free (benchmarks/noise_conditioning.py). A mask may be given: it stays, and is in no call.
 """
 
 import abc
@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.pickers import Picker
 from sedd.diffusion.process import Absorbing, Jump
-from sedd.diffusion.samplers import Sampler, Tweedie, move, uncover
+from sedd.diffusion.samplers import Sampler, Tweedie, move, unmask
 from sedd.diffusion.schedule import Schedule
 from sedd.diffusion.score import Denoiser
 
@@ -44,7 +44,7 @@ class Call(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Reveal(Sampler):
+class PlannedUnmasking(Sampler):
     """Uncovers each free position in a call that is settled beforehand, all of a call as if independent.
 
     Needs the absorbing process. A call asks the Denoiser at W positions of a row, the most that one call can uncover.
@@ -61,14 +61,14 @@ class Reveal(Sampler):
         """
 
     @abc.abstractmethod
-    def most(self, length: int) -> tuple[int, int]:
+    def max_calls_and_width(self, length: int) -> tuple[int, int]:
         """The most calls that a row can take, and the most positions of a row that a call can uncover."""
 
     def plan(self, keys, free):
-        return _calls(self.bucket(keys, free), free, *self.most(free.shape[-1]))
+        return _calls(self.bucket(keys, free), free, *self.max_calls_and_width(free.shape[-1]))
 
     def step(self, keys, denoiser, x, entry):
-        log_clean = denoiser(x, self.process.sigma_seen(x), entry.positions)
+        log_clean = denoiser(x, self.process.sigma_from_mask_ratio(x), entry.positions)
         return move(keys, x, Jump(entry.chosen.astype(log_clean.dtype), log_clean), entry.positions)
 
 
@@ -91,7 +91,7 @@ def _calls(bucket: jax.Array, free: jax.Array, calls: int, width: int) -> Call:
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstHitting(Reveal):
+class FirstHitting(PlannedUnmasking):
     """One position a call, in a uniformly random order: the reverse process itself, at the times at which it moves.
 
     Needs the absorbing process. Exact: it draws the law of decoding in random order, whatever the Denoiser, without any
@@ -101,14 +101,14 @@ class FirstHitting(Reveal):
     """
 
     def bucket(self, keys, free):
-        return draws.ranks(keys, free)
+        return keyed_random.ranks(keys, free)
 
-    def most(self, length):
+    def max_calls_and_width(self, length):
         return length, 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Counts(Reveal):
+class Counts(PlannedUnmasking):
     """Tweedie's law in `steps` steps, without the calls that change nothing.
 
     Needs the absorbing process. Each free position draws the interval of Tweedie's grid in which it is uncovered, so
@@ -137,32 +137,39 @@ class Counts(Reveal):
         """
         with jax.ensure_compile_time_eval():
             sigma = np.asarray(self.tweedie.plan(None, None).sigma, np.float64)
-        touched = -np.expm1(-sigma)
-        return np.append(touched, 0.0) / touched[0]
+        corrupted = -np.expm1(-sigma)
+        return np.append(corrupted, 0.0) / corrupted[0]
 
     def bucket(self, keys, free):
-        level = draws.uniform(draws.sites(keys, jnp.arange(free.shape[-1])))
+        level = keyed_random.uniform(keyed_random.sites(keys, jnp.arange(free.shape[-1])))
         return self.steps - 1 - jnp.searchsorted(jnp.asarray(self.masked()[-2:0:-1]), level, side="right")
 
-    def most(self, length):
+    def max_calls_and_width(self, length):
         return min(self.steps, length), length
 
     def step(self, keys, denoiser, x, entry):
         # A multinomial has no bound, so the head is asked of as many as nearly always suffice.
-        return uncover(keys, denoiser, x, self.process.sigma_seen(x), entry.chosen, self.few(x.shape[-1]))
+        return unmask(
+            keys,
+            denoiser,
+            x,
+            self.process.sigma_from_mask_ratio(x),
+            entry.chosen,
+            self.max_unmasked_per_step(x.shape[-1]),
+        )
 
-    def few(self, length: int) -> int:
+    def max_unmasked_per_step(self, length: int) -> int:
         """How many positions of a row a call asks for at once."""
-        return self.tweedie.few(length)
+        return self.tweedie.max_unmasked_per_step(length)
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedCounts(Reveal):
+class FixedCounts(PlannedUnmasking):
     """Uncovers a fixed share of each row's free positions in each call, those drawn uniformly at random.
 
-    Needs the absorbing process. weights: one a call, in any unit; equal ones, `counts.cosine`, or those that
-    `counts.reveal_counts` finds the best for a model, which also tells the error: with an exact Denoiser the divergence
-    from its law is at most what is lost by drawing a call's tokens as if independent, of first order in 1 / calls. A
+    Needs the absorbing process. weights: one a call, in any unit; equal ones, `cosine_unmasking`, or those
+    that `plan_unmasking` finds best for a model, with their error: with an exact Denoiser the divergence from its
+    distribution is at most what is lost by drawing a call's tokens as if independent, of first order in 1 / calls. A
     row with n free positions has had round(n times the sum of the weights so far) uncovered after each call, and skips
     calls that uncover none. Hoogeboom et al., arXiv 2110.02037; Chang et al., arXiv 2202.04200.
     """
@@ -175,20 +182,20 @@ class FixedCounts(Reveal):
         if not all(weight >= 0 for weight in self.weights) or not 0 < total < math.inf:
             raise ValueError("FixedCounts: weights must be finite numbers, none below 0 and not all 0")
 
-    def uncovered(self, count: jax.Array) -> jax.Array:
+    def num_unmasked(self, count: jax.Array) -> jax.Array:
         """How many of `count` free positions are uncovered after each call but the last. Int[...] -> Int[... K - 1]."""
         share = np.cumsum(self.weights)[:-1] / np.sum(self.weights)
         product = count.astype(jnp.float32)[..., None] * share.astype(np.float32).reshape(*[1] * count.ndim, -1)
         return jnp.round(product).astype(jnp.int32)
 
     def bucket(self, keys, free):
-        after = self.uncovered(jnp.sum(free, axis=-1))
-        return jax.vmap(functools.partial(jnp.searchsorted, side="right"))(after, draws.ranks(keys, free))
+        after = self.num_unmasked(jnp.sum(free, axis=-1))
+        return jax.vmap(functools.partial(jnp.searchsorted, side="right"))(after, keyed_random.ranks(keys, free))
 
-    def most(self, length):
+    def max_calls_and_width(self, length):
         counts = np.arange(1, length + 1)
         with jax.ensure_compile_time_eval():  # the very numbers of `bucket`, for every row that there can be
-            after = np.asarray(self.uncovered(jnp.asarray(counts)))
+            after = np.asarray(self.num_unmasked(jnp.asarray(counts)))
         sizes = np.diff(after, prepend=0, append=counts[:, None])
         return int(np.max(np.sum(sizes > 0, axis=-1))), int(np.max(sizes))
 
@@ -216,7 +223,7 @@ class Adaptive(Sampler):
         return jnp.broadcast_to(free, (free.shape[-1], *free.shape))
 
     def step(self, keys, denoiser, x, entry):
-        log_clean = denoiser(x, self.process.sigma_seen(x), None)
+        log_clean = denoiser(x, self.process.sigma_from_mask_ratio(x), None)
         chosen = self.choose(log_clean, x, entry)
         return move(keys, x, Jump(chosen.astype(log_clean.dtype), log_clean))
 
@@ -239,8 +246,8 @@ class Adaptive(Sampler):
 
         def reveal(state):
             hidden, total = state
-            x = self.process.hide(x0, hidden)
-            log_clean = denoiser(x, self.process.sigma_seen(x, lengths), None)
+            x = self.process.mask_tokens(x0, hidden)
+            log_clean = denoiser(x, self.process.sigma_from_mask_ratio(x, lengths), None)
             chosen = self.choose(log_clean, x, hidden)
             log_r = jnp.take_along_axis(log_clean, tokens, axis=-1)[..., 0]
             return hidden & ~chosen, total + jnp.sum(jnp.where(chosen, log_r, 0.0), axis=-1)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from oracle import Joint, MarkovChain, along, along_all, random_tables, standard_errors, states, untrained
 
-from sedd.diffusion import draws
-from sedd.diffusion.exact import importance_bound, order_log_likelihoods, subset_log_likelihood
+from sedd.diffusion import keyed_random
+from sedd.diffusion.exact_likelihood import importance_bound, order_log_likelihoods, subset_log_likelihood
 from sedd.diffusion.process import Absorbing
 
 V, L = 3, 4
@@ -133,7 +133,7 @@ def drawn_orders(keys, x0, free):
 
 
 def row_keys(rows):
-    return draws.row_keys(jax.random.key(0), jnp.arange(rows))
+    return keyed_random.row_keys(jax.random.key(0), jnp.arange(rows))
 
 
 def test_an_order_has_the_likelihood_of_its_steps(float64):
@@ -141,7 +141,7 @@ def test_an_order_has_the_likelihood_of_its_steps(float64):
     rng = np.random.default_rng(3)
     x0, free = rng.integers(0, V + 1, (40, L)), rng.random((40, L)) < 0.6
     x0 = np.where(free, x0 % V, x0)
-    found, ranks = drawn_orders(row_keys(40), x0, free), np.asarray(draws.ranks(row_keys(40), free))
+    found, ranks = drawn_orders(row_keys(40), x0, free), np.asarray(keyed_random.ranks(row_keys(40), free))
     orders = [np.argsort(row)[:count] for row, count in zip(ranks, free.sum(-1), strict=True)]
     steps = [along(TABLE, *row) for row in zip(x0, orders, strict=True)]
     np.testing.assert_allclose(found, steps, atol=1e-12)

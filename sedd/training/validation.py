@@ -21,7 +21,7 @@ from sedd.training.metrics import BOUND
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldOut:
+class Validator:
     """All that evaluation during training takes besides the parameters."""
 
     config: ConfigDict
@@ -66,6 +66,6 @@ def check_split(corpus: Corpus, block_length: int):
 
 def layout_of(corpus: Corpus, block_length: int) -> Layout:
     """The corpus' layout, as a model remembers it: with the lengths to draw texts at where it is told lengths."""
-    if not corpus.layout.binds_lengths:
+    if not corpus.layout.masks_padding:
         return corpus.layout
     return dataclasses.replace(corpus.layout, row_lengths=row_lengths(corpus, block_length))

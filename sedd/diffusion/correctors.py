@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.process import Process, Uniform
 from sedd.diffusion.samplers import Sampler, Tweedie, leap, move
 from sedd.diffusion.score import Denoiser
@@ -81,13 +81,13 @@ class Gibbs(Corrector):
         # Rows with less room repeat their positions, which then draw the same.
         count = jnp.maximum(jnp.sum(free, axis=-1, keepdims=True), 1)
         room = jnp.clip(count // _APART, 1, self.width)
-        start = jnp.floor(draws.uniform(keys)[:, None] * count.astype(jnp.float32)).astype(jnp.int32)
+        start = jnp.floor(keyed_random.uniform(keys)[:, None] * count.astype(jnp.float32)).astype(jnp.int32)
         slots = (start + jnp.arange(self.width)[None] % room * count // room) % count
         return jnp.take_along_axis(jnp.argsort(~free, axis=-1, stable=True), slots, axis=-1).astype(jnp.int32)
 
     def correct(self, process, keys, denoiser, x, sigma, entry):
         where = jnp.put_along_axis(jnp.zeros(x.shape, bool), entry, True, axis=-1, inplace=False)
-        x = process.hide(x, where)
+        x = process.mask_tokens(x, where)
         log_clean = denoiser(x, jnp.full(x.shape[0], sigma), entry)
         return move(keys, x, process.redraw(log_clean, sigma), entry)
 
@@ -109,9 +109,9 @@ class Renoise(Corrector):
 
     def correct(self, process, keys, denoiser, x, sigma, entry):
         above = (1 + self.size) * sigma
-        x = process.perturb(draws.fold(keys, 0), x, self.size * sigma)
+        x = process.perturb(keyed_random.fold(keys, 0), x, self.size * sigma)
         log_clean = denoiser(x, jnp.full(x.shape[0], above), None)
-        return move(draws.fold(keys, 1), x, process.tweedie(log_clean, x, above, sigma))
+        return move(keyed_random.fold(keys, 1), x, process.tweedie(log_clean, x, above, sigma))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,20 +167,22 @@ class Corrected(Sampler):
 
     def plan(self, keys, free):
         rounds = jnp.arange(self.sampler.steps * self.rounds).reshape(self.sampler.steps, self.rounds)
-        keys_of_rounds = draws.fold(keys, 1)
+        keys_of_rounds = keyed_random.fold(keys, 1)
 
         def plan(number):
-            return self.corrector.plan(draws.fold(keys_of_rounds, number), free)
+            return self.corrector.plan(keyed_random.fold(keys_of_rounds, number), free)
 
-        return self.sampler.plan(draws.fold(keys, 0), free), jax.vmap(jax.vmap(plan))(rounds)
+        return self.sampler.plan(keyed_random.fold(keys, 0), free), jax.vmap(jax.vmap(plan))(rounds)
 
     def step(self, keys, denoiser, x, entry):
         predicted, corrected = entry
-        x = self.sampler.step(draws.fold(keys, 0), denoiser, x, predicted)
+        x = self.sampler.step(keyed_random.fold(keys, 0), denoiser, x, predicted)
 
         def correct(j, x):
             own = jax.tree.map(lambda leaf: leaf[j], corrected)
-            return self.corrector.correct(self.process, draws.fold(keys, 1 + j), denoiser, x, predicted.sigma_next, own)
+            return self.corrector.correct(
+                self.process, keyed_random.fold(keys, 1 + j), denoiser, x, predicted.sigma_next, own
+            )
 
         rounds = jnp.where(predicted.sigma_next > 0, self.rounds, 0)
         return jax.lax.fori_loop(0, rounds, correct, x)

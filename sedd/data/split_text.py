@@ -5,21 +5,21 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from sedd.data.scan import Scan
 from sedd.data.source import Source
 from sedd.data.sources import open_source
 from sedd.data.splits import SPLITS, Rule, Segment, check_sizes, default_rule, make_rule
-from sedd.data.survey import Survey
 from sedd.errors import UserError
 
 WHOLE = "whole"  # the name of a source that is still to be split
 
 
 @dataclass(frozen=True)
-class Text:
+class SplitText:
     """Sources by the split that they are; or a single one, under `WHOLE`, with the rule that splits it."""
 
     sources: dict[str, Source]
-    counted: dict[str, Survey]
+    counted: dict[str, Scan]
     rule: Rule | None
 
     @property
@@ -79,16 +79,16 @@ def open_sources(spec: str | Mapping[str, str], joined: bool) -> dict[str, Sourc
     return {name: dataclasses.replace(source, joiner=None) for name, source in opened.items()}
 
 
-def asked_rule(spec: str | None, sources: dict[str, Source]) -> Rule | None:
+def parse_rule(spec: str | None, sources: dict[str, Source]) -> Rule | None:
     """The rule that was asked for. UserError if there is none of that name, or nothing to split."""
     if spec is not None and WHOLE not in sources:
         raise UserError("each split has a source of its own, so there is nothing to split; leave --split out")
     return None if spec is None else make_rule(spec)
 
 
-def divided(sources: dict[str, Source], counted: dict[str, Survey], rule: Rule | None) -> Text:
+def with_split_rule(sources: dict[str, Source], counted: dict[str, Scan], rule: Rule | None) -> SplitText:
     """The text with its rule, by default that for so many documents. UserError where a split would be empty."""
     if WHOLE in sources:
         rule = rule or default_rule(counted[WHOLE])
         check_sizes(rule, counted[WHOLE], sources[WHOLE].spec)
-    return Text(sources, counted, rule)
+    return SplitText(sources, counted, rule)

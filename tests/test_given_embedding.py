@@ -15,7 +15,7 @@ from test_protocols import random_model
 import sedd
 from sedd import parallel
 from sedd.data.batches import Batch, batch
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.process import Absorbing, Uniform
 from sedd.diffusion.schedule import LogLinear
 from sedd.diffusion.score import stats_from
@@ -25,9 +25,9 @@ from sedd.training.objective import Objective, random_given
 from sedd.training.step import init_state, make_step
 
 V, L = 3, 4
-UNIFORM = ("process.name=uniform", "training.levels=times")
-OBSERVED = (*UNIFORM, "network.observed=True")
-NETWORK = Network(Uniform(V), "denoiser", 16, 1, 2, sigma_range=(1e-3, 7.0), condition=8, observed=True)
+UNIFORM = ("process.name=uniform", "training.noise_sampling=time")
+OBSERVED = (*UNIFORM, "network.given_embedding=True")
+NETWORK = Network(Uniform(V), "denoiser", 16, 1, 2, sigma_range=(1e-3, 7.0), cond_dim=8, given_embedding=True)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ class Exact:
 
     law: Joint
     told: bool = True
-    process, prediction, dropout, observed = Uniform(V), "denoiser", 0.0, True
+    process, prediction, dropout, given_embedding = Uniform(V), "denoiser", 0.0, True
 
     def stats(self, params, keys=None, lengths=None, given=None, masked_pairs=False, tightened=False):
         return stats_from(self.process, self.law.informed(self.process, given if self.told else jnp.zeros_like(given)))
@@ -55,7 +55,7 @@ class Exact:
 
 
 def given_rows(rows, lengths, seed=0):
-    keys = draws.row_keys(jax.random.key(seed), jnp.asarray(rows))
+    keys = keyed_random.row_keys(jax.random.key(seed), jnp.asarray(rows))
     return np.asarray(jax.jit(random_given)(keys, jnp.arange(np.max(lengths)) < jnp.asarray(lengths)[:, None]))
 
 
@@ -103,18 +103,21 @@ def random_params(network):
 
 def test_the_flag_is_one_more_parameter():
     """A vector of the width of the embedding; all others start as they do without it."""
-    init = jax.jit(lambda key, observed: dataclasses.replace(NETWORK, observed=observed).init(key), static_argnums=1)
-    with_flag, without = (init(jax.random.key(3), observed) for observed in (True, False))
+    init = jax.jit(
+        lambda key, given_embedding: dataclasses.replace(NETWORK, given_embedding=given_embedding).init(key),
+        static_argnums=1,
+    )
+    with_flag, without = (init(jax.random.key(3), given_embedding) for given_embedding in (True, False))
     flag = with_flag["trunk"].pop("given")
     assert flag.shape == (16,) and flag.dtype == jnp.float32 and np.std(flag) > 0.1
     jax.tree.map(np.testing.assert_array_equal, with_flag, without)
-    assert NETWORK.num_parameters() == dataclasses.replace(NETWORK, observed=False).num_parameters() + 16
+    assert NETWORK.num_parameters() == dataclasses.replace(NETWORK, given_embedding=False).num_parameters() + 16
 
 
 def test_with_nothing_given_it_is_the_network_without_the_flag():
     """Bit for bit, each way to ask, and to rounding where it is told so by flags. A flag is seen by every position of
     its row."""
-    params, plain = random_params(NETWORK), dataclasses.replace(NETWORK, observed=False)
+    params, plain = random_params(NETWORK), dataclasses.replace(NETWORK, given_embedding=False)
     x = jax.random.randint(jax.random.key(1), (2, L), 0, V)
     sigma, none = jnp.array([0.3, 2.0]), jnp.zeros((2, L), bool)
 
@@ -146,10 +149,10 @@ def test_a_model_tells_its_denoiser_and_its_score_what_is_given():
 
 
 def test_flags_without_a_place_for_them_are_refused():
-    plain, given = dataclasses.replace(NETWORK, observed=False), jnp.zeros((1, L), bool)
-    with pytest.raises(ValueError, match="no flag for given tokens; train one with network.observed=True"):
+    plain, given = dataclasses.replace(NETWORK, given_embedding=False), jnp.zeros((1, L), bool)
+    with pytest.raises(ValueError, match="no flag for given tokens; train one with network.given_embedding=True"):
         plain.denoiser({}, given=given)(jnp.zeros((1, L), int), jnp.ones(1))
-    with pytest.raises(ValueError, match="network.observed is for the uniform process"):
+    with pytest.raises(ValueError, match="network.given_embedding is for the uniform process"):
         dataclasses.replace(NETWORK, process=Absorbing(V))
 
 
@@ -162,7 +165,7 @@ def test_the_loss_is_the_entropy_of_the_others_given_them():
     rows, key = jnp.arange(2**15), jax.random.key(2)
     copied = MarkovChain(np.full(V, 1 / V), 0.94 * np.eye(V) + 0.02).joint(3)
     x0 = jnp.asarray(copied.draw(len(rows)))
-    objectives = [Objective(Exact(copied, told), LogLinear(1e-4), len(rows), "times", 1e-5) for told in (True, False)]
+    objectives = [Objective(Exact(copied, told), LogLinear(1e-4), len(rows), "time", 1e-5) for told in (True, False)]
 
     @jax.jit
     def found():
@@ -250,8 +253,8 @@ def test_a_network_learns_to_be_told():
     to the exact conditional, those of the same network without them are not; nor are its bounds of answers."""
     process, length, rows, steps = Uniform(4), 4, 128, 1500
     law = MarkovChain(np.full(4, 1 / 4), 0.94 * np.eye(4) + 0.015).joint(length)
-    network = Network(process, "denoiser", 32, 1, 2, sigma_range=(1e-3, 6.9), condition=32, observed=True)
-    objective = Objective(network, LogLinear(1e-3), rows, "times", 0.1)  # gradients scatter much at little noise
+    network = Network(process, "denoiser", 32, 1, 2, sigma_range=(1e-3, 6.9), cond_dim=32, given_embedding=True)
+    objective = Objective(network, LogLinear(1e-3), rows, "time", 0.1)  # gradients scatter much at little noise
     rate = optax.cosine_decay_schedule(5e-3, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate, b2=0.99))
     texts = jnp.asarray(law.draw(steps * rows)).reshape(steps, rows, length)

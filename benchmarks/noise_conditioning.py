@@ -1,6 +1,6 @@
 """Which noise to tell a network of the absorbing process: the sampler's, or what the row's own masked share says.
 
-    python benchmarks/told_noise.py --model=runs/mine
+    python benchmarks/noise_conditioning.py --model=runs/mine
 
 Takes blocks of the test split of the model's corpus, which must be packed, with so many free tokens at random positions
 and the others given. Two costs, in nats a free token: of revealing one token a call in random order, where the
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sedd
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 
 LAST = 1 - 2.0**-20  # a time of 1 has infinite noise
 
@@ -80,8 +80,8 @@ def leaping(model, tokens, free, steps, num_draws):
 
 def shuffled(draw, tokens, free):
     """A random order of each row's positions. Int[N L]; those below `free` are free, and in random order themselves."""
-    keys = draws.row_keys(draws.fold(draws.root_key(0), draw), jnp.arange(len(tokens)))
-    return np.asarray(draws.ranks(keys, jnp.ones(tokens.shape, bool)))
+    keys = keyed_random.row_keys(keyed_random.fold(keyed_random.root_key(0), draw), jnp.arange(len(tokens)))
+    return np.asarray(keyed_random.ranks(keys, jnp.ones(tokens.shape, bool)))
 
 
 def asked(model, tokens, masked, sigma):
@@ -92,14 +92,14 @@ def asked(model, tokens, masked, sigma):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _asked(network, process, params, tokens, masked, sigma):
-    x = process.hide(tokens, masked)
+    x = process.mask_tokens(tokens, masked)
     denoiser = network.denoiser(params)
 
     def nats(told):
         log_r = jnp.take_along_axis(denoiser(x, told, None), tokens[..., None], axis=-1)[..., 0]
         return -jnp.sum(jnp.where(masked, log_r, 0.0), axis=-1)
 
-    return jax.lax.map(nats, jnp.stack([sigma, process.sigma_seen(x)]))
+    return jax.lax.map(nats, jnp.stack([sigma, process.sigma_from_mask_ratio(x)]))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import threading
 import time
 from pathlib import Path
 
-from sedd import disk
 from sedd.errors import UserError
+from sedd.runtime import disk
 
 _RENEWED = 15.0  # seconds between renewals
 _SILENCE = 60.0  # seconds without one after which the job is dead

@@ -16,7 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sedd.diffusion import draws
+from sedd.diffusion import keyed_random
 from sedd.diffusion.process import Absorbing
 from sedd.diffusion.score import Denoiser
 
@@ -70,8 +70,8 @@ def _log_r_of_subsets(process, denoiser, x0, positions, batch_size, lengths) -> 
 
     def answers(subsets):
         revealed = (subsets[:, None] >> jnp.arange(n)[None]) & 1 > 0
-        x = jnp.broadcast_to(x0, (rows, *x0.shape)).at[:, positions].set(process.hide(clean, ~revealed))
-        log_clean = denoiser(x, process.sigma_seen(x, lengths), asked)
+        x = jnp.broadcast_to(x0, (rows, *x0.shape)).at[:, positions].set(process.mask_tokens(clean, ~revealed))
+        log_clean = denoiser(x, process.sigma_from_mask_ratio(x, lengths), asked)
         return jnp.take_along_axis(log_clean, clean[..., None], axis=-1)[..., 0]
 
     return jax.lax.map(answers, jnp.arange(groups * rows).reshape(groups, rows)).reshape(-1, n)
@@ -94,12 +94,12 @@ def order_log_likelihoods(
     keys: Key[B], one order each; x0: Int[B L]; free: Bool[B L], False where x0 is seen as it stands, masks too;
     lengths: Int[B], the valid lengths if they are not L. Pure; meant to be jitted.
     """
-    ranks, count = draws.ranks(keys, free), jnp.sum(free, axis=-1)
+    ranks, count = keyed_random.ranks(keys, free), jnp.sum(free, axis=-1)
 
     def reveal(k, total):
-        x = process.hide(x0, free & (ranks >= k))
+        x = process.mask_tokens(x0, free & (ranks >= k))
         position = jnp.argmax(ranks == k, axis=-1)[:, None]
-        log_clean = denoiser(x, process.sigma_seen(x, lengths), position)[:, 0]
+        log_clean = denoiser(x, process.sigma_from_mask_ratio(x, lengths), position)[:, 0]
         token = jnp.minimum(jnp.take_along_axis(x0, position, axis=-1), process.vocab_size - 1)
         return total + jnp.where(k < count, jnp.take_along_axis(log_clean, token, axis=-1)[:, 0], 0.0)
 

@@ -12,7 +12,7 @@ PROGRESS_DELAY = 2.0  # seconds of work before a bar is shown
 
 
 @dataclass(frozen=True)
-class Survey:
+class Scan:
     """Counts of a source, joiners included, and the SHA-256, in hexadecimal, of its documents."""
 
     documents: int
@@ -21,7 +21,7 @@ class Survey:
     sha256: str
 
 
-def survey(source: Source) -> Survey:
+def scan(source: Source) -> Scan:
     """Reads a source once.
 
     Raises:
@@ -39,4 +39,4 @@ def survey(source: Source) -> Survey:
             progress.update(len(encoded))
     if not documents:
         raise UserError(f"the source {source.spec} holds no text; choose another")
-    return Survey(documents, characters, num_bytes, digest.hexdigest())
+    return Scan(documents, characters, num_bytes, digest.hexdigest())

@@ -130,7 +130,8 @@ def main():
     parser.add_argument("--utilisation", type=float, default=0.4, help="of the peak, while computing")
     parser.add_argument("--links", type=float, default=0.5, help="of the links' and the network's rate, while sending")
     args = parser.parse_args()
-    heads = "model, chips, data fsdp model, rows x times, remat, GiB, compute, weights, sums, step, hours".split(", ")
+    heads = ["model", "chips", "data fsdp model", "rows x times", "remat", "GiB"]
+    heads += ["compute", "weights", "sums", "step", "hours"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for model, kind, chips in itertools.product(args.models.split(","), args.kinds.split(","), args.chips.split(",")):
         print(row_of(model, kind, int(chips), args), flush=True)

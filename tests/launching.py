@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tpu_launch"))
 
-import calls  # noqa: E402, F401
-import gcloud  # noqa: E402, F401
-import launch  # noqa: E402
+import calls  # noqa: F401
+import gcloud  # noqa: F401
+import launch
 
 STAND_IN = Path(__file__).parent / "stand_in"
 PLACE = ["--name=tpu", "--zone=zone-a"]

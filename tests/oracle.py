@@ -89,7 +89,7 @@ class Joint:
         chosen = np.random.default_rng(seed).choice(self.p.size, rows, p=self.p.ravel())
         return states(len(self.p), self.p.ndim)[chosen]
 
-    @functools.cache
+    @functools.cache  # noqa: B019, there are few
     def denoiser(self, process):
         """The exact Denoiser, of any x, at sigma 0 and infinity too."""
         return self.informed(process, False)

@@ -188,8 +188,7 @@ def test_rows_are_given_as_they_are_read(name, tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(content.encode().replace(b"end", b"end\n") + b"caf\xe9")
     found = []
     with pytest.raises(UserError, match="a is not UTF-8"):
-        for row in data.open_source(f"{name}:{tmp_path}/a").read():
-            found.append(row)
+        found.extend(data.open_source(f"{name}:{tmp_path}/a").read())
     assert [row.strip() for row in found] == [row.strip() for row in rows]
 
 
@@ -263,7 +262,7 @@ MISTAKES = {
     "quotes.csv": b'"1","a","b\n',
     "letters": b"anarchism Originated",
     "lines": b"anarchism originated\n",
-    "accents": "a".encode() * 20 + "é".encode(),
+    "accents": b"a" * 20 + "é".encode(),
 }
 
 

@@ -189,8 +189,8 @@ def test_text_ends_at_the_first_end_of_text_after_what_is_given(generator):
 
 def test_a_space_before_a_blank_is_left_to_the_blank():
     """Where tokens begin with their space; where a space is a token like any other it stays."""
-    words = "if x in self or the value of a key is not in any list of names then return none".split()
-    texts = [" ".join(np.random.default_rng(seed).permutation(words)) for seed in range(60)]
+    words = "if x in self or the value of a key is not in any list of names then return none"
+    texts = [" ".join(np.random.default_rng(seed).permutation(words.split())) for seed in range(60)]
     spaced, plain = (make_tokenizer(spec, texts, end_of_text=True) for spec in ("sentencepiece:300", "bytes"))
     assert plain.decode(before_blank("if x in self ", plain).tokens) == "if x in self "
     assert spaced.decode(before_blank("if x in self ", spaced).tokens) == "if x in self"

@@ -188,7 +188,7 @@ def test_given_tokens_are_the_same_on_any_devices(corpus):
     of a token that is scored. Control: of one that counts. The flag is learnt."""
     config = small_config(corpus, *OBSERVED, "network.layers=1", "training.accumulation=2")
     objective, optimizer, mesh = parts(config, corpus, 4)
-    init, step, where = make_step(config, objective, optimizer, mesh)
+    _, step, where = make_step(config, objective, optimizer, mesh)
     start = jax.device_get(jax.jit(lambda: init_state(config, objective, optimizer))())
     state, rows, lengths = jax.device_put(start, where), jnp.arange(8), np.array([16, 9, 16, 3, 1, 16, 12, 16])
 

@@ -68,7 +68,7 @@ def test_a_run_remembers_its_layout(run, model, tmp_path):
 
 def test_it_learns_and_samples_what_documents_are_like(run, model):
     """After forty steps it knows at least that padding is padding and that texts are digits and spaces."""
-    workdir, corpus = run
+    workdir, _ = run
     losses = [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").open() if "loss" in line]
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
     drawn = model.sample(num_samples=24, steps=4, seed=3)

@@ -1,6 +1,7 @@
 """The same numbers on any devices: the losses of a run on 1, 2, 4 and 8 of them, with and without accumulation."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -49,13 +50,11 @@ def compiled(config, corpus, devices):
     )
 
 
-def start(recipe, corpus, kept={}):
+@functools.cache
+def start(recipe, corpus):
     """The state before the first step, on the host: the same on any devices, and made once."""
-    if recipe in kept:
-        return kept[recipe]
     objective, optimizer, _ = parts(recipe(corpus), corpus, 1)
-    kept[recipe] = jax.device_get(jax.jit(lambda: init_state(recipe(corpus), objective, optimizer))())
-    return kept[recipe]
+    return jax.device_get(jax.jit(lambda: init_state(recipe(corpus), objective, optimizer))())
 
 
 def losses(recipe, corpus, devices, accumulation=1, mesh=None, steps=10, order=slice(None)):

@@ -291,17 +291,22 @@ def test_what_is_chosen_where_nothing_is_told(tmp_path):
 @pytest.mark.parametrize("name", FAMILY)
 def test_mistakes(name):
     """Each in one line, before the parameters are touched."""
-    model = dataclasses.replace(random_model(), params=None)
-    padded = dataclasses.replace(model, layout=Layout("padded", "ignored"))
-    for model, texts, name, message in [
+    packed = dataclasses.replace(random_model(), params=None)
+    padded = dataclasses.replace(packed, layout=Layout("padded", "ignored"))
+    for model, texts, protocol, message in [
         (padded, ["abc" * 9], name, f"{name} packs text, but the model was trained on padded documents; use clean"),
-        (model, ["abc", "def"], name, f"{name} leaves nothing of 6 tokens in 2 documents: .* block of 12 .* use clean"),
-        (model, [], name, f"{name} leaves nothing of 0 tokens in 0 documents"),
-        (model, ["abc", "b\ud800"], name, r"text 2 of 2 holds '\\ud800', which is no character"),
-        (model, ["abc"], name[1:], f"no protocol '{name[1:]}'; there are clean, sedd-paper, mdlm, duo"),
+        (
+            packed,
+            ["abc", "def"],
+            name,
+            f"{name} leaves nothing of 6 tokens in 2 documents: .* block of 12 .* use clean",
+        ),
+        (packed, [], name, f"{name} leaves nothing of 0 tokens in 0 documents"),
+        (packed, ["abc", "b\ud800"], name, r"text 2 of 2 holds '\\ud800', which is no character"),
+        (packed, ["abc"], name[1:], f"no protocol '{name[1:]}'; there are clean, sedd-paper, mdlm, duo"),
     ]:
         with pytest.raises(sedd.UserError, match=message) as error:
-            model.perplexity(texts, protocol=name)
+            model.perplexity(texts, protocol=protocol)
         assert "\n" not in str(error.value)
 
 
@@ -317,7 +322,7 @@ def test_clean_scores_each_token_once(tmp_path):
     corpus = small_corpus(tmp_path)
     scored = scoring_rows(CLEAN, corpus, "train", corpus.tokenizer, LENGTH, PACKED)
     tokens = np.asarray(corpus.tokens("train")).tolist()
-    assert sum(rows_of(scored), []) == tokens
+    assert list(itertools.chain(*rows_of(scored))) == tokens
     assert scored.counts[:-1].tolist() == [LENGTH] * (len(scored.tokens) - 1) and 0 < scored.counts[-1] < LENGTH
     np.testing.assert_array_equal(scored.lengths, scored.counts)
     for name in FAMILY:

@@ -230,9 +230,9 @@ def test_a_plan_reveals_each_free_position_once(sampler):
     assert sizes.max() <= width
     if isinstance(sampler, FixedCounts):
         assert sizes.max() == width and (sizes > 0).sum(0).max() == calls  # neither could be smaller
-    for free, bucket, chosen in zip(PATTERNS, np.asarray(bucket), chosen.swapaxes(0, 1), strict=True):
-        numbers = np.unique(bucket[free], return_inverse=True)[1]
-        assert np.array_equal(np.argmax(chosen, axis=0)[free], numbers)
+    for free, buckets, steps in zip(PATTERNS, np.asarray(bucket), chosen.swapaxes(0, 1), strict=True):
+        numbers = np.unique(buckets[free], return_inverse=True)[1]
+        assert np.array_equal(np.argmax(steps, axis=0)[free], numbers)
 
 
 def test_buckets_have_the_chances_of_the_grid():

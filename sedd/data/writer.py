@@ -66,7 +66,7 @@ def write_splits(
         for _ in range(done["chunks"]):
             progress(sum(len(segment.text.encode("utf-8")) for segment, _ in next(chunks)))
         recorded = time.monotonic()
-        for number, (chunk, tokens) in enumerate(_in_order(tokenizer, chunks, splits, workers), done["chunks"] + 1):
+        for number, (_chunk, tokens) in enumerate(_in_order(tokenizer, chunks, splits, workers), done["chunks"] + 1):
             for writer, part in zip(writers, tokens):
                 writer.append(part)
             done["chunks"] = number
@@ -187,7 +187,7 @@ class _SplitWriter:
         self._counts = counts or dict.fromkeys(("documents", "tokens", "bytes", "characters"), 0)
         offsets = OFFSET.itemsize * (self._counts["documents"] + 1)
         sizes = (dtype.itemsize * self._counts["tokens"], offsets, offsets)
-        self._files = [open(folder / f"{split}.{part}", "ab", buffering=2**20) for part in PARTS]
+        self._files = [open(folder / f"{split}.{part}", "ab", buffering=2**20) for part in PARTS]  # noqa: SIM115, closed by `close`
         for file, size in zip(self._files, sizes):
             file.truncate(size if counts else 0)
         if not counts:  # the first document begins at 0

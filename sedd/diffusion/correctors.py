@@ -44,7 +44,7 @@ _APART = 4  # free positions from one that Gibbs redraws to the next, at least
 class Corrector(abc.ABC):
     """One round of correction: one network call. Frozen and hashable, as samplers are."""
 
-    def check(self, process: Process) -> None:
+    def check(self, process: Process) -> None:  # noqa: B027, most correct any process
         """ValueError for a process that it cannot correct."""
 
     def plan(self, keys: jax.Array, free: jax.Array) -> Any:

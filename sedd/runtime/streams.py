@@ -64,7 +64,7 @@ def run(program: Callable[[], int]) -> int:
     """
     _open_descriptors()
     before = sys.stdout, sys.stderr
-    errors = sys.stderr = Stream(sys.stderr or open(os.devnull, "w"), keep=False)
+    errors = sys.stderr = Stream(sys.stderr or open(os.devnull, "w"), keep=False)  # noqa: SIM115, to the end
     if sys.stdout is None:
         print("sedd: error: stdout is closed; send the results somewhere, as in > FILE", file=errors)
         sys.stderr = before[1]

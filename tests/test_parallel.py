@@ -1,7 +1,6 @@
 """The same numbers on any devices: the losses of a run on 1, 2, 4 and 8 of them, with and without accumulation."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -50,11 +49,15 @@ def compiled(config, corpus, devices):
     )
 
 
-@functools.cache
+STARTS = {}  # by recipe
+
+
 def start(recipe, corpus):
     """The state before the first step, on the host: the same on any devices, and made once."""
-    objective, optimizer, _ = parts(recipe(corpus), corpus, 1)
-    return jax.device_get(jax.jit(lambda: init_state(recipe(corpus), objective, optimizer))())
+    if recipe not in STARTS:
+        objective, optimizer, _ = parts(recipe(corpus), corpus, 1)
+        STARTS[recipe] = jax.device_get(jax.jit(lambda: init_state(recipe(corpus), objective, optimizer))())
+    return STARTS[recipe]
 
 
 def losses(recipe, corpus, devices, accumulation=1, mesh=None, steps=10, order=slice(None)):

@@ -187,7 +187,7 @@ class _SplitWriter:
         self._counts = counts or dict.fromkeys(("documents", "tokens", "bytes", "characters"), 0)
         offsets = OFFSET.itemsize * (self._counts["documents"] + 1)
         sizes = (dtype.itemsize * self._counts["tokens"], offsets, offsets)
-        self._files = [open(folder / f"{split}.{part}", "ab", buffering=2**20) for part in PARTS]  # noqa: SIM115, closed by `close`
+        self._files = [open(folder / f"{split}.{part}", "ab", buffering=2**20) for part in PARTS]  # noqa: SIM115
         for file, size in zip(self._files, sizes):
             file.truncate(size if counts else 0)
         if not counts:  # the first document begins at 0

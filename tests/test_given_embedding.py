@@ -150,7 +150,7 @@ def test_a_model_tells_its_denoiser_and_its_score_what_is_given():
 
 def test_flags_without_a_place_for_them_are_refused():
     plain, given = dataclasses.replace(NETWORK, given_embedding=False), jnp.zeros((1, L), bool)
-    with pytest.raises(ValueError, match="no flag for given tokens; train one with network.given_embedding=True"):
+    with pytest.raises(ValueError, match="no embedding of given tokens; train one with network.given_embedding=True"):
         plain.denoiser({}, given=given)(jnp.zeros((1, L), int), jnp.ones(1))
     with pytest.raises(ValueError, match="network.given_embedding is for the uniform process"):
         dataclasses.replace(NETWORK, process=Absorbing(V))

@@ -70,10 +70,11 @@ def test_nothing_is_gathered_for_want_of_a_better_way(fresh, capfd, base, sizes)
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="later compilers know a way for the control too")
 def test_the_compiler_would_say_so(fresh, capfd, monkeypatch):
     """The control: looking tokens up in an embedding whose width is split."""
-    constrain_sharding = sharding.constrain_sharding
-    monkeypatch.setattr(
-        trunk, "laid", lambda x, *axes: x if axes == (sharding.SPLIT,) else constrain_sharding(x, *axes)
-    )
+
+    def constrain_all_but_the_embedding(x, *axes):
+        return x if axes == (sharding.MODEL_AXIS,) else sharding.constrain_sharding(x, *axes)
+
+    monkeypatch.setattr(trunk, "constrain_sharding", constrain_all_but_the_embedding)
     compiled(configs.paper, (2, 2, 2))
     assert "Involuntary" in capfd.readouterr().err
 
@@ -90,7 +91,7 @@ def test_devices_exchange_weights_and_no_logits(fresh, monkeypatch, base, sizes)
     found = list(exchanged(compiled(base, sizes)))
     assert {"all-gather", "all-reduce"} <= {kind for kind, _ in found}
     assert "all-to-all" not in dict(found) and max(size for _, size in found) <= largest
-    monkeypatch.setattr(sharding, "meshed", lambda: False)
+    monkeypatch.setattr(sharding, "has_mesh", lambda: False)
     assert max(size for _, size in exchanged(compiled(base, sizes))) > 2 * largest
 
 
@@ -103,12 +104,12 @@ def test_pairs_of_rows_stay_where_they_are(fresh):
 def test_a_mesh_of_other_axes_says_nothing():
     """Outside of any mesh, under one that someone else has named, and mapped over devices, arrays stay as they are."""
     x = jnp.ones((8, 4))
-    assert sharding.constrain_sharding(x, sharding.ROWS) is x
+    assert sharding.constrain_sharding(x, sharding.BATCH_AXES) is x
     with jax.sharding.use_abstract_mesh(parallel.data_mesh(jax.devices()[:2]).abstract_mesh):
-        assert jax.make_jaxpr(lambda x: sharding.constrain_sharding(x, sharding.ROWS))(x).eqns
+        assert jax.make_jaxpr(lambda x: sharding.constrain_sharding(x, sharding.BATCH_AXES))(x).eqns
     with jax.sharding.use_abstract_mesh(jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,)).abstract_mesh):
-        assert sharding.constrain_sharding(x, sharding.ROWS) is x
-    mapped = jax.make_jaxpr(jax.pmap(lambda x: sharding.constrain_sharding(x, sharding.ROWS)))(x)
+        assert sharding.constrain_sharding(x, sharding.BATCH_AXES) is x
+    mapped = jax.make_jaxpr(jax.pmap(lambda x: sharding.constrain_sharding(x, sharding.BATCH_AXES)))(x)
     assert "sharding_constraint" not in str(mapped)
 
 
@@ -117,13 +118,13 @@ def test_splash_attention_is_split_by_rows_and_heads():
     mesh = parallel.make_mesh(configs.override(configs.default(), ["mesh.fsdp=2", "mesh.model=2"]))
     q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 128, 2, 16))
     lengths = jnp.array([128, 5, 64, 100])
-    place = NamedSharding(mesh, P(sharding.ROWS, None, sharding.SPLIT))
+    place = NamedSharding(mesh, P(sharding.BATCH_AXES, None, sharding.MODEL_AXIS))
 
     def split(q, k, v, lengths):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return attend("splash", q, k, v, lengths)
 
-    step = jax.jit(split, in_shardings=(place, place, place, NamedSharding(mesh, P(sharding.ROWS))))
+    step = jax.jit(split, in_shardings=(place, place, place, NamedSharding(mesh, P(sharding.BATCH_AXES))))
     found = step(q, k, v, lengths)
     assert found.sharding.is_equivalent_to(place, 4) and not list(exchanged(step.lower(q, k, v, lengths).compile()))
     valid = np.arange(128) < lengths[:, None]

@@ -1,1 +1,1 @@
-"""The concrete score network: a diffusion transformer, and its edge to the mathematics."""
+"""The concrete score network: a diffusion transformer, and its conversions to denoisers and score statistics."""

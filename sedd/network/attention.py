@@ -1,39 +1,47 @@
-"""Attention over all valid positions, by the kernel that the config names. One function, whoever computes it."""
+"""Bidirectional attention over the valid positions, by one of three implementations of the same function."""
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from sedd.errors import UserError
-from sedd.network.sharding import ROWS, SPLIT, has_mesh
+from sedd.network.sharding import BATCH_AXES, MODEL_AXIS, has_mesh
 
-LANES = 128  # splash attention works on blocks of so many positions
-_ON = {"xla": ("cpu", "gpu", "tpu"), "cudnn": ("gpu",), "splash": ("tpu", "cpu")}  # on CPUs interpreted, for tests
+LANES = 128  # block size of splash attention, in positions
+# The platforms of each implementation. On CPUs the splash kernel is interpreted, for tests.
+_PLATFORMS = {"xla": ("cpu", "gpu", "tpu"), "cudnn": ("gpu",), "splash": ("tpu", "cpu")}
 
 
-def attend(how: str, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-    """softmax(q k / sqrt(K)) v, over the first `lengths` keys of each row. q, k, v: Float[B L H K]; lengths: Int[B].
+def attend(
+    implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None
+) -> jax.Array:
+    """softmax(q k / sqrt(K)) v over the first `lengths` keys of each row. q, k, v: Float[B L H K]; lengths: Int[B].
 
-    What the queries beyond a row's length get is nobody's business. UserError where `how` does not run here.
+    implementation: a key of ATTENTION. Outputs at positions beyond a row's length are unspecified. UserError if the
+    implementation does not run on the default backend.
     """
-    check_platform(how, jax.default_backend())
+    check_platform(implementation, jax.default_backend())
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # JAX's own functions promote
-        return ATTENTION[how](q, k, v, lengths)
+        return ATTENTION[implementation](q, k, v, lengths)
 
 
-def check_platform(how: str, platform: str):
-    """UserError where this kind of attention does not run on devices of the platform."""
-    if platform not in _ON[how]:
-        raise UserError(f"network.attention={how} does not run on {platform} devices; set network.attention=xla")
+def check_platform(implementation: str, platform: str):
+    """UserError if the implementation does not run on devices of the platform, or if JAX does not have its kernel."""
+    if platform not in _PLATFORMS[implementation]:
+        raise UserError(
+            f"network.attention={implementation} does not run on {platform} devices; set network.attention=xla"
+        )
+    if implementation == "splash":
+        _splash_modules()
 
 
-def check_sizes(how: str, dtype: str, head: int, length: int):
-    """ValueError where this kind of attention does not take these sizes. head: K, the width of a head."""
-    if how == "cudnn" and dtype != "bfloat16":
+def check_sizes(implementation: str, dtype: str, head: int, length: int):
+    """ValueError if the implementation does not support the sizes. head: K, the width of a head; length: L."""
+    if implementation == "cudnn" and dtype != "bfloat16":
         raise ValueError("network.attention=cudnn needs network.dtype=bfloat16")
-    if how == "cudnn" and (head % 8 or head > 256):
+    if implementation == "cudnn" and (head % 8 or head > 256):
         raise ValueError(f"network.attention=cudnn takes heads whose width is a multiple of 8, up to 256, not {head}")
-    if how == "splash" and length % LANES:
+    if implementation == "splash" and length % LANES:
         raise ValueError(f"network.attention=splash takes lengths that are a multiple of {LANES}, not {length}")
 
 
@@ -50,17 +58,13 @@ def _splash(q, k, v, lengths):
     check_sizes("splash", q.dtype.name, q.shape[-1], q.shape[1])
     if not has_mesh():
         return _splash_of_device(q, k, v, lengths)
-    split = P(ROWS, None, SPLIT)  # the compiler cannot split the kernel by itself
-    return jax.shard_map(_splash_of_device, in_specs=(split, split, split, P(ROWS)), out_specs=split, check_vma=False)(
-        q, k, v, lengths
-    )
+    spec = P(BATCH_AXES, None, MODEL_AXIS)  # the compiler cannot partition the kernel
+    in_specs = (spec, spec, spec, P(BATCH_AXES))
+    return jax.shard_map(_splash_of_device, in_specs=in_specs, out_specs=spec, check_vma=False)(q, k, v, lengths)
 
 
 def _splash_of_device(q, k, v, lengths):
-    # Imported by whoever uses it: Pallas for TPUs takes a second.
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
+    kernels, masks = _splash_modules()
     length, heads, head = q.shape[1:]
     block = max(size for size in (LANES, 2 * LANES, 4 * LANES) if length % size == 0)
     names = ("q", "kv", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
@@ -71,15 +75,28 @@ def _splash_of_device(q, k, v, lengths):
         q_seq_shards=1,
         interpret=jax.default_backend() == "cpu",
     )
-    # Valid positions see valid ones, the others each other, so that no row of the softmax is empty.
+    # Valid positions attend to valid ones, the others to each other, so that no row of the softmax is empty.
     valid = None if lengths is None else _valid(q, lengths).astype(jnp.int32)
     segments = None if lengths is None else kernels.SegmentIds(valid, valid)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in ((q * head**-0.5).astype(q.dtype), k, v))
     return jnp.swapaxes(jax.vmap(kernel)(q, k, v, segments), 1, 2)
 
 
+def _splash_modules():
+    """Returns the modules of the kernel and of its masks. UserError if this JAX does not have them."""
+    # Imported on use: Pallas for TPUs takes a second to import. JAX may drop its copy, which is no longer maintained.
+    try:
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+    except ImportError as error:
+        raise UserError(
+            f"network.attention=splash needs the splash attention kernel, which JAX {jax.__version__} does not have "
+            f"({error}); set network.attention=xla, or install a version of JAX that has it"
+        ) from None
+    return splash_attention_kernel, splash_attention_mask
+
+
 def _valid(x, lengths):
-    """Bool[B L]"""
+    """True at the first `lengths` positions of each row. x: [B L ...]; lengths: Int[B]. Bool[B L]."""
     return jnp.arange(x.shape[1])[None] < lengths[:, None]
 
 

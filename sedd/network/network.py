@@ -1,12 +1,12 @@
-"""The network as the rest of the house sees it: with its parameters, a Denoiser and a StatsFn.
+"""The network and its conversions: with parameters it is a Denoiser and a StatsFn.
 
-This is the edge at which what a network predicts becomes what a process understands. A network predicts one of
+This module converts the network's output into the quantities of a process. A network predicts one of
 
-    "score"     a free log score, as in the paper (for Absorbing less the shift log(e^sigma - 1) + log V), or
-    "denoiser"  log r itself, the law of the clean token given all the others.
+    "score"     an unnormalised log score, as in the paper (for Absorbing less the shift log(e^sigma - 1) + log V), or
+    "denoiser"  log r itself, the log posterior of the clean token given all other tokens.
 
-Training sees a free score as it is, bounds see `process.tightened` of it too. Samplers see `clean_from_score` of it,
-cut to the simplex once, here.
+The training loss uses an unnormalised score as it is; bounds also use `process.tightened` of it. Samplers use
+`process.clean_from_score` of it: the projection to the simplex is done here and nowhere else.
 """
 
 import dataclasses
@@ -16,24 +16,25 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.process import Absorbing, Process, log_expm1
+from sedd.diffusion.process import Absorbing, Uniform, log_expm1
 from sedd.diffusion.score import Denoiser, ScoreStats, StatsFn, clean_stats, score_stats
 from sedd.network.trunk import Head, Trunk, padded
 
 PREDICTIONS = ("denoiser", "score")
-MOST_ROWS, MOST_LOGITS = 64, 2**28  # that evaluation and sampling run at once, unless told otherwise
+MAX_ROWS, MAX_LOGITS = 64, 2**28  # of one batch on a device in evaluation and sampling, by default
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """All of a network that is not its parameters; frozen and hashable, a static argument of jit.
+    """The hyperparameters of a network; frozen and hashable, a static argument of jit.
 
-    sigma_range: the noise it is trained on; what it is told is clipped to that, at any noise it is asked at.
-    observed: a flag a position says which tokens are given, and so clean at any noise. For the uniform process, where
-    a token does not show whether it was touched; under the absorbing one a given token is one that is not masked.
+    sigma_range: the noise levels of training; the sigma that the network is conditioned on is clipped to this range.
+    given_embedding: adds a learned embedding to the given tokens, which are clean at any noise. For the uniform process
+    only, where a token does not show whether it is corrupted; under the absorbing process any token but the mask is
+    clean.
     """
 
-    process: Process
+    process: Absorbing | Uniform
     prediction: str
     width: int
     layers: int
@@ -54,7 +55,9 @@ class Network:
         if self.width % (2 * self.heads):
             raise ValueError(f"network.width ({self.width}) must be a multiple of twice network.heads ({self.heads})")
         if self.given_embedding and isinstance(self.process, Absorbing):
-            raise ValueError("network.given_embedding is for the uniform process; the absorbing one needs no flag")
+            raise ValueError(
+                "network.given_embedding is for the uniform process; the absorbing process does not need it"
+            )
 
     @property
     def trunk(self) -> Trunk:
@@ -78,7 +81,7 @@ class Network:
         return Head(self.process.num_states)
 
     def init(self, key: jax.Array) -> dict:
-        """Fresh parameters, float32: {"trunk": ..., "head": ...}. Pure; can be jitted, sharded or only traced."""
+        """Initial parameters, float32: {"trunk": ..., "head": ...}. A pure function that can be jitted and sharded."""
         tokens, sigma = jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.float32)
         for_trunk, for_head = jax.random.split(keyed_random.threefry(key))
         trunk = self.trunk.init(for_trunk, tokens, sigma)
@@ -86,21 +89,21 @@ class Network:
         return {"trunk": trunk["params"], "head": self.head.init(for_head, *sites)["params"]}
 
     def num_parameters(self) -> int:
-        """How many parameters there are, the rows of padding not counted."""
+        """Number of parameters, without the padding of the vocabulary."""
         params = jax.eval_shape(self.init, keyed_random.root_key(0))
         stored = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-        spare = padded(self.process.num_states) - self.process.num_states
-        return stored - spare * (self.width + self.width + 1)
+        num_padding = padded(self.process.num_states) - self.process.num_states
+        return stored - num_padding * (self.width + self.width + 1)
 
     def rows_at_once(self, length: int) -> int:
-        """How many rows of so many tokens to run together, on a device: their logits fit into a gigabyte."""
-        return max(1, min(MOST_ROWS, MOST_LOGITS // (length * self.process.num_states)))
+        """Default batch size per device for rows of `length` tokens: their logits fit into a gigabyte."""
+        return max(1, min(MAX_ROWS, MAX_LOGITS // (length * self.process.num_states)))
 
     def denoiser(self, params: dict, lengths: jax.Array | None = None, given: jax.Array | None = None) -> Denoiser:
-        """A Denoiser of these parameters; the head runs at the positions asked for.
+        """Returns the Denoiser of these parameters; the head runs at the requested positions only.
 
-        lengths: Int[B], the valid ones; given: Bool[B L], flags of positions that hold clean, given tokens in every x
-        that it will see. ValueError for flags, where the network is not `observed`, here and below.
+        lengths: Int[B], number of valid tokens; given: Bool[B L], True at positions that hold given, clean tokens in
+        every x. Here and below: ValueError if `given` is set and the network has no `given_embedding`.
         """
 
         def denoise(x, sigma, positions=None):
@@ -122,12 +125,12 @@ class Network:
         masked_pairs: bool = False,
         tightened: bool = False,
     ) -> StatsFn:
-        """A StatsFn of these parameters. keys: Key[B] for dropout; lengths: Int[B]; given: Bool[B L].
+        """Returns the StatsFn of these parameters. keys: Key[B] for dropout; lengths: Int[B]; given: Bool[B L].
 
-        masked_pairs: the head runs at masked positions only, of which rows 2i and 2i + 1 hold at most L + 1 together,
-        as counts in antithetic pairs do; those that are masked in x0 too are not asked. Elsewhere the statistics are 0,
-        for which Absorbing has no use. tightened: of a free score; puts an axis of two in front of the statistics,
-        those of the score as it is and those of `process.tightened` of it.
+        masked_pairs: the head runs at masked positions only, without those that are masked in x0 too. Rows 2i and
+        2i + 1 together may hold at most L + 1 of them, as antithetic mask counts do. At other positions the statistics
+        are 0; Absorbing does not use them. tightened: for an unnormalised score only; the statistics get a leading axis
+        of size two, for the score as it is and for `process.tightened` of it.
         """
 
         def stats(x, sigma, x0):
@@ -137,8 +140,8 @@ class Network:
             sites = (*sites, jnp.broadcast_to(sigma[:, None], x.shape))
             if not masked_pairs:
                 return self._stats(params, tightened, *sites)
-            take, put = _masked_of_pairs((x == self.process.mask) & (x0 != self.process.mask))
-            return jax.tree.map(put, self._stats(params, tightened, *map(take, sites)))
+            gather, scatter = _masked_of_pairs((x == self.process.mask) & (x0 != self.process.mask))
+            return jax.tree.map(scatter, self._stats(params, tightened, *map(gather, sites)))
 
         return stats
 
@@ -150,16 +153,16 @@ class Network:
         lengths: jax.Array | None = None,
         given: jax.Array | None = None,
     ) -> jax.Array:
-        """The log concrete score over all states, the mask's column too, 0 at the current token. Float32[B L S].
+        """The log concrete score of all states, the mask included; 0 at the current token. Float32[B L S].
 
-        Told the noise as it is, unclipped, like the published models. Under no mask the absorbing process has no use
-        for it.
+        Conditioned on sigma without clipping, like the published models. For the absorbing process it is meaningful at
+        masked positions only.
         """
         sigma = sigma.astype(jnp.float32)
         hidden, condition = self._hidden(params, x, sigma, lengths=lengths, given=given)
         logits = self._logits(params, hidden, condition[:, None])
         if self.prediction == "score":
-            return self._free_log_score(logits, x, sigma[:, None])
+            return self._unnormalised_log_score(logits, x, sigma[:, None])
         log_clean = self._log_clean(logits, x, sigma[:, None])
         log_noised = self.process.log_noised(log_clean, sigma[:, None])
         return log_noised - jnp.take_along_axis(log_noised, x[..., None], axis=-1)
@@ -169,7 +172,9 @@ class Network:
 
     def _hidden(self, params, x, sigma, keys=None, lengths=None, given=None):
         if given is not None and not self.given_embedding:
-            raise ValueError("this network has no flag for given tokens; train one with network.given_embedding=True")
+            raise ValueError(
+                "this network has no embedding of given tokens; train one with network.given_embedding=True"
+            )
         return self.trunk.apply({"params": params["trunk"]}, x, sigma, keys, lengths, given)
 
     def _logits(self, params, hidden, condition):
@@ -177,10 +182,10 @@ class Network:
 
     def _log_clean(self, logits, x, sigma):
         if self.prediction == "score":
-            return self.process.clean_from_score(self._free_log_score(logits, x, sigma), sigma)
+            return self.process.clean_from_score(self._unnormalised_log_score(logits, x, sigma), sigma)
         return jax.nn.log_softmax(logits[..., : self.process.vocab_size], axis=-1)
 
-    def _free_log_score(self, logits, x, sigma):
+    def _unnormalised_log_score(self, logits, x, sigma):
         if isinstance(self.process, Absorbing):
             logits = logits - (log_expm1(sigma) + math.log(self.process.vocab_size))[..., None]
         return jnp.where(jax.nn.one_hot(x, self.process.num_states, dtype=bool), 0.0, logits)
@@ -188,7 +193,7 @@ class Network:
     def _stats(self, params, tightened, hidden, condition, x, x0, sigma) -> ScoreStats:
         logits = self._logits(params, hidden, condition)
         if self.prediction == "score":
-            log_score = self._free_log_score(logits, x, sigma)
+            log_score = self._unnormalised_log_score(logits, x, sigma)
             if not tightened:
                 return score_stats(log_score, x, x0)
             scores = (log_score, self.process.tightened(log_score, sigma))
@@ -199,20 +204,20 @@ class Network:
 def _masked_of_pairs(masked: jax.Array):
     """Gather and scatter between all positions and the L + 1 masked ones of each pair of rows.
 
-    masked: Bool[B L]. Returns take: [B L ...] -> [B/2 L+1 ...], and its inverse put, 0 elsewhere. A pair with fewer
-    masks is filled up with positions that hold none.
+    masked: Bool[B L]. Returns gather: [B L ...] -> [B/2 L+1 ...], and its inverse scatter, 0 elsewhere. A pair with
+    fewer masks is filled up with positions that are not masked.
     """
-    # Sorted, taken and put pair by pair, all by `vmap`: then no device needs the pairs of another one.
+    # Pair by pair under `vmap`, so that no device needs the pairs of another.
     batch, length = masked.shape
-    where = jnp.argsort(~masked.reshape(batch // 2, 2 * length), axis=-1, stable=True)[:, : length + 1]
+    indices = jnp.argsort(~masked.reshape(batch // 2, 2 * length), axis=-1, stable=True)[:, : length + 1]
 
-    def take(values):
-        return jax.vmap(lambda row, at: row[at])(values.reshape(batch // 2, 2 * length, *values.shape[2:]), where)
+    def gather(values):
+        return jax.vmap(lambda row, at: row[at])(values.reshape(batch // 2, 2 * length, *values.shape[2:]), indices)
 
-    def put(found):  # [... B/2 L+1], with or without an axis in front
+    def scatter(values):  # [... B/2 L+1], with or without a leading axis
         def one(row, at):
             return jnp.zeros((*row.shape[:-1], 2 * length), row.dtype).at[..., at].set(row)
 
-        return jax.vmap(one, (-2, 0), -2)(found, where).reshape(*found.shape[:-2], batch, length)
+        return jax.vmap(one, (-2, 0), -2)(values, indices).reshape(*values.shape[:-2], batch, length)
 
-    return take, put
+    return gather, scatter

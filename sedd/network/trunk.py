@@ -2,8 +2,8 @@
 
 Bidirectional attention with rotary positions, conditioned on sigma by adaLN-zero (Peebles and Xie, arXiv 2212.09748);
 embedding and head are not tied. Parameters, residual stream, norms and logits are float32; the linear maps and the
-attention of the trunk run in `dtype`. Dropout masks come from the key of each example, so that they do not depend on
-how a batch is laid out over devices.
+attention of the trunk run in `dtype`. Dropout masks are drawn from the key of each example, so that they do not
+depend on how a batch is sharded.
 """
 
 import functools
@@ -16,69 +16,66 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sedd.diffusion import keyed_random
 from sedd.network.attention import attend
-from sedd.network.sharding import ROWS, SPLIT, constrain_sharding
+from sedd.network.sharding import BATCH_AXES, MODEL_AXIS, constrain_sharding
 
-MULTIPLE = 128  # embedding rows and head columns are padded to a multiple of this, so that a mesh can split them
+MULTIPLE = 128  # embedding rows and head columns are padded to a multiple of this, so that a mesh can shard them
 FREQUENCIES = 256  # sine and cosine features of sigma
-REMAT = {  # what of a layer is recomputed in the backward pass -> the policy of what is kept
+REMAT = {  # the part of a layer that the backward pass recomputes -> the policy for what is saved
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names("dot"),  # all of it but the linear maps' results
+    "dots": jax.checkpoint_policies.save_only_these_names("dot"),  # recomputes all but the outputs of the linear maps
 }
 
 
 def padded(states: int) -> int:
-    """The number of states as it is stored."""
+    """The number of states, rounded up to the stored size: a multiple of MULTIPLE."""
     return states + -states % MULTIPLE
 
 
-def _like_torch(fan_in: int):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initialisation of the published models."""
+def _torch_uniform(fan_in: int):
+    """Initialiser U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default, used for the published models."""
     bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(x, kernel, in_axis, out_axes):
-    """x W, in the dtype of x. x: Float[N D]; kernel: Float32[D ...]; taken, made: what splits D, and the other axes.
+    """x W, in the dtype of x. x: Float[N D]; kernel: Float32[D ...].
 
-    The gradient is JAX's own; but the kernel is gathered and cast anew for it, where JAX would keep each one whole, and
-    its gradient, which devices sum, is of the kernel's dtype, where JAX would round each device's part to that of x.
+    in_axis: the mesh axis that shards D; out_axes: those of the kernel's other axes.
+    The gradient equals JAX's. The backward pass gathers and casts the kernel again, where JAX would save the gathered
+    copy; and the gradient of the kernel, summed over devices, has the kernel's dtype, where JAX would round each
+    device's part to that of x.
     """
-    return constrain_sharding(
-        jnp.tensordot(
-            constrain_sharding(x, ROWS, in_axis), constrain_sharding(kernel.astype(x.dtype), in_axis, *out_axes), 1
-        ),
-        ROWS,
-        *out_axes,
-    )
+    x = constrain_sharding(x, BATCH_AXES, in_axis)
+    kernel = constrain_sharding(kernel.astype(x.dtype), in_axis, *out_axes)
+    return constrain_sharding(jnp.tensordot(x, kernel, 1), BATCH_AXES, *out_axes)
 
 
 def _product_forward(x, kernel, in_axis, out_axes):
     return _product(x, kernel, in_axis, out_axes), (x, kernel)
 
 
-def _product_backward(in_axis, out_axes, kept, gradient):
-    x, kernel = kept
-    gradient = constrain_sharding(gradient, ROWS, *out_axes)
-    whole = constrain_sharding(
-        jax.lax.optimization_barrier(kernel).astype(x.dtype), in_axis, *out_axes
-    )  # else XLA takes the first one
+def _product_backward(in_axis, out_axes, residuals, gradient):
+    x, kernel = residuals
+    gradient = constrain_sharding(gradient, BATCH_AXES, *out_axes)
+    # Without the barrier XLA would keep the copy that the forward pass gathered.
+    gathered = constrain_sharding(jax.lax.optimization_barrier(kernel).astype(x.dtype), in_axis, *out_axes)
     columns = tuple(range(1, kernel.ndim))
-    to_x = constrain_sharding(jnp.tensordot(gradient, whole, (columns, columns)), ROWS, in_axis)
-    if jax.default_backend() == "cpu":  # where XLA lacks some products of bfloat16 with float32 sums
+    grad_x = constrain_sharding(jnp.tensordot(gradient, gathered, (columns, columns)), BATCH_AXES, in_axis)
+    if jax.default_backend() == "cpu":  # XLA for CPUs lacks some products of bfloat16 with float32 sums
         x, gradient = x.astype(kernel.dtype), gradient.astype(kernel.dtype)
-    return to_x, jnp.tensordot(x, gradient, (0, 0), preferred_element_type=kernel.dtype)
+    return grad_x, jnp.tensordot(x, gradient, (0, 0), preferred_element_type=kernel.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nn.Module):
-    """x W + b over the last axis. Zero-initialised on demand.
+    """x W + b over the last axis; with `zero` initialised to zero.
 
-    features: of the result, or several axes of them. split: which features a mesh splits over `layout.SPLIT`, those of
-    the result ("out", the last axis) or those of x ("in"); None: neither.
+    features: size of the output's last axis, or of its last axes. split: the features that are sharded over MODEL_AXIS,
+    those of the output ("out", the last axis), those of x ("in") or neither (None).
     """
 
     features: int | tuple[int, ...]
@@ -90,11 +87,11 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         features = self.features if isinstance(self.features, tuple) else (self.features,)
-        init = nn.initializers.zeros if self.zero else _like_torch(x.shape[-1])
+        init = nn.initializers.zeros if self.zero else _torch_uniform(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], *features), jnp.float32)
-        in_axis, out_axes = SPLIT if self.split == "in" else None, SPLIT if self.split == "out" else None
-        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # on CPUs the gradient of 3-D products takes twice as long
-        out_axes = (*(None,) * (len(features) - 1), out_axes)
+        in_axis, out_axis = MODEL_AXIS if self.split == "in" else None, MODEL_AXIS if self.split == "out" else None
+        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # the gradient of 3-D products takes twice as long on CPUs
+        out_axes = (*(None,) * (len(features) - 1), out_axis)
         y = checkpoint_name(_product(flat, kernel, in_axis, out_axes), "dot")
         if self.use_bias:
             y = y + self.param("bias", init, features, jnp.float32)[None].astype(self.dtype)
@@ -105,25 +102,25 @@ def _norm(name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=1e-5, use_bias=False, name=name)
 
 
-def _modulated(x, shift, scale):
+def _modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
 def _dropout(x, rate: float, keys, number):
-    """Drops entries by each example's own key. x: Float[B L D]; keys: Key[B], or None to drop nothing."""
+    """Dropout with the key of each example, folded with `number`. x: Float[B L D]; keys: Key[B]; None: no dropout."""
     if keys is None or rate == 0:
         return x
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keyed_random.fold(keys, number))
-    return jnp.where(kept, x / (1 - rate), 0.0)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keyed_random.fold(keys, number))
+    return jnp.where(keep, x / (1 - rate), 0.0)
 
 
 def _frequencies(count: int):
-    """The geometric series from 1 towards 1 / 10000. Float32[1 count]."""
+    """The geometric series 10000^(-i / count), from 1 towards 1 / 10000. Float32[1 count]."""
     return (10000.0 ** (-jnp.arange(count, dtype=jnp.float32) / count))[None]
 
 
-def _rotated(x):
-    """Rotary positions, base 10000, halves paired (Su et al., arXiv 2104.09864). x: Float[B L ... K]."""
+def _rotary(x):
+    """Rotary position embedding, base 10000, halves paired (Su et al., arXiv 2104.09864). x: Float[B L ... K]."""
     length, half = x.shape[1], x.shape[-1] // 2
     position, frequency = jnp.arange(length, dtype=jnp.float32), _frequencies(half)
     angle = (position[:, None] * frequency).reshape(1, length, *[1] * (x.ndim - 3), half)
@@ -133,7 +130,7 @@ def _rotated(x):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each modulated and gated by the condition. (h, layer) -> (h, None), as `nn.scan` has it."""
+    """Attention and MLP, each modulated and gated by `condition`. (h, layer) -> (h, None), as `nn.scan` requires."""
 
     heads: int
     dropout: float
@@ -146,14 +143,14 @@ class Block(nn.Module):
         modulation = Linear(6 * width, zero=True, name="modulation")(condition)[:, None]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
 
-        x = _modulated(_norm("norm_attention")(h), shift_a, scale_a)
+        x = _modulate(_norm("norm_attention")(h), shift_a, scale_a)
         x = Linear((3, width), use_bias=False, dtype=self.dtype, split="out", name="qkv")(x)
         q, k, v = jnp.moveaxis(x.reshape(batch, length, 3, self.heads, width // self.heads), 2, 0)
-        x = attend(self.attention, _rotated(q), _rotated(k), v, lengths).reshape(batch, length, width)
+        x = attend(self.attention, _rotary(q), _rotary(k), v, lengths).reshape(batch, length, width)
         x = Linear(width, use_bias=False, dtype=self.dtype, split="in", name="out")(x)
         h = h + gate_a * _dropout(x.astype(jnp.float32), self.dropout, keys, 2 * layer)
 
-        x = _modulated(_norm("norm_mlp")(h), shift_m, scale_m)
+        x = _modulate(_norm("norm_mlp")(h), shift_m, scale_m)
         x = Linear(4 * width, dtype=self.dtype, split="out", name="up")(x)
         x = Linear(width, dtype=self.dtype, split="in", name="down")(nn.gelu(x, approximate=True))
         h = h + gate_m * _dropout(x.astype(jnp.float32), self.dropout, keys, 2 * layer + 1)
@@ -161,7 +158,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Tokens and noise to hidden states. states: S, the ids a token can have; layers may be scanned or unrolled."""
+    """Maps tokens and noise to hidden states. states: S; scan: the layers are scanned, else unrolled."""
 
     states: int
     width: int
@@ -178,14 +175,15 @@ class Trunk(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, sigma, keys=None, lengths=None, given=None):
-        """tokens: Int[B L]; sigma: Float[B]; keys: Key[B] for dropout, or None; lengths: Int[B], the valid ones;
-        given: Bool[B L], the tokens that are clean whatever sigma is, where `observed`; None: none of them.
+        """Returns hidden states, Float32[B L D], and the conditioning vector of sigma, Float32[B C].
 
-        Returns hidden: Float32[B L D] and condition: Float32[B C].
+        tokens: Int[B L]; sigma: Float[B], total noise; keys: Key[B] for dropout; None: no dropout; lengths: Int[B],
+        number of valid tokens of each row; None: L; given: Bool[B L], True at tokens that are clean at any sigma, used
+        with `given_embedding` only; None: no token.
         """
         normal, shape = nn.initializers.normal(self.embedding_std), (padded(self.states), self.width)
         table = self.param("embedding", normal, shape, jnp.float32)
-        h = constrain_sharding(constrain_sharding(table, SPLIT)[tokens], ROWS)
+        h = constrain_sharding(constrain_sharding(table, MODEL_AXIS)[tokens], BATCH_AXES)
         if self.given_embedding:
             flag = self.param("given", normal, (self.width,), jnp.float32)
             h = h if given is None else jnp.where(given[..., None], h + flag[None, None], h)
@@ -211,7 +209,7 @@ class Trunk(nn.Module):
 
 
 class Head(nn.Module):
-    """Hidden states to logits, at whatever positions it is given. states: S."""
+    """Maps hidden states to logits, at any subset of positions. states: S."""
 
     states: int
 
@@ -219,5 +217,5 @@ class Head(nn.Module):
     def __call__(self, hidden, condition):
         """hidden: Float[... P D]; condition: Float[... P C] or Float[... 1 C]. Returns Float32[... P S]."""
         shift, scale = jnp.split(Linear(2 * hidden.shape[-1], zero=True, name="modulation")(condition), 2, axis=-1)
-        x = _modulated(_norm("norm")(hidden), shift, scale)
+        x = _modulate(_norm("norm")(hidden), shift, scale)
         return Linear(padded(self.states), zero=True, split="out", name="out")(x)[..., : self.states]

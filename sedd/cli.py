@@ -1,4 +1,4 @@
-"""The `sedd` command: its flags, and what it says of mistakes. What the commands do is in `sedd.commands`."""
+"""The `sedd` command: its flags and its error messages. The commands themselves are in `sedd.commands`."""
 
 import argparse
 import difflib
@@ -17,20 +17,20 @@ from sedd.samplers import PLANNED, SAMPLERS
 from sedd.version import __version__
 
 _SAMPLERS = f"{', '.join(SAMPLERS)} or {PLANNED}"
-QUICK = ("builtin:names", "builtin:functions")  # what the quickstart can train on
+QUICK = ("builtin:names", "builtin:functions")  # corpora of the quickstart
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Prints an invalid argument as one line, and exits with status 2."""
 
     def error(self, message):
-        if found := re.fullmatch(r"argument (--\w+): expected one argument", message):
-            message += f"; one that begins with - is written {found[1]}=-..."
+        if match := re.fullmatch(r"argument (--\w+): expected one argument", message):
+            message += f"; a value that begins with - is written {match[1]}=-..."
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 class _Once(argparse.Action):
-    """Stores a value; an error where the flag is there twice, since one of the two would be dropped silently."""
+    """Stores a value. A flag that is given twice with different values is an error, so that neither is dropped."""
 
     def __call__(self, parser, namespace, value, option=None):
         if getattr(namespace, self.dest, None) not in (None, value):
@@ -39,9 +39,9 @@ class _Once(argparse.Action):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 2 for a mistake of the user's.
+    """Runs one command. Returns the exit status: 0, 2 for an invalid argument or input, 130 for Ctrl-C.
 
-    With several processes every one of them runs it, process 0 prints, and a mistake of one ends all.
+    With several processes each of them runs the command, process 0 prints, and an error in one ends all.
     """
     return streams.run(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
 
@@ -56,11 +56,11 @@ def _main(argv: list[str]) -> int:
         print(f"sedd: {stopped}", file=sys.stderr)
     except KeyboardInterrupt:
         if args.command == "prepare":
-            print("sedd: stopped; what is done is kept, and the same command continues", file=sys.stderr)
+            print("sedd: stopped; finished parts are kept, and the same command continues", file=sys.stderr)
         processes.abort_job(130, "Ctrl-C")
         return 130
     except Exception as error:
-        line = str(error) if isinstance(error, UserError) else faults.fault(error, args.command)
+        line = str(error) if isinstance(error, UserError) else faults.message_for(error, args.command)
         if line is None:
             raise
         print(f"sedd: error: {line}", file=sys.stderr)
@@ -70,68 +70,69 @@ def _main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of a command, and the settings of the config, such as "training.steps=100". SystemExit for a mistake.
+    """Returns the flags of a command, and the config overrides, such as "training.steps=100".
 
-    Flags and templates come in any order; all after `--` is templates. `sedd help COMMAND` is `sedd COMMAND --help`.
+    Flags and templates come in any order; all arguments after `--` are templates. `sedd help COMMAND` is
+    `sedd COMMAND --help`. SystemExit for an invalid argument.
     """
-    parser, commands = _parsers()
+    parser, parsers = _parsers()
     if argv[:1] == ["help"]:
         argv = [*argv[1:], "--help"]
-    name = argv[0] if argv else None
-    if name not in commands:
-        later = next((word for word in argv if word in commands), None)
-        if later is not None and name.startswith("-") and name not in ("-h", "--help", "--version"):
-            parser.error(f"the command comes first, as in sedd {later} {shlex.quote(name)}")
-        parser.parse_args(argv)  # prints the help or the version, or says what is wrong
+    name = argv[0] if argv else ""
+    if name not in parsers:
+        command = next((word for word in argv if word in parsers), None)
+        if command is not None and name.startswith("-") and name not in ("-h", "--help", "--version"):
+            parser.error(f"the command comes first, as in sedd {command} {shlex.quote(name)}")
+        parser.parse_args(argv)  # prints the help, the version or the error, and exits
         parser.error("the following arguments are required: COMMAND")
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args, rest = commands[name].parse_known_intermixed_args(argv[1:cut])
+    end = argv.index("--") if "--" in argv else len(argv)
+    args, rest = parsers[name].parse_known_intermixed_args(argv[1:end])
     if hasattr(args, "template"):
-        args.template += map(_text, argv[cut + 1 :])
+        args.template += map(_utf8, argv[end + 1 :])
     else:
-        rest += argv[cut:]
+        rest += argv[end:]
     settings = [word for word in rest if args.takes_config and _SETTING.match(word)]
-    wrong = next((number for number, word in enumerate(rest) if word not in settings), None)
-    if wrong is not None:
-        parser.error(_unknown(commands[name], args, rest[wrong:]))
+    first_unknown = next((number for number, word in enumerate(rest) if word not in settings), None)
+    if first_unknown is not None:
+        parser.error(_unknown_argument(parsers[name], args, rest[first_unknown:]))
     return args, [word.removeprefix("--config.") for word in settings]
 
 
 _SETTING = re.compile(r"--config\.[^=]+=.")
 
 
-def _unknown(parser: argparse.ArgumentParser, args: argparse.Namespace, words: list[str]) -> str:
-    """What to say of words of which the first is no flag of a command."""
-    word, *after = words
+def _unknown_argument(parser: argparse.ArgumentParser, args: argparse.Namespace, words: list[str]) -> str:
+    """Returns the error message for an unknown argument. words: that argument, and those after it."""
+    word, *following = words
     flag = word.partition("=")[0]
     if args.takes_config and flag.startswith("--config."):
-        value = next((shlex.quote(other.lstrip("=")) for other in after if other != "="), "VALUE")
+        value = next((shlex.quote(other.lstrip("=")) for other in following if other != "="), "VALUE")
         return f"{flag} has no value; write {flag}={'VALUE' if value.startswith('--') else value}"
-    line = f"sedd {args.command} takes no {word}"
+    line = f"sedd {args.command} does not accept {word}"
     flags = _flags(parser, args)
-    near = difflib.get_close_matches("--" + flag.lstrip("-").replace("-", "_"), flags, n=1, cutoff=0.75)
-    if near and (word.startswith("-") or "=" in word):
-        line += f"; the nearest is {flags[near[0]]}"
+    nearest = difflib.get_close_matches("--" + flag.lstrip("-").replace("-", "_"), flags, n=1, cutoff=0.75)
+    if nearest and (word.startswith("-") or "=" in word):
+        line += f"; the nearest is {flags[nearest[0]]}"
     elif hasattr(args, "template"):
         line += "; a template that begins with - comes after --"
     return f"{line}; see sedd {args.command} --help"
 
 
 def _flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, str]:
-    """The flags of a command by what people may write instead of them: keys of the config without their group."""
-    found = {flag: flag for flag in re.findall(r"--\w+", parser.format_usage())}
+    """Returns the flags of a command by spelling, config keys also without `config.` or their group."""
+    flags = {flag: flag for flag in re.findall(r"--\w+", parser.format_usage())}
     if args.takes_config:
         from sedd import config as configs
 
         keys = [f"{group}.{name}" for group, members in configs.default().items() for name in members]
         short = {f"--{key.partition('.')[2]}": f"--config.{key}" for key in reversed(keys)}
-        found = short | {f"--{key}": f"--config.{key}" for key in keys} | found
-        found |= {f"--config.{key}": f"--config.{key}" for key in keys}
-    return found
+        flags = short | {f"--{key}": f"--config.{key}" for key in keys} | flags
+        flags |= {f"--config.{key}": f"--config.{key}" for key in keys}
+    return flags
 
 
-def _whole(text: str) -> int:
-    """A whole number, also one such as 1e3."""
+def _integer(text: str) -> int:
+    """Parses an integer, also one such as 1e3."""
     try:
         return int(text)
     except ValueError:
@@ -141,11 +142,11 @@ def _whole(text: str) -> int:
             return int(number)
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    raise argparse.ArgumentTypeError(f"{text!r} is not an integer")
 
 
-def _text(text: str) -> str:
-    """Text of the command line, which is UTF-8 whatever the locale."""
+def _utf8(text: str) -> str:
+    """Decodes text of the command line as UTF-8, in any locale."""
     try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeDecodeError:
@@ -153,117 +154,130 @@ def _text(text: str) -> str:
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
-    """That of `sedd` alone, and those of its commands by their names."""
+    """Returns the parser of `sedd`, and those of its commands by name."""
     about = "Score-entropy discrete diffusion for text."
     parser = _Parser(prog="sedd", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"sedd {__version__}")
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, run, text, takes_config=False):
-        more = " Any key of the config can be set, as in --config.training.steps=100." if takes_config else ""
-        made = parsers.add_parser(name, help=text, description=text + more, allow_abbrev=False)
-        made.set_defaults(run=run, command=name, takes_config=takes_config)
-        return made
+        overrides = " Any key of the config can be set, as in --config.training.steps=100." if takes_config else ""
+        subparser = parsers.add_parser(name, help=text, description=text + overrides, allow_abbrev=False)
+        subparser.set_defaults(run=run, command=name, takes_config=takes_config)
+        return subparser
 
-    quick = command("quickstart", commands.quickstart, "Train on a built-in corpus, evaluate, sample and infill.", True)
-    quick.add_argument("--workdir", default="runs/quickstart", help="where the run goes (%(default)s)")
-    quick.add_argument("--source", default=QUICK[0], choices=QUICK, help="(%(default)s)")
+    quick = command(
+        "quickstart", commands.quickstart, "Train a small model on a built-in corpus; evaluate, sample, infill.", True
+    )
+    quick.add_argument("--workdir", default="runs/quickstart", help="run directory (%(default)s)")
+    quick.add_argument("--source", default=QUICK[0], choices=QUICK, help="built-in corpus (%(default)s)")
 
-    prep = command("prepare", commands.prepare, "Tokenise a source once, into a corpus directory.")
-    prep.add_argument("--source", action=_Once, help=f"the text, to be split: {', '.join(sources.FORMS)}")
+    prep = command("prepare", commands.prepare, "Tokenize text into a corpus directory.")
+    prep.add_argument("--source", action=_Once, help=f"text to split: {', '.join(sources.FORMS)}")
     for split in SPLITS:
-        text = f"instead of --source: the text of the {split} split"
+        text = f"instead of --source: text of the {split} split"
         prep.add_argument(f"--{split}", action=_Once, metavar="SOURCE", help=text)
-    rules = "documents:0.9,0.05,0.05, position:90,5,5 or last:100000 (documents; position where they are few)"
+    rules = "documents:0.9,0.05,0.05, position:90,5,5 or last:100000 (documents, or position for few documents)"
     prep.add_argument("--split", metavar="RULE", help=rules)
     prep.add_argument("--tokenizer", default="sentencepiece:8000", help=f"{', '.join(tokenizers.FORMS)} (%(default)s)")
-    prep.add_argument("--out", action=_Once, required=True, help="the corpus directory to make")
-    modes = "packed, one stream of text, or padded, documents in rows of their own (%(default)s)"
+    prep.add_argument("--out", action=_Once, required=True, help="corpus directory to write")
+    modes = "packed: blocks cut from one stream; padded: a document per row (%(default)s)"
     prep.add_argument("--mode", default="packed", help=modes)
-    prep.add_argument("--padding", help="of padded documents: scored, or ignored (the default)")
-    prep.add_argument("--seed", type=_whole, default=0, help="draws the held-out documents, and their order")
-    prep.add_argument("--workers", type=_whole, help="threads (one a core); the corpus does not depend on them")
+    prep.add_argument("--padding", help="with --mode=padded: scored or ignored padding (ignored)")
+    prep.add_argument(
+        "--seed", type=_integer, default=0, help="seed of the split and of the document order (%(default)s)"
+    )
+    prep.add_argument("--workers", type=_integer, help="threads (one per core); the corpus is the same for any number")
 
-    train = command("train", commands.train, "Train, or continue the run that is in --workdir.", True)
-    text = "a file with get_config(), such as experiments/quickstart.py; else the default"
+    train = command("train", commands.train, "Train a model, or resume the run in --workdir.", True)
+    text = "Python file with get_config(), such as experiments/quickstart.py (the default config)"
     train.add_argument("--config", action=_Once, help=text)
-    train.add_argument("--workdir", action=_Once, help="where the run goes; required, but for a dry run")
-    text = "a model whose weights a new run starts from"
+    train.add_argument("--workdir", action=_Once, help="run directory; required unless --dry_run")
+    text = "initialise a new run from the weights of this model"
     train.add_argument("--init_from", action=_Once, metavar="MODEL", help=text)
-    train.add_argument("--dry_run", action="store_true", help="print sizes, memory and operations; train nothing")
+    train.add_argument("--dry_run", action="store_true", help="print parameters, memory and FLOPs without training")
 
     evaluate = command(
-        "eval", commands.evaluate, "Bound the negative log-likelihood of text, or measure the quality of samples."
+        "eval", commands.evaluate, "Report the NLL bound (negative ELBO) of text, or the quality of samples."
     )
     _add_model(evaluate, required=False)
-    text = "another, on the same noise: the difference and its error"
+    text = "second model, scored on the same noise: prints the difference and its standard error"
     evaluate.add_argument("--against", action=_Once, metavar="MODEL", help=text)
-    evaluate.add_argument("--data", action=_Once, help="a corpus directory (the one the model was trained on)")
-    text = "instead of --data: text as `sedd prepare` takes it, wikitext:wiki.test.raw"
+    evaluate.add_argument("--data", action=_Once, help="corpus directory (the training corpus)")
+    text = "instead of --data: a source of `sedd prepare`, such as wikitext:wiki.test.raw"
     evaluate.add_argument("--source", action=_Once, help=text)
-    evaluate.add_argument("--split", help="train, validation or test (what the protocol has; test)")
-    evaluate.add_argument("--protocol", help=f"{', '.join(PROTOCOLS)}, or several (clean)")
-    evaluate.add_argument("--draws", type=_whole, help="noise levels a block (the protocol's; the config's)")
-    evaluate.add_argument("--seed", type=_whole, help="of the noise (0)")
-    evaluate.add_argument("--batch_size", type=_whole, help="blocks at a time over all devices; changes no number")
-    text = "a folder for the report, and for what is scored, so that a job can go on"
+    evaluate.add_argument("--split", help="train, validation or test (the split of the protocol, else test)")
+    evaluate.add_argument("--protocol", help=f"{', '.join(PROTOCOLS)}, or a comma-separated list (clean)")
+    evaluate.add_argument(
+        "--draws", type=_integer, help="noise levels per block (that of the protocol, else of the config)"
+    )
+    evaluate.add_argument("--seed", type=_integer, help="seed of the noise (0)")
+    evaluate.add_argument(
+        "--batch_size", type=_integer, help="blocks per batch over all devices; does not change the result"
+    )
+    text = "folder for the report and the scores so far, from which an interrupted evaluation resumes"
     evaluate.add_argument("--out", action=_Once, help=text)
-    text = "instead of text: what `sedd sample --json` printed"
+    text = "instead of text: output of `sedd sample --json`, to measure sample quality"
     evaluate.add_argument("--samples", action=_Once, metavar="FILE", help=text)
-    text = "with --samples: a folder of a language model, for generative perplexity"
+    text = "with --samples: folder of the scoring language model, for generative perplexity"
     evaluate.add_argument("--judge", action=_Once, help=text)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
-    sample = command("sample", commands.sample, "Draw texts.")
+    sample = command("sample", commands.sample, "Sample texts.")
     _add_model(sample)
-    _add_sampling(sample)
+    _add_sampling_and_output(sample)
 
-    compare = command(
-        "sweep", commands.sweep, "Measure the quality of samples against network calls, for several samplers."
-    )
+    compare = command("sweep", commands.sweep, "Measure sample quality against network calls for several samplers.")
     _add_model(compare)
-    compare.add_argument("--samplers", default="tweedie,euler", help=f"of {_SAMPLERS} (%(default)s)")
-    compare.add_argument("--steps", default="8,16,32,64,128", help="of each sampler (%(default)s)")
-    compare.add_argument("--num_samples", type=_whole, default=64, help="at each point (%(default)s)")
-    compare.add_argument("--judge", action=_Once, help="a folder of a language model (the model itself, by its bound)")
-    compare.add_argument("--out", action=_Once, help="a folder for sweep.json and sweep.png")
-    _add_drawing(compare)
+    compare.add_argument(
+        "--samplers", default="tweedie,euler", help=f"comma-separated list of {_SAMPLERS} (%(default)s)"
+    )
+    compare.add_argument("--steps", default="8,16,32,64,128", help="comma-separated numbers of steps (%(default)s)")
+    compare.add_argument(
+        "--num_samples", type=_integer, default=64, help="samples per sampler and number of steps (%(default)s)"
+    )
+    compare.add_argument(
+        "--judge", action=_Once, help="folder of the scoring language model (the model itself, by its NLL bound)"
+    )
+    compare.add_argument("--out", action=_Once, help="folder for sweep.json and sweep.png")
+    _add_sampling_options(compare)
 
-    infill = command("infill", commands.infill, "Fill in the blanks of texts.")
+    infill = command("infill", commands.infill, "Fill in the blanks of texts, conditioned on the rest.")
     _add_model(infill)
-    _add_sampling(infill)
-    text = r"text with blanks, <blank:n> for n tokens, as in 'A <blank:8> sat.'; \<blank is literal text"
-    infill.add_argument("template", nargs="*", type=_text, help=text)
-    infill.add_argument("--prefix", type=_text, help="instead of a template: what comes before the blank")
-    infill.add_argument("--suffix", type=_text, help="instead of a template: what comes after the blank")
+    _add_sampling_and_output(infill)
+    text = r"text with blanks of n tokens, <blank:n>, as in 'A <blank:8> sat.'; \<blank is literal text"
+    infill.add_argument("template", nargs="*", type=_utf8, help=text)
+    infill.add_argument("--prefix", type=_utf8, help="instead of a template: text before the blank")
+    infill.add_argument("--suffix", type=_utf8, help="instead of a template: text after the blank")
     return parser, parsers.choices
 
 
 def _add_model(parser, required=True):
-    text = "a run, an exported model or a published SEDD checkpoint"
+    text = "run directory, exported model or published SEDD checkpoint"
     parser.add_argument("--model", action=_Once, required=required, help=text)
-    parser.add_argument("--tokenizer", help="of a model that has none: gpt2:FOLDER, and what else `sedd prepare` takes")
+    parser.add_argument("--tokenizer", help="for a model without one: gpt2:FOLDER or another of `sedd prepare`")
 
 
-def _add_sampling(parser):
-    parser.add_argument("--num_samples", type=_whole, default=1, help="how many, of each template (%(default)s)")
-    parser.add_argument("--steps", type=_whole, default=128, help="of the sampler (%(default)s)")
-    _add_drawing(parser)
+def _add_sampling_and_output(parser):
+    parser.add_argument("--num_samples", type=_integer, default=1, help="number of samples, per template (%(default)s)")
+    parser.add_argument("--steps", type=_integer, default=128, help="steps of the sampler (%(default)s)")
+    _add_sampling_options(parser)
     parser.add_argument("--sampler", default="tweedie", help=f"{_SAMPLERS} (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a text")
-    parser.add_argument("--watch", action="store_true", help="show the texts emerging, in the terminal")
-    text = "write a page that plays back how the texts emerged"
+    parser.add_argument("--json", action="store_true", help="print one JSON object per text")
+    parser.add_argument("--watch", action="store_true", help="show each step of sampling in the terminal")
+    text = "write an HTML page that plays the steps of sampling"
     parser.add_argument("--html", action=_Once, metavar="FILE", help=text)
 
 
-def _add_drawing(parser):
-    parser.add_argument(
-        "--length", type=_whole, help="tokens in all (the model's block); longer texts are drawn block after block"
-    )
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the law over clean tokens (%(default)s)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens of this mass (%(default)s)")
-    parser.add_argument("--seed", type=_whole, default=0)
-    parser.add_argument("--batch_size", type=_whole, help="rows at a time; changes no sample")
+def _add_sampling_options(parser):
+    text = "length in tokens (the block length); longer texts are sampled semi-autoregressively"
+    parser.add_argument("--length", type=_integer, help=text)
+    text = "temperature of the distribution over clean tokens (%(default)s)"
+    parser.add_argument("--temperature", type=float, default=1.0, help=text)
+    text = "nucleus sampling: keep the most probable tokens of this total probability (%(default)s)"
+    parser.add_argument("--top_p", type=float, default=1.0, help=text)
+    parser.add_argument("--seed", type=_integer, default=0, help="random seed (%(default)s)")
+    parser.add_argument("--batch_size", type=_integer, help="rows per batch; does not change the samples")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What each command of `sedd` does, given its flags: results go to stdout, progress and errors to stderr.
+"""The commands of `sedd`: results go to stdout, progress and errors to stderr.
 
-The public functions take the parsed flags, and the settings of the config that were set.
+Each public function takes the parsed flags, and the config overrides, such as "training.steps=100".
 """
 
 import functools
@@ -18,7 +18,7 @@ from sedd.runtime import disk, processes, storage
 
 
 def prepare(args, _):
-    """Tokenises a source into a corpus directory, and says what is in it."""
+    """Tokenizes a source into a corpus directory, and prints the size of its splits."""
     from sedd.data.prepare import prepare
 
     given = {split: getattr(args, split) for split in SPLITS if getattr(args, split) is not None}
@@ -28,13 +28,13 @@ def prepare(args, _):
     corpus = prepare(args.source or given, args.tokenizer, args.out, args.seed, **rules)
     for split, counts in corpus.meta["splits"].items():
         sizes = f"{counts['documents']:12,} documents {counts['tokens']:15,} tokens {counts['bytes']:15,} bytes"
-        copies = counts.get("also_in_train")  # not of train, nor in corpora of before
+        copies = counts.get("also_in_train")  # absent for train, and in corpora of earlier versions
         print(f"{split:11}{sizes}" + (f"; {copies['documents']:,} documents also in train" if copies else ""))
     print(f"vocabulary {corpus.vocab_size:,} tokens, {corpus.layout.name}; corpus in {args.out}")
 
 
 def train(args, settings):
-    """Trains, or goes on with a run; or estimates what a run would take."""
+    """Trains or resumes a run, or with --dry_run prints an estimate of its sizes, memory and FLOPs."""
     from sedd import config as configs
     from sedd.config_file import load_config
     from sedd.loading import load
@@ -46,7 +46,7 @@ def train(args, settings):
         print(_estimate(config))
         return
     if args.workdir is None:
-        raise UserError("train needs a --workdir, the folder where the run goes")
+        raise UserError("train needs a --workdir, the run directory")
     _join()
     weights = load(args.init_from).params if args.init_from else None
     summary = fit(config, args.workdir, weights, args.init_from)
@@ -61,22 +61,22 @@ def train(args, settings):
 
 
 def _join():
-    """Joins the other processes of the job, of which process 0 alone prints results."""
+    """Joins the processes of a distributed job, in which only process 0 prints results."""
     sys.stdout.flush()
     results = os.dup(1)
-    os.dup2(2, 1)  # what the library of the collectives prints is no result
+    os.dup2(2, 1)  # the collectives library prints to stdout
     try:
         processes.initialize()
     finally:
         if not processes.are_many():
             os.dup2(results, 1)
             os.close(results)
-    if processes.are_many():  # of the guarded stream that `sedd.runtime.streams` has put there
+    if processes.are_many():  # sys.stdout is the guarded stream of `sedd.runtime.streams`
         sys.stdout.stream = os.fdopen(results if processes.is_first() else os.open(os.devnull, os.O_WRONLY), "w")
 
 
 def _estimate(config):
-    """What a run would take. Neither the corpus nor the folder of the run need be there."""
+    """Returns an estimate of a run. Needs no run directory, and no corpus if data.vocab_size is set."""
     import jax
 
     from sedd.data.corpus import open_corpus
@@ -87,16 +87,16 @@ def _estimate(config):
 
 
 def evaluate(args, _):
-    """Scores text with a model, or two, or measures samples."""
+    """Scores text with one model or two, or measures the quality of samples."""
     from sedd.loading import load, with_tokenizer
 
     if (args.model is None) == (args.samples is None):
-        raise UserError("eval needs either a --model, or --samples to measure the quality of")
+        raise UserError("eval needs either --model or --samples")
     if args.samples:
         _eval_samples(args)
         return
     if args.judge:
-        raise UserError("--judge goes with --samples; a model's own number needs none")
+        raise UserError("--judge goes with --samples; the bound of a model needs none")
     if args.data and args.source:
         raise UserError("give either --data or --source")
     names = ["clean"] if args.protocol is None else args.protocol.split(",")
@@ -106,19 +106,19 @@ def evaluate(args, _):
     _join()
     models = [load(path) for path in (args.model, args.against) if path]
     if args.tokenizer:
-        lacking = [model for model in models if model.tokenizer is None] or models
-        models = [with_tokenizer(model, args.tokenizer) if model in lacking else model for model in models]
+        without = [model for model in models if model.tokenizer is None] or models
+        models = [with_tokenizer(model, args.tokenizer) if model in without else model for model in models]
     text = sources.open_source(args.source) if args.source else _corpus(args, models[0])
     settings = {name: getattr(args, name) for name in ("split", "draws", "batch_size")} | {"seed": args.seed or 0}
     if args.against:
-        found = models[0].compare(models[1], text, protocol=protocols[0], out=args.out, **settings)
-        print(found.to_json() if args.json else found)
+        comparison = models[0].compare(models[1], text, protocol=protocols[0], out=args.out, **settings)
+        print(comparison.to_json() if args.json else comparison)
     else:
         _eval_protocols(args, models[0], text, protocols, settings)
 
 
 def _corpus(args, model):
-    """The corpus that is given, or the one that the model was trained on."""
+    """Opens the corpus of --data, by default the one that the model was trained on."""
     from sedd.data.corpus import open_corpus
 
     if args.data is not None:
@@ -127,28 +127,28 @@ def _corpus(args, model):
         return open_corpus(model.config.data.corpus)
     except UserError as error:
         raise UserError(
-            f"{args.model} was trained on a corpus that cannot be opened here ({error}); say where it is with --data="
+            f"{args.model} was trained on a corpus that cannot be opened ({error}); give its folder as --data=FOLDER"
         ) from None
 
 
 def _eval_protocols(args, model, text, protocols, settings):
-    """The model's number under one protocol, or a table of several."""
+    """Prints the report of the model under one protocol, or a table of several."""
     from sedd.evaluation.pictures import plot_profile
     from sedd.evaluation.report import table
 
     reports, several = [], len(protocols) > 1
     folder = None if args.out is None else storage.folder_of(args.out)
-    with storage.held(folder if several else None):
+    with storage.locked_by_first(folder if several else None):
         for name in protocols:
             out = folder / name if folder and several else folder
             try:
                 reports.append(model.perplexity(text, protocol=name, out=out, **settings))
             except Exception:
-                if reports:  # what is done is not lost
+                if reports:  # so that finished protocols are printed
                     print(table(reports))
                 raise
             if out and processes.is_first():
-                _picture(plot_profile, reports[-1].profile, out / "profile.png", reports[-1].noise)
+                _plot(plot_profile, reports[-1].profile, out / "profile.png", reports[-1].noise)
     if len(reports) == 1:
         print(reports[0].to_json() if args.json else reports[0])
     else:
@@ -156,7 +156,7 @@ def _eval_protocols(args, model, text, protocols, settings):
 
 
 def _eval_samples(args):
-    """The quality of samples that were drawn before."""
+    """Prints the quality of the samples in a file."""
     from sedd.evaluation.quality import quality, read_samples
 
     for name in ("against", "data", "source", "split", "protocol", "draws", "seed", "batch_size", "out"):
@@ -164,31 +164,31 @@ def _eval_samples(args):
             raise UserError(f"--{name} goes with --model; the samples in a file need only --judge and --tokenizer")
     tokenizer = args.tokenizer and tokenizers.given_tokenizer(args.tokenizer)
     texts, tokens = read_samples(args.samples, tokenizer)
-    found = quality(texts, tokens, args.judge and _judge(args.judge))
-    print(found.to_json() if args.json else found)
+    measured = quality(texts, tokens, args.judge and _scorer(args.judge))
+    print(measured.to_json() if args.json else measured)
 
 
-def _judge(path):
-    """A causal language model in a local folder, or one of this package's models, whose nats are a bound."""
+def _scorer(path):
+    """Opens a scoring model: a causal language model in a local folder, or a model of sedd, by its NLL bound."""
     from sedd.evaluation.scorers import holds_language_model, open_scorer
     from sedd.loading import load
 
     if holds_language_model(Path(disk.absolute(path))):
         return open_scorer(path)
-    return _own(load(path), path)
+    return _bound_scorer(load(path), path)
 
 
-def _own(model, name):
-    """A model of this package as a judge."""
+def _bound_scorer(model, name):
+    """Returns a Scorer that scores texts by the NLL bound of a model of sedd."""
     if model.tokenizer is None:
-        raise UserError(f"the judge {name} has no tokenizer, so it reads no text; give another --judge")
-    judge = functools.partial(model.judge)
-    judge.name = f"{name}, a bound"
-    return judge
+        raise UserError(f"the scoring model {name} has no tokenizer, so it cannot score text; give another --judge")
+    scorer = functools.partial(model.score_texts)
+    scorer.name = f"{name}, a bound"
+    return scorer
 
 
 def sweep(args, _):
-    """Measures samples by several samplers in several numbers of steps."""
+    """Measures sample quality for several samplers and numbers of steps."""
     from sedd.evaluation.pictures import plot_sweep
     from sedd.evaluation.sweep import sweep, table, to_json
     from sedd.loading import load
@@ -199,91 +199,92 @@ def sweep(args, _):
         raise UserError(f"--steps takes numbers, as in 8,16,32, not {args.steps!r}") from None
     _join()
     model = load(args.model, args.tokenizer)
-    judge = _judge(args.judge) if args.judge else model.tokenizer and _own(model, args.model)
+    scorer = _scorer(args.judge) if args.judge else model.tokenizer and _bound_scorer(model, args.model)
     samplers = [name.strip() for name in args.samplers.split(",")]
-    drawing = {name: getattr(args, name) for name in ("length", "temperature", "top_p", "batch_size")}
+    options = {name: getattr(args, name) for name in ("length", "temperature", "top_p", "batch_size")}
     folder = None if args.out is None else storage.folder_of(args.out)
-    with storage.held(folder):
-        points = sweep(model.generator, samplers, steps, args.num_samples, judge, args.seed, **drawing)
+    with storage.locked_by_first(folder):
+        points = sweep(model.generator, samplers, steps, args.num_samples, scorer, args.seed, **options)
         print(table(points))
         if folder and processes.is_first():
-            with storage.written(folder):
+            with storage.user_errors(folder):
                 disk.write_json_atomic(folder / "sweep.json", to_json(points) + "\n")
-            _picture(plot_sweep, points, folder / "sweep.png")
+            _plot(plot_sweep, points, folder / "sweep.png")
 
 
-def _picture(plot, what, path, *more):
-    """Draws, where there is a library to draw with; the numbers are saved without it."""
+def _plot(plot, values, path, *options):
+    """Plots if matplotlib is installed; else prints why not. The values are saved in either case."""
     try:
-        plot(what, path, *more)
+        plot(values, path, *options)
     except UserError as missing:
         print(f"sedd: no {path}: {missing}", file=sys.stderr)
 
 
 def sample(args, _):
-    """Draws texts."""
-    _draw(args, lambda model: model.sample, 1)
+    """Samples texts."""
+    _generate(args, lambda model: model.sample, 1)
 
 
 def infill(args, _):
     """Fills in the blanks of texts."""
-    where = dict(prefix=args.prefix, suffix=args.suffix)
-    _draw(args, lambda model: functools.partial(model.infill, args.template or None, **where), len(args.template) or 1)
+    sides = dict(prefix=args.prefix, suffix=args.suffix)
+    num_templates = len(args.template) or 1
+    _generate(args, lambda model: functools.partial(model.infill, args.template or None, **sides), num_templates)
 
 
-def _draw(args, method, templates: int):
-    """Draws texts, shown as they emerge where that is wanted, and prints them."""
+def _generate(args, method, num_templates: int):
+    """Generates texts and prints them, with --watch each step too. method: maps a Model to its sample or infill."""
     from sedd.loading import load
     from sedd.playback import Terminal, page
 
     html = None if args.html is None else Path(disk.absolute(args.html))
     if html and (html.is_dir() or not html.parent.is_dir() or not os.access(html.parent, os.W_OK)):
-        raise UserError(f"--html={args.html} cannot be written; name a file in a folder that is there")
+        raise UserError(f"--html={args.html} cannot be written; name a file in an existing folder")
     _join()
     model = load(args.model, args.tokenizer)
-    shown = model.tokenizer, getattr(model.process, "mask", None)
+    vocabulary = model.tokenizer, getattr(model.process, "mask", None)
     names = ("num_samples", "length", "steps", "sampler", "temperature", "top_p", "seed", "batch_size")
     settings = {name: getattr(args, name) for name in names} | {"trace": html is not None}
     if args.watch and processes.is_first():
-        with Terminal(*shown, args.num_samples * templates) as terminal:
-            drawn = method(model)(**settings, watch=terminal)
+        with Terminal(*vocabulary, args.num_samples * num_templates) as terminal:
+            samples = method(model)(**settings, watch=terminal)
     else:
-        drawn = method(model)(**settings)
-    _print_texts(drawn, args)
+        samples = method(model)(**settings)
+    _print_texts(samples, args)
     if html and processes.is_first():
         about = {name: getattr(args, name) for name in ("model", "sampler", "steps", "temperature", "top_p", "seed")}
-        about["network calls"] = drawn.network_calls
-        with disk.faults(html):
-            html.write_text(page(drawn.trace, drawn.given, *shown, about), encoding="utf-8")
-        print(f"wrote {args.html}, which any browser plays", file=sys.stderr)
+        about["network calls"] = samples.network_calls
+        with disk.user_errors(html):
+            html.write_text(page(samples.trace, samples.given, *vocabulary, about), encoding="utf-8")
+        print(f"wrote {args.html}; open it in a browser", file=sys.stderr)
 
 
-def _print_texts(drawn, args):
-    """The texts, or with --json an object each; how varied they are goes to stderr."""
+def _print_texts(samples, args):
+    """Prints the texts, or with --json an object each; network calls and unigram entropy go to stderr."""
     from sedd.evaluation.quality import quality
 
-    texts = [None] * len(drawn.tokens) if drawn.texts is None else drawn.texts
-    for number, (text, tokens, length) in enumerate(zip(texts, drawn.tokens, drawn.lengths)):
+    texts = [None] * len(samples.tokens) if samples.texts is None else samples.texts
+    for number, (text, tokens, length) in enumerate(zip(texts, samples.tokens, samples.lengths)):
         ids = tokens[tokens >= 0].tolist()
         if args.json:
             settings = {name: getattr(args, name) for name in ("seed", "sampler", "steps")}
             record = {"text": text, "tokens": ids, "length": int(length), **settings}
-            print(json.dumps(record | {"network_calls": drawn.network_calls}))
+            print(json.dumps(record | {"network_calls": samples.network_calls}))
         else:
             print(f"--- {number + 1} of {len(texts)}" if len(texts) > 1 else "---")
             print(ids if text is None else text)
-    made = [tokens[:length] for tokens, length in zip(drawn.tokens, drawn.lengths) if length]
-    if made:
-        entropy = quality(None, made).unigram_entropy
-        print(f"{drawn.network_calls} network calls; unigram entropy {entropy:.3f} nats a token", file=sys.stderr)
+    nonempty = [tokens[:length] for tokens, length in zip(samples.tokens, samples.lengths) if length]
+    if nonempty:
+        entropy = quality(None, nonempty).unigram_entropy
+        print(f"{samples.network_calls} network calls; unigram entropy {entropy:.3f} nats per token", file=sys.stderr)
 
 
 def quickstart(args, settings):
-    """Trains, evaluates, samples and infills, from nothing."""
+    """Trains on a built-in corpus, evaluates, samples and infills."""
     import jax
 
     from sedd.quickstart import quickstart
 
-    if jax.default_backend() == "cpu":  # that is enough here, whatever the machine has that JAX does not see
+    if jax.default_backend() == "cpu":  # a CPU is enough: an accelerator that JAX does not see is no error here
         jax.config.update("jax_platforms", "cpu")
     quickstart(args.source, args.workdir, settings)

@@ -175,11 +175,11 @@ class Model:
         protocol = get_protocol(settings.get("protocol", "clean"))
         if settings.get("draws") is None:
             settings["draws"] = protocol.draws or self.config.evaluation.draws
-        with storage.held(out):
+        with storage.locked_by_first(out):
             found = [model._score(texts_or_corpus, out=at, **settings) for model, at in zip((self, other), folders)]
             comparison = make_comparison(*found)
             if out is not None and processes.is_first():
-                with storage.written(out, KEPT):
+                with storage.user_errors(out, KEPT):
                     disk.write_json_atomic(out / "comparison.json", comparison.to_json() + "\n")
         return comparison
 
@@ -225,7 +225,7 @@ class Model:
         writes.
         """
         directory = storage.folder_of(directory)
-        with storage.held(directory), processes.together():
+        with storage.locked_by_first(directory), processes.together():
             if processes.is_first():
                 with storage.filled(directory):
                     self._write(directory)

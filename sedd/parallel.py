@@ -1,7 +1,7 @@
-"""The mesh, and where each array lies on it: what `jax.pmap` became.
+"""The device mesh and the sharding of each array on it, for `jax.jit` instead of `jax.pmap`.
 
-One step is jitted over a mesh with the axes 'data', 'fsdp' and 'model'. The batch is split over the first two; the
-parameters, their average and the optimiser's state by one table of parameter paths.
+One step is jitted over a mesh with the axes 'data', 'fsdp' and 'model'. The batch is split over the first two;
+parameters, their EMA and the optimiser's state are split by one table of parameter paths.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from sedd.errors import UserError
 from sedd.network.attention import check_platform
 
 AXES = ("data", "fsdp", "model")
-MIN_SHARD_BYTES = 1 << 20  # bytes below which an array is not split
+MIN_SHARD_BYTES = 1 << 20  # smaller arrays are replicated
 
-# The last axes of a parameter, by its path; what stands before them (scanned layers) is not split. fsdp splits the
-# width, model splits the padded vocabulary, the attention's heads and the MLP's hidden units.
+# The mesh axes of the last axes of a parameter, by its path; axes before them (scanned layers) are not split. fsdp
+# splits the width; model splits the padded vocabulary, the attention heads and the hidden units of the MLP.
 _TABLE = (
     (r"trunk/embedding$", ("model", "fsdp")),
     (r"head/out/kernel$", ("fsdp", "model")),
-    (r"qkv/kernel$", ("fsdp", None, "model")),  # of queries, keys and values, so that heads stay whole
+    (r"qkv/kernel$", ("fsdp", None, "model")),  # the middle axis is that of q, k and v, so that heads are not split
     (r"up/kernel$", ("fsdp", "model")),
     (r"block\w*/(out|down)/kernel$", ("model", "fsdp")),
     (r"modulation/kernel$", (None, "fsdp")),
@@ -34,7 +34,7 @@ _TABLE = (
 
 
 def mesh_sizes(config: ConfigDict, devices: int) -> tuple[int, ...]:
-    """How many of so many devices lie along each of AXES. UserError if the mesh or the batch does not fit them."""
+    """Returns the size of each of AXES for a number of devices. UserError if the mesh or the batch does not fit."""
     sizes = [config.mesh[axis] for axis in AXES]
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = max(1, devices // -math.prod(sizes))
@@ -51,7 +51,7 @@ def mesh_sizes(config: ConfigDict, devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over the devices, by default over all. UserError if `config.mesh` or the batch does not fit them."""
+    """Returns the mesh over the devices, by default all. UserError if `config.mesh` or the batch does not fit them."""
     devices = jax.devices() if devices is None else devices
     check_platform(config.network.attention, devices[0].platform)
     sizes = mesh_sizes(config, len(devices))
@@ -59,38 +59,38 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of the devices, by default of all, each of which takes rows."""
+    """Returns a mesh with all devices, or those given, along 'data'."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over 'data' and 'fsdp'."""
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Returns the sharding of a batch: rows split over 'data' and 'fsdp'."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 def name_of(path: tuple, separator: str = "/") -> str:
-    """The path of a leaf as text, such as trunk/block_0/up/kernel."""
+    """Returns the path of a leaf as text, such as trunk/block_0/up/kernel."""
     return jax.tree_util.keystr(path, simple=True, separator=separator)
 
 
 def named(tree, separator: str = "/") -> dict:
-    """The leaves of a tree by their paths, in the order of the tree."""
+    """Returns the leaves of a tree by their paths, in the order of the tree."""
     return {name_of(path, separator): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def fingerprint(tree) -> str:
-    """A hash of all leaves, their paths and types, in hexadecimal."""
+    """Returns a BLAKE2b hash of all leaves, their paths, types and shapes, in hexadecimal."""
     digest = hashlib.blake2b(digest_size=16)
     for name, leaf in named(tree).items():
         array = np.asarray(leaf)
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
 
 
 def shardings(mesh: Mesh | AbstractMesh, tree) -> object:
-    """The sharding of each leaf of a tree of arrays or their shapes; paths may end in a parameter's path."""
+    """Returns the sharding of each leaf of a tree of arrays or shapes, found by the end of its path in the table."""
 
     def one(path, leaf):
         name = name_of(path)
@@ -105,26 +105,30 @@ def shardings(mesh: Mesh | AbstractMesh, tree) -> object:
 
 
 def num_batch_shards(params) -> int:
-    """Over how many devices the rows of a batch can be split beside these parameters."""
-    where = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    return where.mesh.shape["data"] * where.mesh.shape["fsdp"] if isinstance(where, NamedSharding) else 1
+    """Returns the number of shards of a batch on the mesh of these parameters; 1 for parameters without a mesh."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return sharding.mesh.shape["data"] * sharding.mesh.shape["fsdp"] if isinstance(sharding, NamedSharding) else 1
 
 
 def place_for_batch(params, rows: int) -> tuple[dict, Sharding | None]:
-    """The parameters, and where so many rows lie beside them: split over their devices, or whole where they are few.
+    """Returns the parameters, and the sharding of a batch of `rows` rows for them.
 
-    Few rows of one process take the parameters of one device, where these are whole. None: wherever that is.
+    Rows are split over the devices of the parameters if there is a row for each device, else replicated. With one
+    process and replicated parameters, a batch smaller than that runs on one device: the parameters of that device and
+    None are returned.
     """
-    where, parts = getattr(jax.tree.leaves(params)[0], "sharding", None), num_batch_shards(params)
-    if parts == 1 or rows >= parts:
-        return params, batch_sharding(where.mesh) if isinstance(where, NamedSharding) else None
+    sharding, shards = getattr(jax.tree.leaves(params)[0], "sharding", None), num_batch_shards(params)
+    if not isinstance(sharding, NamedSharding):
+        return params, None
+    if shards == 1 or rows >= shards:
+        return params, batch_sharding(sharding.mesh)
     if jax.process_count() == 1 and all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params)):
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), params), None
-    return params, NamedSharding(where.mesh, P())
+    return params, NamedSharding(sharding.mesh, P())
 
 
 def on_host(tree):
-    """Arrays on the host, whole, whatever devices they are split over. All processes have to call it."""
+    """Returns the full arrays on the host, however they are sharded. All processes have to call it."""
     if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(tree) if isinstance(leaf.sharding, NamedSharding))
@@ -132,37 +136,37 @@ def on_host(tree):
 
 
 def local_rows(mesh: Mesh, count: int) -> np.ndarray:
-    """Which rows of a batch of `count` lie on devices of this process, in their order. Int[R]."""
-    places = batch_sharding(mesh).addressable_devices_indices_map((count,))
-    return np.unique(np.concatenate([np.arange(count)[index] for index in places.values()]))
+    """Returns the indices of the rows that devices of this process hold, of a batch of `count`, ascending. Int[R]."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((count,))
+    return np.unique(np.concatenate([np.arange(count)[index] for index in indices.values()]))
 
 
 def shard_batch(mesh: Mesh, batch, rows: np.ndarray, count: int) -> object:
-    """A batch of `count` rows over the mesh, of which this process has these. batch: a tree of arrays [R ...]."""
+    """Returns a batch of `count` rows sharded over the mesh. batch: a tree of arrays [R ...]; rows: Int[R]."""
 
     def one(local):
-        def of_device(index):
+        def rows_at(index):
             return local[np.searchsorted(rows, np.arange(count)[index[0]])]
 
-        return jax.make_array_from_callback((count, *local.shape[1:]), batch_sharding(mesh), of_device)
+        return jax.make_array_from_callback((count, *local.shape[1:]), batch_sharding(mesh), rows_at)
 
     return jax.tree.map(one, batch)
 
 
 def put(tree, shardings) -> object:
-    """Arrays that every process has whole, laid out as told; a sharding for each leaf."""
+    """Returns the tree with its leaves, full arrays in every process, in the given shardings, one for each leaf."""
 
-    def one(leaf, where):
-        if where.is_fully_addressable:
-            return jax.device_put(leaf, where)
-        whole = np.asarray(leaf)
-        return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+    def one(leaf, sharding):
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        full = np.asarray(leaf)
+        return jax.make_array_from_callback(full.shape, sharding, lambda index: full[index])
 
     return jax.tree.map(one, tree, shardings)
 
 
 def abstract_arrays(shapes, shardings) -> object:
-    """Shapes with their shardings, as what is to be restored is described."""
+    """Returns a tree of `jax.ShapeDtypeStruct` with shardings, the target of restoring a checkpoint."""
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )

@@ -20,7 +20,7 @@ def staging_directory(out: Path, request: dict[str, Any], result: str) -> Iterat
     refuses something.
     """
     folder = out.with_name(f".{out.name}.preparing")
-    with disk.faults(folder, "; what is done is kept"), disk.locked(folder):
+    with disk.user_errors(folder, "; what is done is kept"), disk.locked(folder):
         if out.exists() and any(out.iterdir()):
             raise UserError(f"another process has made {out} meanwhile; repeat the command")
         record = folder / "request.json"

@@ -99,7 +99,7 @@ def perplexity(
             about={**about, "versions": versions()},
         )
         if folder is not None and processes.is_first():
-            with storage.written(folder, KEPT):
+            with storage.user_errors(folder, KEPT):
                 disk.write_json_atomic(folder / "report.json", report.to_json() + "\n")
     return report, terms
 

@@ -1,6 +1,6 @@
-"""Pictures of measurements: quality against network calls, and where in the noise the nats of a bound are.
+"""Figures: quality against network calls, and the information profile of a bound.
 
-Each picture has a function that makes the figure and one that saves it. No display is needed, and none is touched.
+Each has a function that returns the figure and one that saves it. No display is needed.
 """
 
 import io
@@ -14,58 +14,58 @@ from sedd.errors import UserError
 from sedd.evaluation.sweep import Point
 from sedd.runtime import disk, storage
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow; one marker more, so that lines
-# differ in one or the other.
+# The colour-blind-safe palette of Okabe and Ito without the yellow. There is one marker more than colours, so that
+# more lines than colours still differ in one or the other.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP*X"
 
 
 def plot_sweep(points: Sequence[Point], path: str | Path) -> None:
-    """Writes the picture of a sweep, its kind by the ending of `path`. UserError without matplotlib or points."""
+    """Saves the figure of a sweep, in the format of the suffix of `path`. UserError without matplotlib or points."""
     _save(sweep_figure(points), path)
 
 
 def plot_profile(profile: Sequence[Mapping], path: str | Path, noise: str = "masked") -> None:
-    """Writes the picture of an information profile, its kind by the ending of `path`.
+    """Saves the figure of an information profile, in the format of the suffix of `path`.
 
-    profile: {"low", "high", "nats_per_token", "error"} of each range of the fraction of tokens that are touched, in
-    order; the last two None where nothing was drawn, or nothing is known of the error. noise: what touched tokens are
-    called. UserError without matplotlib, or where nothing was measured.
+    profile: bins {"low", "high", "nats_per_token", "error"} of the corruption probability, in order, as from
+    `statistics.profile`; noise: the name of corrupted tokens, "masked" or "random". UserError without matplotlib, or
+    where every bin is empty.
     """
     _save(profile_figure(profile, noise), path)
 
 
 def sweep_figure(points: Sequence[Point]):
-    """A panel of nats per token under the judge, where there is one, and a panel of entropy; a line each sampler."""
+    """Panels of nats per token, where a scorer measured them, and of entropy; one line for each sampler."""
     if not points:
-        raise UserError("there are no points to draw; a sweep makes them")
-    judge = points[0].quality.judge
-    figure = _figure(10 if judge else 5.4)
+        raise UserError("there are no points to plot; run a sweep first")
+    scorer = points[0].quality.scorer
+    figure = _figure(10 if scorer else 5.4)
     figure.get_layout_engine().set(wspace=0.06)
-    axes = figure.subplots(1, 2 if judge else 1, squeeze=False)[0]
-    if judge:
-        _curves(axes[0], points, "nats_per_token", "standard_error", "nats per token of the judge")
-        figure.suptitle(f"judge: {judge}", fontsize="medium", parse_math=False)
+    axes = figure.subplots(1, 2 if scorer else 1, squeeze=False)[0]
+    if scorer:
+        _curves(axes[0], points, "nats_per_token", "standard_error", "nats per token of the scoring model")
+        figure.suptitle(f"scored by {scorer}", fontsize="medium", parse_math=False)
     _curves(axes[-1], points, "unigram_entropy", "unigram_entropy_error", "unigram entropy of a sample, nats")
     axes[0].legend(frameon=False)
     return figure
 
 
 def profile_figure(profile: Sequence[Mapping], noise: str = "masked"):
-    """Nats per token against the fraction of tokens touched.
+    """Nats per token against the corruption probability.
 
-    The area under them is the bound's diffusion term, which of a masked model is all of it.
+    The area is the bound's diffusion term, which for an absorbing model is the whole bound.
     """
     known = [part for part in profile if part["nats_per_token"] is not None]
     if not known:
-        raise UserError("the profile holds no measurement; there is nothing to draw")
+        raise UserError("the profile holds no measurement; there is nothing to plot")
     figure = _figure(5.4)
     axes = figure.subplots()
     low, high, nats = (np.array([part[key] for part in known], float) for key in ("low", "high", "nats_per_token"))
     area = float(np.sum((high - low) * nats))
-    whole = np.isclose(np.sum(high - low), 1.0)
-    said = "the bound's diffusion term" if whole else "of the levels measured"
-    label = f"area: {area:.3f} nats per token,\n{said}"
+    complete = np.isclose(np.sum(high - low), 1.0)
+    meaning = "the bound's diffusion term" if complete else "over the measured noise levels"
+    label = f"area: {area:.3f} nats per token,\n{meaning}"
     axes.bar(low, nats, high - low, align="edge", color=COLOURS[0], alpha=0.25, linewidth=0, label=label)
     axes.hlines(nats, low, high, color=COLOURS[0])
     errors = _errors(part["error"] for part in known)
@@ -95,14 +95,14 @@ def _curves(axes, points: Sequence[Point], field: str, error: str, label: str) -
         )
     axes.set(xlabel="network calls a sample", ylabel=label)
     axes.set_xscale("log", base=2)
-    if calls[-1] < 4 * calls[0]:  # hardly a power of two between them
+    if calls[-1] < 4 * calls[0]:  # too narrow for ticks at powers of two
         axes.set_xticks(calls)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _errors(values) -> np.ndarray:
-    """Bars of no length where the error is unknown."""
+    """Error bars, of length 0 where the error is unknown."""
     return np.array([0.0 if value is None else value for value in values])
 
 
@@ -110,19 +110,19 @@ def _figure(width: float):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("pictures need matplotlib: pip install 'sedd[plots]'") from None
+        raise UserError("figures need matplotlib: pip install 'sedd[plots]'") from None
     return Figure(figsize=(width, 3.8), layout="constrained")
 
 
 def _save(figure, path: str | Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    path, picture = epath.Path(disk.absolute(path)), io.BytesIO()
-    if not path.parent.is_dir():
-        raise UserError(f"the picture cannot be written to {path}: there is no folder {path.parent}; make it first")
+    file, picture = epath.Path(disk.absolute(path)), io.BytesIO()
+    if not file.parent.is_dir():
+        raise UserError(f"the figure cannot be written to {file}: there is no folder {file.parent}; make it first")
     try:
-        figure.savefig(picture, dpi=150, format=path.suffix.removeprefix(".") or None)
+        figure.savefig(picture, dpi=150, format=file.suffix.removeprefix(".") or None)
     except ValueError as error:
-        raise UserError(f"the picture cannot be written to {path}: {error}") from None
-    with storage.written(path):
-        path.write_bytes(picture.getvalue())
+        raise UserError(f"the figure cannot be written to {file}: {error}") from None
+    with storage.user_errors(file):
+        file.write_bytes(picture.getvalue())

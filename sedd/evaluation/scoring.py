@@ -164,7 +164,7 @@ class ResumableDraws:
             with processes.together():
                 if processes.is_first():
                     held.enter_context(storage.locked(folder))
-                    with storage.written(folder):
+                    with storage.user_errors(folder):
                         _claim(folder, job)
                         self._mirror = held.enter_context(storage.Mirror(folder, (_DRAWS,)))
                         there = self._read()
@@ -186,7 +186,7 @@ class ResumableDraws:
         self._parts.append(records)
         if self._mirror is None:
             return
-        with storage.written(self._folder, KEPT), open(self._mirror.local / _DRAWS, "ab") as file:
+        with storage.user_errors(self._folder, KEPT), open(self._mirror.local / _DRAWS, "ab") as file:
             file.write(records.astype("<f4").tobytes())
         if time.monotonic() - self._synced > _SYNC:
             self._mirror.sync()

@@ -1,1 +1,1 @@
-"""What runs under every room: paths and folders, several processes, streams, JAX's settings. Imports no other room."""
+"""Paths, folders, several processes, output streams, JAX's settings. Imports `sedd.errors` and `sedd.version` only."""

@@ -1,4 +1,4 @@
-"""Paths, folders and files on a disk: what a path means, which job holds a folder, what to do when a disk refuses."""
+"""Paths, folders and files on a disk: path resolution, locks of folders, error messages, atomic writes."""
 
 import contextlib
 import errno
@@ -7,14 +7,15 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path, PurePath
+from typing import TextIO
 
 from sedd.errors import UserError
 
-LOCK = ".lock"  # the file in a folder by which one job holds it
+LOCK = ".lock"  # name of the lock file in a folder
 _ROOM = "make room there, and repeat the command"
 _RIGHTS = "choose another place, or change its permissions"
 _IN_THE_WAY = "something else is in the way; move it, or choose another name"
-_FAULTS = {  # of OSError.errno: what to do about it
+_ADVICE = {  # by OSError.errno
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _RIGHTS),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY), _IN_THE_WAY),
@@ -24,7 +25,7 @@ _FAULTS = {  # of OSError.errno: what to do about it
 
 
 def absolute(path: str | os.PathLike) -> str:
-    """The absolute path: `~` is the home, all else is relative to the current folder. A URL is returned as it is.
+    """Returns the absolute path: `~` is the home, other paths are relative to the current folder. A URL is unchanged.
 
     UserError if the path is empty, or names the home of a user who does not exist.
     """
@@ -42,12 +43,12 @@ def absolute(path: str | os.PathLike) -> str:
     return os.path.abspath(expanded)
 
 
-def fault(error: OSError, place: str | os.PathLike | None = None) -> str | None:
-    """The line that says what the disk refuses and what to do; None where the error is no mistake of a machine.
+def message_for(error: OSError, place: str | os.PathLike | None = None) -> str | None:
+    """Returns one line with the error and what to do about it; None for an error that no user can correct.
 
-    place: the file or folder at work, for errors that name none.
+    place: the file or folder in use, for errors that name none.
     """
-    advice = _FAULTS.get(error.errno)
+    advice = None if error.errno is None else _ADVICE.get(error.errno)
     if advice is None:
         return None
     where = error.filename2 or error.filename or place
@@ -56,40 +57,40 @@ def fault(error: OSError, place: str | os.PathLike | None = None) -> str | None:
 
 
 @contextlib.contextmanager
-def faults(place: str | os.PathLike, kept: str = "") -> Iterator[None]:
-    """A block in which what the disk refuses becomes a UserError. kept: the end of its line, of what is not lost."""
+def user_errors(place: str | os.PathLike, note: str = "") -> Iterator[None]:
+    """A block in which an OSError of the disk becomes a UserError. note: end of its message, such as what is kept."""
     try:
         yield
     except OSError as error:
-        line = fault(error, place)
+        line = message_for(error, place)
         if line is None:
             raise
-        raise UserError(f"{line}{kept}") from error
+        raise UserError(f"{line}{note}") from error
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder and holds it against other jobs, until the end of the block, or of the process.
+    """Creates the folder and locks it against other jobs until the end of the block or of the process.
 
-    UserError if another job holds it, or it cannot be made or written to.
+    UserError if another job holds the lock, or the folder cannot be created or written to.
     """
-    with faults(folder):
+    with user_errors(folder):
         file = _lock(folder)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # who waits for it finds that it is no longer there, and makes another
+        with contextlib.suppress(OSError):  # a waiting job finds the file gone and creates another
             (folder / LOCK).unlink()
         file.close()
 
 
-def _lock(folder: Path):
-    """The locked file."""
+def _lock(folder: Path) -> TextIO:
+    """Creates and locks the lock file; returns it open."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             file = (folder / LOCK).open("a+")
-        except FileNotFoundError:  # the folder went with the job that held it
+        except FileNotFoundError:  # the job that held the folder removed it
             continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,13 +103,13 @@ def _lock(folder: Path):
             return file
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
-                _sign(file)
+                _write_holder(file)
                 return file
         file.close()
 
 
-def _sign(file):
-    """Writes down whose lock it is; not needed, so that a full disk is no fault here."""
+def _write_holder(file: TextIO):
+    """Writes into the lock file which process holds it. For messages only, so a full disk is ignored."""
     with contextlib.suppress(OSError):
         file.truncate(0)
         file.write(me())
@@ -116,17 +117,17 @@ def _sign(file):
 
 
 def me() -> str:
-    """This process, for people."""
+    """Returns the name of this process in messages."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def held_by(folder: os.PathLike, holder: str) -> str:
-    """The line for who finds a folder held."""
+    """Returns the error message for a folder that another process has locked."""
     return f"another process is at work in {os.fspath(folder)} ({holder or 'unknown'}); wait for it, or end it"
 
 
 def write_json_atomic(path: Path, text: str):
-    """Writes a file that is whole whenever it is there. path: also one of epath's."""
+    """Writes a file atomically: readers see the old content or the new. path: a pathlib or epath path."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Faults of the machine: a disk that is full or read-only, memory that is too small. One line says what to change."""
+"""One-line messages for errors of the machine: a full or read-only disk, too little memory."""
 
 import jax
 
 from sedd.runtime import disk
 
 _LESS = "lower --batch_size, which changes no result"
-_LESS_MEMORY = {  # what to change, by command
+_LESS_MEMORY = {  # advice, by command
     **dict.fromkeys(
         ("train", "quickstart"),
         "lower training.batch_size, or raise training.accumulation, or set network.remat=full; the last two change no "
@@ -15,10 +15,10 @@ _LESS_MEMORY = {  # what to change, by command
 }
 
 
-def fault(error: BaseException, command: str) -> str | None:
-    """The line for an exception that is a fault of the machine, in one of the commands of `sedd`; None for others."""
+def message_for(error: BaseException, command: str) -> str | None:
+    """Returns one line for an error of the disk or of memory in a command of `sedd`; None for other exceptions."""
     if isinstance(error, OSError):
-        return disk.fault(error)
+        return disk.message_for(error)
     if isinstance(error, MemoryError):
         where = "this machine's memory is too small"
     elif isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):

@@ -1,8 +1,8 @@
-"""Which job holds a folder in a bucket: an object that is made where there is none, and renewed while the job lives.
+"""Locks of folders in a bucket: a lock object that a job creates if there is none, and renews while it runs.
 
-Every write is conditional on the object's generation, so that of two jobs one succeeds. A job that ends removes it. One
-that is killed cannot, so others wait until it has not been renewed for a minute, or take it over at once where they see
-that its process is gone. No clocks are compared.
+Every write is conditional on the object's generation, so that one of two competing jobs succeeds. A job removes the
+object when it ends. A killed job cannot, so another job takes the lock over once it has not been renewed for a minute,
+or at once if the process that held it ran on this machine and no longer exists. No clocks are compared.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from pathlib import Path
 from sedd.errors import UserError
 from sedd.runtime import disk
 
-_RENEWED = 15.0  # seconds between renewals
-_SILENCE = 60.0  # seconds without one after which the job is dead
-_held: dict[str, "Lease"] = {}  # of this process, by folder
+_RENEWAL_SECONDS = 15.0  # between renewals
+_EXPIRY_SECONDS = 60.0  # without a renewal, after which the lock may be taken over
+_held: dict[str, "Lease"] = {}  # the leases of this process, by folder
 
 
 class Lease:
-    """A context manager: holds `bucket/folder` until its end. files: gcsfs' file system."""
+    """A context manager that holds the lock of `bucket/folder`. files: the file system of gcsfs."""
 
     def __init__(self, files, folder: str):
         bucket, _, name = folder.partition("/")
@@ -34,12 +34,12 @@ class Lease:
         self._generation, self._lost, self._ended, self._thread = 0, False, threading.Event(), None
 
     def __enter__(self):
-        """UserError if another job holds it."""
+        """Acquires the lock. UserError if another job holds it."""
         seen, since = None, time.monotonic()
         while True:
             generation, owner = self._read()
-            silent = generation == seen and time.monotonic() - since > _SILENCE
-            if generation == 0 or silent or _is_gone(owner):
+            expired = generation == seen and time.monotonic() - since > _EXPIRY_SECONDS
+            if generation == 0 or expired or _is_gone(owner):
                 if self._write(generation):
                     break
                 continue
@@ -48,11 +48,11 @@ class Lease:
             if seen is None:
                 who = owner.get("who", "another process")
                 print(
-                    f"sedd: {who} was at work in gs://{self._folder}; waiting up to {_SILENCE:.0f} s for a sign of it",
+                    f"sedd: {who} has locked gs://{self._folder}; waiting up to {_EXPIRY_SECONDS:.0f} s for a renewal",
                     file=sys.stderr,
                 )
             seen = generation
-            time.sleep(_RENEWED / 10)
+            time.sleep(_RENEWAL_SECONDS / 10)
         _held[self._folder] = self
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
@@ -63,26 +63,26 @@ class Lease:
         self._thread.join()
         del _held[self._folder]
         if not self._lost:
-            with contextlib.suppress(Exception):  # others find that its process is gone, or silent
+            with contextlib.suppress(Exception):  # others find that the process is gone or the lock expired
                 self._files.call("DELETE", "b/{}/o/{}", self._bucket, self._key, ifGenerationMatch=self._generation)
 
     def check(self):
         """UserError if another job has taken the folder over."""
         if self._lost:
             raise UserError(
-                f"another job took gs://{self._folder} over, as this one had not been heard of for {_SILENCE:.0f} "
-                "seconds; this one ends"
+                f"another job took gs://{self._folder} over, because this one had not renewed its lock for "
+                f"{_EXPIRY_SECONDS:.0f} seconds; this one ends"
             )
 
     def _renew(self):
-        while not self._ended.wait(_RENEWED):
-            with contextlib.suppress(Exception):  # of the network: until it is back, the others may take it over
+        while not self._ended.wait(_RENEWAL_SECONDS):
+            with contextlib.suppress(Exception):  # network errors; others may take it over meanwhile
                 if not self._write(self._generation):
                     self._lost = True
                     return
 
     def _read(self) -> tuple[int, dict]:
-        """The generation of the object and whose it is; 0 where there is none."""
+        """Returns the generation of the object and its owner; 0 and {} if there is none."""
         try:
             headers, content = self._files.call("GET", "b/{}/o/{}", self._bucket, self._key, alt="media")
         except FileNotFoundError:
@@ -94,7 +94,7 @@ class Lease:
         return int(headers["x-goog-generation"]), owner
 
     def _write(self, generation: int) -> bool:
-        """Whether the object is this job's now; it is not where its generation is another."""
+        """Writes the object if it has this generation. True if the object is now this job's."""
         where = self._files.base.replace("/storage/v1/", "/upload/storage/v1/") + f"b/{self._bucket}/o"
         query = dict(uploadType="media", name=self._key, ifGenerationMatch=generation)
         try:
@@ -102,24 +102,23 @@ class Lease:
             self._generation = int(about["generation"])
             return True
         except FileExistsError:  # the answer to an earlier attempt may have been lost
-            found, owner = self._read()
-            self._generation = found
+            self._generation, owner = self._read()
             return owner.get("token") == self._owner["token"]
 
 
 def check(folder: str):
-    """UserError if another job has taken over what this process holds of `bucket/folder`, or of what it lies in."""
+    """UserError if another job has taken over a lock of this process on `bucket/folder` or a folder above it."""
     for held, lease in list(_held.items()):
         if f"{folder}/".startswith(f"{held}/"):
             lease.check()
 
 
 def _is_gone(owner: dict) -> bool:
-    """Whether the process that held it ran on this machine, and runs no more."""
+    """True if the owner is a process of this machine that no longer runs."""
     pid = owner.get("pid")
     if owner.get("machine") != machine() or not isinstance(pid, int):
         return False
-    if pid == os.getpid():  # this process, or another of before with the same number
+    if pid == os.getpid():  # this process, or an earlier one with the same id
         return all(owner.get("token") != lease._owner["token"] for lease in _held.values())
     try:
         os.kill(pid, 0)
@@ -132,9 +131,9 @@ def _is_gone(owner: dict) -> bool:
 
 @functools.cache
 def machine() -> str:
-    """What tells this machine, since it was started, and its space of process numbers from all others."""
+    """Returns an identifier of this machine, its boot and its process namespace."""
     parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # only Linux has them; elsewhere there is one space of numbers
+    with contextlib.suppress(OSError):  # only Linux has these files; elsewhere there is one process namespace
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)

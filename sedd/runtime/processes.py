@@ -1,6 +1,6 @@
-"""Several processes of one job: how they find one another, agree, and go down together.
+"""Several processes of one job: how they connect, exchange values, and end together after an error.
 
-Every process runs the same command. Process 0 writes files and prints results; all of them compute.
+Every process runs the same command. Process 0 writes files and prints results; all processes compute.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,53 +29,52 @@ from sedd.version import __version__
 COORDINATOR, PROCESSES, PROCESS = "SEDD_COORDINATOR", "SEDD_NUM_PROCESSES", "SEDD_PROCESS_ID"
 TIMEOUT = "SEDD_TIMEOUT"  # seconds to wait for the other processes
 _DEFAULT_TIMEOUT = 300
-_HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the job ends
-_FAILED = "sedd/failed"  # the key under which a process says that it failed, and why
-_LOOK = 1.0  # seconds between looks at that key
-_SAID = 512  # bytes of a message that processes agree on
+_HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead, and the job ends
+_FAILED = "sedd/failed"  # the key of the coordinator's store under which a process reports that it failed, and why
+_POLL_SECONDS = 1.0  # between reads of that key
+_MESSAGE_BYTES = 512  # size of a message that all processes gather
 
 
 class Job(NamedTuple):
-    """Where this process stands among those of its job. devices: its own, where the cluster gives each some."""
+    """The processes of a job. local_device_ids: those of this process, if the cluster assigns devices to processes."""
 
-    coordinator: str  # HOST:PORT, of process 0
-    count: int
-    index: int
-    devices: list[int] | None = None
+    coordinator: str  # HOST:PORT of process 0
+    num_processes: int
+    process_id: int
+    local_device_ids: Sequence[int] | None = None
 
 
 def initialize():
-    """Joins the other processes of the job, looks at the devices, and says what is there. Once, before any other use
-    of JAX; a second call does nothing.
+    """Connects the processes of the job, checks the devices, and prints them to stderr.
 
-    The processes are those of SEDD_COORDINATOR (HOST:PORT of process 0), SEDD_NUM_PROCESSES and SEDD_PROCESS_ID; else
-    those that the cluster knows of (TPU metadata, Slurm, Open MPI, Kubernetes); else there is one.
+    Call it before any other use of JAX; a second call does nothing. The processes are given by SEDD_COORDINATOR
+    (HOST:PORT of process 0), SEDD_NUM_PROCESSES and SEDD_PROCESS_ID; else by the cluster (TPU metadata, Slurm, Open
+    MPI, Kubernetes); else there is one.
 
-    Raises:
-      UserError: a process did not come within SEDD_TIMEOUT seconds (300), runs another version or sees other kinds of
-        devices; or there is an accelerator, and JAX does not see it.
+    UserError if a process does not connect within SEDD_TIMEOUT seconds (300), runs another version or has another kind
+    of device; or if the machine has an accelerator that JAX does not see.
     """
     if getattr(initialize, "done", False):
         return
-    job = _told() or _detected()
-    if job is not None and job.count > 1 and not jax.distributed.is_initialized():
+    job = _job_from_env() or _job_from_cluster()
+    if job is not None and job.num_processes > 1 and not jax.distributed.is_initialized():
         timeout = _number(TIMEOUT, _DEFAULT_TIMEOUT)
-        meet(job.coordinator, job.count, job.index, timeout, hint=f"{TIMEOUT}=SECONDS waits longer")
-        with contextlib.suppress(AttributeError):  # it would take SIGTERM, which `fit` does
+        meet(job.coordinator, job.num_processes, job.process_id, timeout, hint=f"{TIMEOUT}=SECONDS waits longer")
+        with contextlib.suppress(AttributeError):  # the service would handle SIGTERM, which `fit` handles
             jax.config.update("jax_enable_preemption_service", False)
         try:
             jax.distributed.initialize(
                 job.coordinator,
-                job.count,
-                job.index,
-                job.devices,
+                job.num_processes,
+                job.process_id,
+                job.local_device_ids,
                 initialization_timeout=timeout,
                 heartbeat_timeout_seconds=_HEARTBEAT,
             )
         except RuntimeError as error:
             raise UserError(f"sedd.initialize() has to come before any other use of JAX ({error})") from None
-    _look_at_devices()
-    _keep_compiled()
+    _check_devices()
+    _enable_compilation_cache()
     if are_many():
         sys.excepthook = _excepthook
         threading.Thread(target=_watch, name="watch", daemon=True).start()
@@ -85,57 +84,57 @@ def initialize():
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """True in process 0, which writes and prints."""
     return jax.process_index() == 0
 
 
 def are_many() -> bool:
-    """Whether there are other processes. Touches no device where there are none."""
+    """True if the job has other processes. Initializes no device if it has none."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def first_problem(problem: str | None) -> str | None:
-    """The first problem that any process has, the same in all of them; None where none has one.
+    """Returns in all processes the first problem that any of them has, or None. All processes have to call it.
 
-    It names the process, where there are several. All processes have to call it.
+    If there are several processes, the text begins with the name of the one with the problem.
     """
     if not are_many():
         return problem
-    said = f"process {jax.process_index()} ({socket.gethostname()}): {problem}" if problem else ""
-    return next(filter(None, gathered(said)), None)
+    message = f"process {jax.process_index()} ({socket.gethostname()}): {problem}" if problem else ""
+    return next(filter(None, all_gather_text(message)), None)
 
 
-def gathered(text: str) -> list[str]:
-    """What each process says, in their order; the first 512 bytes of each. All processes have to call it."""
+def all_gather_text(text: str) -> list[str]:
+    """Returns the texts of all processes in their order, the first 512 bytes of each. All processes have to call it."""
     if not are_many():
         return [text]
     from jax.experimental import multihost_utils
 
-    padded = np.frombuffer(text.encode()[:_SAID].ljust(_SAID, b"\0"), np.uint8)
+    padded = np.frombuffer(text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0"), np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
 def broadcast_from_first(value):
-    """What process 0 has, of numbers, texts, lists and dictionaries of these. All processes have to call it."""
-    told = broadcast_array_from_first(np.frombuffer(json.dumps(value).encode(), np.uint8))
-    return json.loads(told.tobytes())
+    """Returns the value of process 0. value: what JSON can represent. All processes have to call it."""
+    encoded = broadcast_array_from_first(np.frombuffer(json.dumps(value).encode(), np.uint8))
+    return json.loads(encoded.tobytes())
 
 
 def broadcast_array_from_first(array: np.ndarray) -> np.ndarray:
-    """The array that process 0 has; those of the others may differ along the first axis. All have to call it."""
+    """Returns the array of process 0. The length of the first axis may differ in others. All have to call it."""
     if not are_many():
         return array
     from jax.experimental import multihost_utils
 
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(array))))
-    told = array if is_first() else np.zeros((size, *array.shape[1:]), array.dtype)
-    return np.asarray(multihost_utils.broadcast_one_to_all(told))
+    local = array if is_first() else np.zeros((size, *array.shape[1:]), array.dtype)
+    return np.asarray(multihost_utils.broadcast_one_to_all(local))
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A block in which a UserError of one process becomes one of all, so that none waits for another in vain."""
+    """A block in which a UserError of one process is raised in all, so that no process waits for one that failed."""
     problem = None
     try:
         yield
@@ -147,44 +146,44 @@ def together() -> Iterator[None]:
 
 
 def check_same(what: str, value: str):
-    """UserError, naming the process, unless all processes have the same value. All have to call it."""
-    values = gathered(value)
+    """UserError, which names the process, unless all processes have the same value. All have to call it."""
+    values = all_gather_text(value)
     for index, other in enumerate(values):
         if other != values[0]:
             raise UserError(f"process {index} has another {what} than process 0: {other}, not {values[0]}")
 
 
 def any_of(flag: bool) -> jax.Array | bool:
-    """Whether any process says so; to be read later, when the devices have done what they were given before.
+    """Returns whether the flag is set in any process, as an array that the devices compute asynchronously.
 
     All processes have to call it, equally often.
     """
     if not are_many():
         return flag
     rows, reduce = _reduction()
-    told = np.full(jax.local_device_count(), flag)
-    return reduce(jax.make_array_from_process_local_data(rows, told, (jax.device_count(),)))
+    flags = np.full(jax.local_device_count(), flag)
+    return reduce(jax.make_array_from_process_local_data(rows, flags, (jax.device_count(),)))
 
 
 def abort_job(status: int, reason: str):
-    """Where there are other processes: tells them, and ends this one at once with the status; they end too.
+    """Ends this process at once with the status, and the others within seconds. Does nothing if there are no others.
 
-    That takes seconds, whatever they wait for; without it they would wait for minutes for a process that is gone.
+    Without it, the others would wait for minutes in a collective for a process that no longer runs.
     """
     if not are_many():
         return
     with contextlib.suppress(Exception):
         _client().key_value_set(_FAILED, f"process {jax.process_index()} ({socket.gethostname()}): {reason}")
-        if is_first():  # the others ask this process
-            time.sleep(3 * _LOOK)
+        if is_first():  # the others read the key from this process
+            time.sleep(3 * _POLL_SECONDS)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(status)
 
 
-def _told() -> Job | None:
-    """What the environment says explicitly."""
+def _job_from_env() -> Job | None:
+    """Returns the job that the SEDD_ variables describe; None if none is set. UserError if they are invalid."""
     names = (COORDINATOR, PROCESSES, PROCESS)
     missing = [name for name in names if not os.environ.get(name)]
     if len(missing) == len(names):
@@ -194,10 +193,10 @@ def _told() -> Job | None:
     host, _, port = os.environ[COORDINATOR].rpartition(":")
     if not host or not port.isdecimal():
         raise UserError(f"{COORDINATOR} must be HOST:PORT of process 0, not {os.environ[COORDINATOR]!r}")
-    count, index = _number(PROCESSES), _number(PROCESS)
-    if not 0 <= index < count:
-        raise UserError(f"{PROCESS} must be 0 .. {count - 1} of {PROCESSES}={count}, not {index}")
-    return Job(os.environ[COORDINATOR], count, index)
+    num_processes, process_id = _number(PROCESSES), _number(PROCESS)
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"{PROCESS} must be 0 .. {num_processes - 1} of {PROCESSES}={num_processes}, not {process_id}")
+    return Job(os.environ[COORDINATOR], num_processes, process_id)
 
 
 def _number(name: str, default: int | None = None) -> int:
@@ -207,17 +206,20 @@ def _number(name: str, default: int | None = None) -> int:
     return int(text)
 
 
-def _detected() -> Job | None:
-    """What JAX finds out from the cluster; as `jax.distributed.initialize` would, but before it waits."""
+def _job_from_cluster() -> Job | None:
+    """Returns the job that JAX detects from the cluster, as `jax.distributed.initialize` would; None without one."""
     from jax._src.clusters import ClusterEnv
 
-    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, _DEFAULT_TIMEOUT)
-    coordinator, count, index, devices = found
-    return None if None in (coordinator, count, index) else Job(coordinator, count, index, devices)
+    coordinator, num_processes, process_id, devices = ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, _DEFAULT_TIMEOUT
+    )
+    if coordinator is None or num_processes is None or process_id is None:
+        return None
+    return Job(coordinator, num_processes, process_id, devices)
 
 
-def _look_at_devices():
-    """Makes JAX find its devices, and says which. UserError where it would silently run on the CPU instead."""
+def _check_devices():
+    """Initializes JAX's devices and prints them. UserError if JAX would silently use the CPU beside an accelerator."""
     try:
         devices, here = jax.devices(), jax.local_devices()
     except RuntimeError as error:
@@ -237,26 +239,26 @@ def _look_at_devices():
         print(f"sedd: {len(devices)} device(s) ({here[0].device_kind})", file=sys.stderr)
 
 
-def _keep_compiled():
-    """What is compiled for an accelerator is kept on this machine, for the next start of the same command."""
+def _enable_compilation_cache():
+    """Sets JAX's persistent compilation cache for accelerators, unless the user has set one."""
     if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "sedd" / "compiled"))
 
 
 def _platforms() -> str:
-    """What JAX was told to use (JAX_PLATFORMS)."""
-    return jax.config.jax_platforms or ""
+    """Returns the platforms that the user asked JAX for (JAX_PLATFORMS)."""
+    return jax.config.jax_platforms or ""  # type: ignore[attr-defined]  # JAX defines the attribute at run time
 
 
-_TPUS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}  # PCI ids of Google's, from v2 to v7
+_TPU_PCI_IDS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}  # v2 to v7
 
 
 def unused_accelerator(root: Path = Path("/")) -> tuple[str, str] | None:
-    """An accelerator that the operating system knows of, and the extra to install for it."""
+    """Returns an accelerator that the operating system lists, and the extra of sedd for it; None if there is none."""
     for vendor in root.glob("sys/bus/pci/devices/*/vendor"):
         with contextlib.suppress(OSError):
             device = vendor.with_name("device").read_text().strip()
-            if vendor.read_text().strip() == "0x1ae0" and device in _TPUS:
+            if vendor.read_text().strip() == "0x1ae0" and device in _TPU_PCI_IDS:
                 return "a TPU", "tpu"
     if any(root.glob("dev/nvidia[0-9]*")):
         return "an NVIDIA GPU", "cuda12"
@@ -265,7 +267,7 @@ def unused_accelerator(root: Path = Path("/")) -> tuple[str, str] | None:
 
 @functools.cache
 def _reduction():
-    """How flags lie, one a device, and what says whether any of them is set."""
+    """Returns the sharding of an array of one flag for each device, and a jitted function that reduces it by `any`."""
     mesh = jax.make_mesh((jax.device_count(),), ("device",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, P("device")), jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
 
@@ -277,7 +279,7 @@ def _client():
 
 
 def _failure() -> str | None:
-    """What another process says of its failure; None while none has failed."""
+    """Returns the message of another process that failed; None while none has failed."""
     try:
         reason = _client().key_value_try_get(_FAILED)
     except Exception:  # there is no such key
@@ -285,24 +287,24 @@ def _failure() -> str | None:
     return None if reason.startswith(f"process {jax.process_index()} ") else reason
 
 
-def _stop_with_it(reason: str):
+def _exit_because_of(reason: str):
     print(f"sedd: stopped, because another process failed: {reason}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def _watch():
-    """Ends this process as soon as another has said that it failed."""
+    """Ends this process when another has reported that it failed."""
     while True:
-        time.sleep(_LOOK)
+        time.sleep(_POLL_SECONDS)
         reason = _failure()
         if reason is not None:
-            _stop_with_it(reason)
+            _exit_because_of(reason)
 
 
 def _excepthook(kind, error, trace):
-    """What is done with an exception that nobody catches."""
+    """Reports an uncaught exception to the other processes and ends this one."""
     reason = _failure()
-    if reason is not None:  # a collective without it has failed here, which is no news
-        _stop_with_it(reason)
+    if reason is not None:  # the exception is a collective that failed without that process
+        _exit_because_of(reason)
     traceback.print_exception(kind, error, trace)
     abort_job(1, f"{kind.__name__}: {error}".splitlines()[0])

@@ -1,30 +1,29 @@
-"""Before JAX connects its processes: all are there, or all stop with one line that names those that are not.
+"""A check before JAX connects its processes: all are present, or all raise an error that names the missing ones.
 
-JAX itself ends every process without saying which one it missed. Here process 0 listens at the coordinator's address,
-the others report to it, and it tells them how that went; then the port is free for JAX.
+JAX itself ends every process without naming the missing one. Here process 0 listens at the coordinator's address, the
+others report to it, and it sends them a verdict; then it closes the port, which JAX uses next.
 """
 
 import contextlib
 import json
 import socket
 import time
+from typing import Any
 
 from sedd.errors import UserError
 from sedd.version import __version__
 
 _GO = "go"
 _PAUSE = 0.3  # seconds between tries to connect
-_PATIENCE = 10  # seconds for a message that is under way
+_MESSAGE_TIMEOUT = 10  # seconds for a message
 
 
 def meet(coordinator: str, count: int, index: int, timeout: float, hint: str):
-    """Returns when all `count` processes are there.
+    """Returns when all `count` processes are present. index: that of this process.
 
-    coordinator: HOST:PORT of process 0; timeout: in seconds, of this process' waiting for others; hint: how to wait
-    longer, for the error.
-
-    Raises:
-      UserError: a process did not come in time, in each that did; or process 0 cannot listen, or does not answer.
+    coordinator: HOST:PORT of process 0; timeout: seconds to wait for the others; hint: for the error message, how to
+    wait longer. UserError, in every process that is present, if another is missing after the timeout; also if process
+    0 cannot listen or does not answer.
     """
     host, _, port = coordinator.rpartition(":")
     host, deadline = host.strip("[]"), time.monotonic() + timeout
@@ -37,40 +36,40 @@ def meet(coordinator: str, count: int, index: int, timeout: float, hint: str):
 
 
 def _gather(port: int, count: int, deadline: float) -> str:
-    """As process 0: waits for the others and tells them the verdict."""
-    here: dict[int, socket.socket] = {}
+    """Process 0: waits for the others, sends them the verdict and returns it."""
+    present: dict[int, socket.socket] = {}
     refused = None
     with contextlib.ExitStack() as open_sockets:
         server = open_sockets.enter_context(_listen(port))
-        while len(here) < count - 1 and refused is None and time.monotonic() < deadline:
+        while len(present) < count - 1 and refused is None and time.monotonic() < deadline:
             server.settimeout(max(0.01, min(1.0, deadline - time.monotonic())))
             try:
                 caller = open_sockets.enter_context(server.accept()[0])
                 about = _receive(caller)
-                refused = _objection(about, count, here)
-                here[about["process"]] = caller
-            except (OSError, ValueError, KeyError, TypeError):  # nobody yet, or somebody else who knocks at the port
+                refused = _objection(about, count, present)
+                present[about["process"]] = caller
+            except (OSError, ValueError, KeyError, TypeError):  # no connection yet, or one of another program
                 continue
-        missing = [process for process in range(1, count) if process not in here]
+        missing = [process for process in range(1, count) if process not in present]
         verdict = refused or (_GO if not missing else _missing(missing, count))
-        for caller in here.values():
+        for caller in present.values():
             with contextlib.suppress(OSError):
                 caller.sendall(f"{json.dumps(verdict)}\n".encode())
-        for caller in here.values():  # the others close first, so that the port is free at once
+        for caller in present.values():  # the others close first, so that the port is free at once
             with contextlib.suppress(OSError):
-                caller.settimeout(_PATIENCE)
+                caller.settimeout(_MESSAGE_TIMEOUT)
                 caller.recv(1)
     return verdict
 
 
 def _report(host: str, port: int, count: int, index: int, deadline: float) -> str | None:
-    """As another process: says that it is there; the verdict, or None where process 0 cannot be reached."""
+    """Other processes: reports to process 0. Returns the verdict, or None if process 0 cannot be reached."""
     about = {"process": index, "count": count, "version": __version__, "host": socket.gethostname()}
     while time.monotonic() < deadline:
         try:
-            with socket.create_connection((host, port), timeout=_PATIENCE) as caller:
+            with socket.create_connection((host, port), timeout=_MESSAGE_TIMEOUT) as caller:
                 caller.sendall(f"{json.dumps(about)}\n".encode())
-                caller.settimeout(max(1.0, deadline - time.monotonic()) + _PATIENCE)
+                caller.settimeout(max(1.0, deadline - time.monotonic()) + _MESSAGE_TIMEOUT)
                 return str(_receive(caller, patient=True))
         except (OSError, ValueError):
             time.sleep(_PAUSE)
@@ -90,10 +89,10 @@ def _listen(port: int) -> socket.socket:
         ) from None
 
 
-def _receive(caller: socket.socket, patient: bool = False) -> dict | str:
-    """A line of JSON. OSError or ValueError where none comes."""
+def _receive(caller: socket.socket, patient: bool = False) -> Any:
+    """Returns the value of a JSON line. OSError or ValueError if none arrives. patient: keep the socket's timeout."""
     if not patient:
-        caller.settimeout(_PATIENCE)
+        caller.settimeout(_MESSAGE_TIMEOUT)
     line = b""
     while not line.endswith(b"\n"):
         part = caller.recv(4096)
@@ -103,19 +102,19 @@ def _receive(caller: socket.socket, patient: bool = False) -> dict | str:
     return json.loads(line)
 
 
-def _objection(about: dict, count: int, here: dict) -> str | None:
-    """Why a process cannot take part."""
+def _objection(about: dict, count: int, present: dict) -> str | None:
+    """Returns why a process cannot take part; None if it can."""
     who = f"process {about['process']} on {about['host']}"
     if about["count"] != count:
-        return f"{who} was told of {about['count']} processes, process 0 of {count}; start all with the same number"
+        return f"{who} expects {about['count']} processes, process 0 expects {count}; start all with the same number"
     if about["version"] != __version__:
         return f"{who} has sedd {about['version']}, process 0 has {__version__}; install the same on all"
-    if about["process"] in here:
+    if about["process"] in present:
         return f"there are two processes {about['process']}, one on {about['host']}; give each a number of its own"
     return None
 
 
 def _missing(missing: list[int], count: int) -> str:
     names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-    are = "process" if len(missing) == 1 else "processes"
-    return f"{are} {names} of {count} did not come; start the same command on every host"
+    noun = "process" if len(missing) == 1 else "processes"
+    return f"{noun} {names} of {count} did not come; start the same command on every host"

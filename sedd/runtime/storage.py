@@ -1,4 +1,4 @@
-"""Folders of results: on a disk or in a bucket (gs://), which all processes of a job see."""
+"""Folders of results, on a disk or in a bucket (gs://), shared by all processes of a job."""
 
 import contextlib
 import functools
@@ -18,23 +18,23 @@ from sedd.errors import UserError
 from sedd.runtime import disk, processes
 from sedd.runtime.lease import Lease, check
 
-_PATIENCE = 20  # seconds that a network file system may take to show others what was written, or a bucket to answer
-_PROBE = ".probe-"  # how the names begin of files that show whether they can be written
-_CONTROL = ("Cc", "Cs", "Zl", "Zp")  # categories of characters: control, no character, ends of lines and paragraphs
-os.environ.setdefault("EPATH_USE_TF", "false")  # buckets are reached in one way, whether or not TensorFlow is there
+_TIMEOUT_SECONDS = 20  # seconds until other hosts of a network file system see a file, or until a bucket answers
+_PROBE = ".probe-"  # prefix of the files that test whether a folder can be written to
+_CONTROL = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control, surrogate, line and paragraph separators
+os.environ.setdefault("EPATH_USE_TF", "false")  # gcsfs is used for buckets even if TensorFlow is installed
 
 
-class _Folder(type(epath.Path("/"))):
-    """An epath whose `glob` reads patterns in its argument only: etils reads `[` in the path itself as one too."""
+class _Folder(type(epath.Path("/"))):  # type: ignore[misc]  # etils exports no name for the class
+    """An epath whose `glob` reads patterns in its argument only; etils reads `[` in the path itself as one too."""
 
     def glob(self, pattern: str) -> Iterator[epath.Path]:
         return map(self._new, self._backend.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
 
 
 def folder_of(path: str | os.PathLike) -> epath.Path:
-    """The folder that a path means, as `disk.absolute` has it.
+    """Returns the folder of a path, made absolute by `disk.absolute`.
 
-    UserError where there is no such place, no way to it, or a library would take its name for another.
+    UserError if the bucket does not exist or cannot be reached, or if a library would misread the name.
     """
     text = disk.absolute(path)
     scheme, found, _ = text.partition("://")
@@ -55,12 +55,12 @@ def folder_of(path: str | os.PathLike) -> epath.Path:
 
 
 def is_bucket(path: epath.Path) -> bool:
-    """Whether the path lies in a bucket, where nothing can be appended to or locked."""
+    """True for a path in a bucket, where files cannot be appended to or locked."""
     return "://" in os.fspath(path)
 
 
 def _bucket(path: epath.Path) -> str:
-    """The name of the bucket that it lies in."""
+    """Returns the name of the bucket of a path."""
     name = os.fspath(path).partition("://")[2].partition("/")[0]
     if not name:
         raise UserError(f"{path} names no bucket; write gs://BUCKET/FOLDER")
@@ -69,41 +69,41 @@ def _bucket(path: epath.Path) -> str:
 
 @functools.cache
 def _files():
-    """Buckets as epath sees them: it takes the same object of fsspec's."""
+    """Returns the fsspec file system of buckets, the object that epath uses too."""
     import fsspec
     import google.auth
 
-    logging.getLogger("gcsfs").addFilter(_is_news)
-    logging.getLogger("google.auth._default").setLevel(logging.ERROR)  # that there are no credentials, `_ask` says
+    logging.getLogger("gcsfs").addFilter(_is_new_information)
+    logging.getLogger("google.auth._default").setLevel(logging.ERROR)  # `_ask` reports missing credentials
     try:
         google.auth.default()
-    except google.auth.exceptions.DefaultCredentialsError:  # of this machine neither; gcsfs would look for them again
+    except google.auth.exceptions.DefaultCredentialsError:  # gcsfs would ask the metadata server once more
         os.environ.setdefault("NO_GCE_CHECK", "true")
-    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)  # others write there too
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)  # other jobs write there too
     return fsspec.filesystem("gcs", finalize_on_close=True)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """gcsfs logs what it raises as well; and what kind of bucket it is, it can do without."""
+def _is_new_information(record: logging.LogRecord) -> bool:
+    """False for log records of exceptions, which gcsfs raises too, and of the bucket type, which it does not need."""
     return not record.exc_info and "bucket type" not in record.getMessage()
 
 
 @functools.cache
 def _ask(bucket: str, what: str, **parameters):
-    """Asks Google Cloud Storage something of the bucket. UserError where that fails, with what to do about it."""
+    """Sends Google Cloud Storage one GET request about the bucket. UserError, with advice, if it fails."""
     try:
-        _files().call("GET", what, bucket, timeout=_PATIENCE, **parameters)
+        _files().call("GET", what, bucket, timeout=_TIMEOUT_SECONDS, **parameters)
     except FileNotFoundError:
         make = f"gcloud storage buckets create gs://{bucket}"
         raise UserError(f"there is no bucket gs://{bucket}; choose another, or make it with {make}") from None
-    except Exception as error:  # of the network, of credentials, of rights
-        reason = f"no answer in {_PATIENCE} seconds" if isinstance(error, TimeoutError) else _reason(error)
-        mend = "check the network, and renew the credentials with gcloud auth application-default login"
+    except Exception as error:  # network, credentials, permissions
+        reason = f"no answer in {_TIMEOUT_SECONDS} seconds" if isinstance(error, TimeoutError) else _reason(error)
+        advice = "check the network, and renew the credentials with gcloud auth application-default login"
         if str(error).startswith("Forbidden"):
-            mend = "the roles storage.objectUser and storage.legacyBucketReader are needed"
+            advice = "the roles storage.objectUser and storage.legacyBucketReader are needed"
         elif _files().credentials.credentials is None:
-            mend = "there are no credentials; gcloud auth application-default login makes some"
-        raise UserError(f"gs://{bucket} cannot be used ({reason}): {mend}") from None
+            advice = "there are no credentials; gcloud auth application-default login makes some"
+        raise UserError(f"gs://{bucket} cannot be used ({reason}): {advice}") from None
 
 
 def _probe() -> str:
@@ -111,25 +111,25 @@ def _probe() -> str:
 
 
 def check_writable(folder: epath.Path):
-    """Makes the folder. UserError where it cannot be written to."""
+    """Creates the folder. UserError if files cannot be written to it or removed from it."""
     name = _probe()
-    _leave(folder, name)
-    _remove(folder, name)
+    _write_probe(folder, name)
+    _remove_probe(folder, name)
 
 
-def _leave(folder: epath.Path, name: str):
-    """Makes the folder, and a file in it that contains its own name."""
+def _write_probe(folder: epath.Path, name: str):
+    """Creates the folder, and in it a file that contains its own name."""
     if is_bucket(folder):
-        _ask(_bucket(folder), "b/{}")  # as Orbax does, but only when it first removes a checkpoint
+        _ask(_bucket(folder), "b/{}")  # Orbax sends this request when it first removes a checkpoint
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-    except Exception as error:  # whatever a file system says
+    except Exception as error:  # types differ by file system
         raise UserError(f"{folder} cannot be written to ({_reason(error)}); choose another") from None
 
 
-def _remove(folder: epath.Path, name: str):
-    """Removes the file, as older checkpoints are to be."""
+def _remove_probe(folder: epath.Path, name: str):
+    """Removes the file. UserError if that is not permitted; old checkpoints have to be removed too."""
     try:
         (folder / name).unlink(missing_ok=True)
     except Exception as error:
@@ -137,17 +137,17 @@ def _remove(folder: epath.Path, name: str):
 
 
 def is_empty(folder: epath.Path) -> bool:
-    """Whether nothing is there but what was cut off while it was made."""
+    """True if the folder holds only lock, probe and partial files, or does not exist."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return all(name == disk.LOCK or name.endswith(".part") or name.startswith(_PROBE) for name in names)
 
 
 def check_shared(folder: epath.Path):
-    """UserError, in every process, unless all see in the folder what process 0 writes there. All have to call it."""
-    name = processes.gathered(_probe())[0]
+    """UserError, in every process, unless all see the files that process 0 writes there. All have to call it."""
+    name = processes.all_gather_text(_probe())[0]
     with processes.together():
         if processes.is_first():
-            _leave(folder, name)
+            _write_probe(folder, name)
     with processes.together():
         if not _appears(folder / name):
             raise UserError(
@@ -155,16 +155,16 @@ def check_shared(folder: epath.Path):
             )
     with processes.together():
         if processes.is_first():
-            _remove(folder, name)
+            _remove_probe(folder, name)
 
 
 def _appears(file: epath.Path) -> bool:
-    until = time.monotonic() + _PATIENCE
+    until = time.monotonic() + _TIMEOUT_SECONDS
     while True:
         try:
             if file.read_text() == file.name:
                 return True
-        except Exception:  # not there, or not yet
+        except Exception:  # not there yet
             pass
         if time.monotonic() > until or processes.is_first():
             return False
@@ -172,21 +172,21 @@ def _appears(file: epath.Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """Returns the cause in one line."""
     return getattr(error, "strerror", None) or line_of(error)
 
 
 def line_of(error: BaseException) -> str:
-    """The line of a message that says most: the first, or the last where gcsfs begins with the address."""
-    said = str(error).strip()
-    return said.split("\n")[-1 if said.startswith("Forbidden") else 0] or type(error).__name__
+    """Returns the first line of a message; the last one for "Forbidden", where gcsfs begins with the address."""
+    message = str(error).strip()
+    return message.split("\n")[-1 if message.startswith("Forbidden") else 0] or type(error).__name__
 
 
 @contextlib.contextmanager
 def locked(folder: epath.Path) -> Iterator[None]:
-    """Makes the folder and holds it against other jobs, until the end of the block, or of the process.
+    """Creates the folder and locks it against other jobs until the end of the block or of the process.
 
-    UserError if another job holds it, or it cannot be made or written to.
+    UserError if another job holds the lock, or the folder cannot be created or written to.
     """
     if not is_bucket(folder):
         with disk.locked(Path(folder)):
@@ -194,14 +194,14 @@ def locked(folder: epath.Path) -> Iterator[None]:
         return
     check_writable(folder)
     with contextlib.ExitStack() as stack:
-        with written(folder):
+        with user_errors(folder):
             stack.enter_context(Lease(_files(), os.fspath(folder).removeprefix("gs://").rstrip("/")))
         yield
 
 
 @contextlib.contextmanager
-def held(folder: epath.Path | None) -> Iterator[None]:
-    """`locked` by process 0, for all processes, which have to call it. None: there is nothing to hold."""
+def locked_by_first(folder: epath.Path | None) -> Iterator[None]:
+    """`locked` by process 0 for the whole job. All processes have to call it. None: there is no folder to lock."""
     with contextlib.ExitStack() as stack:
         with processes.together():
             if folder is not None and processes.is_first():
@@ -210,26 +210,29 @@ def held(folder: epath.Path | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def written(folder: epath.Path, kept: str = "") -> Iterator[None]:
-    """A block that writes to the folder: its failures become a UserError. kept: what is said then, of what remains."""
+def user_errors(folder: epath.Path, note: str = "") -> Iterator[None]:
+    """A block that writes to the folder, in which errors of disk and network become a UserError.
+
+    note: end of its message, such as what is kept.
+    """
     try:
-        with disk.faults(folder, kept):
+        with disk.user_errors(folder, note):
             yield
     except UserError:
         raise
-    except Exception as error:  # of the network, of credentials that have run out
+    except Exception as error:  # network, expired credentials
         if not is_bucket(folder):
             raise
-        raise UserError(f"{folder} cannot be written to ({_reason(error)}); repeat the command{kept}") from error
+        raise UserError(f"{folder} cannot be written to ({_reason(error)}); repeat the command{note}") from error
 
 
 @contextlib.contextmanager
 def filled(folder: epath.Path) -> Iterator[None]:
-    """A block that fills a folder, which is held, or where that fails leaves nothing there. UserError if not empty."""
+    """A block that fills a locked, empty folder; after an error the folder is emptied. UserError if it is not empty."""
     if not is_empty(folder):
         raise UserError(f"{folder} is not empty; choose another folder")
     try:
-        with written(folder):
+        with user_errors(folder):
             yield
     except BaseException:
         with contextlib.suppress(Exception):
@@ -240,13 +243,13 @@ def filled(folder: epath.Path) -> Iterator[None]:
 
 
 class Mirror:
-    """A folder in which files are appended to: itself, or in front of a bucket a local copy that `sync` uploads.
+    """A folder whose files are appended to; for a bucket a local copy that `sync` uploads.
 
-    A context manager, which uploads at its end too.
+    A context manager, which calls `sync` at its end.
     """
 
     def __init__(self, folder: epath.Path, names: tuple[str, ...]):
-        """names: of the files to go on with, where they are there."""
+        """names: files to download first, if they exist."""
         self._folder, self._temporary, self._stamps = folder, None, {}
         if not is_bucket(folder):
             self.local = Path(folder)
@@ -265,25 +268,25 @@ class Mirror:
         self.close()
 
     def sync(self):
-        """Uploads what has changed since the last time. UserError where that fails, or the folder is another job's."""
+        """Uploads files that have changed since the last call. UserError if that fails or another job has the lock."""
         if self._temporary is None:
             return
         check(os.fspath(self._folder).removeprefix("gs://"))
         for file in sorted(path for path in self.local.rglob("*") if path.is_file()):
             name, stamp = file.relative_to(self.local), _stamp(file)
             if self._stamps.get(name) != stamp:
-                with written(self._folder):
+                with user_errors(self._folder):
                     (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
                     (self._folder / name).write_bytes(file.read_bytes())
                 self._stamps[name] = stamp
 
     def close(self):
-        """The last `sync`."""
+        """Calls `sync` and removes the local copy."""
         self.sync()
         if self._temporary is not None:
             self._temporary.cleanup()
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    """What tells whether a file has changed."""
+    """Returns size and modification time, which differ once a file has changed."""
     return file.stat().st_size, file.stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""The streams of a command: results on stdout, none of which is lost, and progress on stderr, which stops nothing."""
+"""The streams of a command: results on stdout, never lost; progress on stderr, whose errors are ignored."""
 
 import contextlib
 import os
@@ -9,20 +9,20 @@ from typing import TextIO
 
 
 class Stream:
-    """A text stream of which a full disk is no exception: what it cannot write is left out, and `error` says why.
+    """A text stream that does not raise on a full disk: text that cannot be written is dropped, and `error` is set.
 
-    A character that its encoding lacks is replaced by "?". A pipe that nobody reads any more raises BrokenPipeError
-    where `keep`. All else is that of `stream`.
+    A character that its encoding lacks is replaced by "?". If `keep`, a pipe without a reader raises BrokenPipeError.
+    Other attributes are those of `stream`.
     """
 
     def __init__(self, stream: TextIO, keep: bool):
-        """keep: whether all that is written is also kept, in `written`."""
+        """keep: also append all text to the list `written`."""
         self.stream, self.keep = stream, keep
         self.written: list[str] = []
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Writes the text, or what can be written of it. Returns its length."""
+        """Writes the text, as far as the stream accepts it. Returns the length of the text."""
         if self.keep:
             self.written.append(text)
         self._try(self.stream.write, self._encodable(text))
@@ -57,20 +57,21 @@ class Stream:
 
 
 def run(program: Callable[[], int]) -> int:
-    """Runs a program whose results go to sys.stdout. Returns its exit status, also where it raises SystemExit.
+    """Runs a program whose results go to sys.stdout. Returns its exit status, also if it raises SystemExit.
 
-    Where stdout cannot be written, all results go to a file, which one line on stderr names, and the status is 2. It is
-    2 at once where stdout is closed, and 0 where the reader of stdout, such as head, ends before the program.
+    If stdout cannot be written, all results go to a file, one line on stderr names the file, and the status is 2. If
+    stdout is closed, the program does not run and the status is 2. If the reader of stdout, such as head, ends before
+    the program, the status is 0.
     """
     _open_descriptors()
     before = sys.stdout, sys.stderr
-    errors = sys.stderr = Stream(sys.stderr or open(os.devnull, "w"), keep=False)  # noqa: SIM115, to the end
+    errors = sys.stderr = Stream(sys.stderr or open(os.devnull, "w"), keep=False)  # noqa: SIM115, open until the end
     if sys.stdout is None:
         print("sedd: error: stdout is closed; send the results somewhere, as in > FILE", file=errors)
         sys.stderr = before[1]
         return 2
     results = sys.stdout = Stream(sys.stdout, keep=True)
-    lost = None
+    problem = None
     try:
         status = program()
         results.flush()
@@ -79,25 +80,25 @@ def run(program: Callable[[], int]) -> int:
     except BrokenPipeError:
         status = 0
     finally:
-        lost = _saved(results)
-        if lost:
-            print(f"sedd: error: {lost}", file=errors)
+        problem = _save_unwritten(results)
+        if problem:
+            print(f"sedd: error: {problem}", file=errors)
         for stream in (results, errors):
             _silence(stream)
         sys.stdout, sys.stderr = before
-    return 2 if lost else status
+    return 2 if problem else status
 
 
 def _status(stopped: SystemExit) -> int:
-    """What the interpreter makes of it."""
+    """Returns the exit status that the interpreter gives a SystemExit; prints its message."""
     if stopped.code is None or isinstance(stopped.code, int):
         return stopped.code or 0
     print(stopped.code, file=sys.stderr)
     return 1
 
 
-def _saved(results: Stream) -> str | None:
-    """Saves the results that stdout did not take; what there is to say of it, or None where it took them."""
+def _save_unwritten(results: Stream) -> str | None:
+    """Saves the results to a file if stdout failed. Returns the message for that, or None if stdout has them all."""
     with contextlib.suppress(BrokenPipeError):
         results.flush()
     if results.error is None or isinstance(results.error, BrokenPipeError):
@@ -110,7 +111,7 @@ def _saved(results: Stream) -> str | None:
 
 
 def _write(text: str, folder: str) -> str:
-    """The path of a new file that holds the text. OSError, and no file, where it cannot be written."""
+    """Writes the text to a new file and returns its path. OSError, and no file, if it cannot be written."""
     descriptor, path = tempfile.mkstemp(".txt", "sedd-results-", folder)
     try:
         with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -122,14 +123,14 @@ def _write(text: str, folder: str) -> str:
 
 
 def _silence(stream: Stream):
-    """What a stream that failed still holds is written nowhere, or the interpreter would fail on it once more."""
+    """Discards what a failed stream still buffers: the interpreter would fail on it again at exit."""
     if stream.error is not None:
         with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _open_descriptors():
-    """Descriptors 0 to 2 that are closed become /dev/null's, or the next file to be opened would have their output."""
+    """Opens /dev/null for closed descriptors 0 to 2; else the next opened file would receive their output."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)

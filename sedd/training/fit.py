@@ -112,7 +112,7 @@ class _Run:
         with (
             Checkpoints(self.workdir / "checkpoints", config.checkpoint) as checkpoints,
             _stop_signals() as stopping,
-            disk.faults(self.workdir, "; the last checkpoint stays"),
+            disk.user_errors(self.workdir, "; the last checkpoint stays"),
             storage.Mirror(self.workdir, ("metrics.jsonl", "samples.jsonl", NONFINITE)) as mirror,
         ):
             state = checkpoints.restore(parallel.abstract_arrays(jax.eval_shape(init), where))

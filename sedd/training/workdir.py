@@ -56,7 +56,7 @@ def prepare_workdir(
             mine["init_from"] = theirs.get("init_from")
     elif not storage.is_empty(workdir):
         raise UserError(f"{workdir} is not empty and holds no run; choose another --workdir")
-    with storage.written(workdir):
+    with storage.user_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         disk.write_json_atomic(path, json.dumps(mine, indent=2) + "\n")
         corpus.tokenizer.save(workdir / "tokenizer")  # after what tells whose it is, for who is interrupted here

@@ -156,15 +156,15 @@ def test_a_bucket_that_does_not_answer(bucket, monkeypatch):
     """Not for long."""
     with socket.create_server(("localhost", 0)) as silent:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{silent.getsockname()[1]}")
-        monkeypatch.setattr(storage, "_PATIENCE", 1)
+        monkeypatch.setattr(storage, "_TIMEOUT_SECONDS", 1)
         assert "no answer in 1 seconds): there are no credentials" in refusal(storage.folder_of, f"{bucket}/run")
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Leases that are renewed all the time, and are silent soon."""
-    monkeypatch.setattr(lease, "_RENEWED", 0.1)
-    monkeypatch.setattr(lease, "_SILENCE", 1.0)
+    monkeypatch.setattr(lease, "_RENEWAL_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "_EXPIRY_SECONDS", 1.0)
 
 
 def owner(cloud, bucket, **changes):
@@ -284,12 +284,12 @@ def test_what_was_cut_off_is_passed_over(cloud, two_steps, bucket, capfd, fault)
     bucket = copied(cloud, two_steps, bucket.removeprefix("gs://"))
     fault(objects(cloud, bucket))
     assert first_number(f"{bucket}/run") == 1.0 and capfd.readouterr().err == ""
-    with pytest.raises(sedd.UserError, match="step 2 is not whole \\(its writing was cut off, or goes on\\)"):
+    with pytest.raises(sedd.UserError, match="step 2 is incomplete \\(its write was interrupted, or is in progress\\)"):
         restore_params(storage.folder_of(f"{bucket}/run"), LIKE.params, ema=False, step=2)
     with checkpoints(f"{bucket}/run") as saved:
         assert int(saved.restore(LIKE).step) == 1
         saved.save(state_of(3.0, 3))
-    assert capfd.readouterr().err == "sedd: the checkpoint of step 2 was cut off while it was written\n"
+    assert capfd.readouterr().err == "sedd: the checkpoint of step 2 is incomplete: its write was interrupted\n"
     assert {name.split("/")[0] for name in cloud.names(f"{bucket}/run")} == {"1", "3"}
 
 
@@ -340,7 +340,7 @@ def test_a_checkpoint_that_cannot_be_written(cloud, two_steps, bucket, capfd):
             saved.save(state_of(float(step), step))
 
     cloud.refuse = lambda *request: forbidden(*request, of=("POST",))
-    assert f"a checkpoint could not be written to {bucket}/run (refused); those that" in refusal(save, 3)
+    assert f"a checkpoint could not be written to {bucket}/run (refused); earlier ones" in refusal(save, 3)
     cloud.refuse = lambda *_: None
     assert first_number(f"{bucket}/run") == 2.0
     save(4)
@@ -436,7 +436,8 @@ def test_killed_at_any_moment_it_goes_on(cloud, corpus, whole, trained, bucket, 
     left = newest(cloud, bucket)
     assert fit(small_config(corpus, *SHORT), f"{bucket}/run").steps == 6 - left
     check_same(whole, f"{bucket}/run", corpus)
-    assert name[:11] != "checkpoints" or f"step {left + 2} was cut off while it was written" in capfd.readouterr().err
+    problem = f"step {left + 2} is incomplete: its write was interrupted"
+    assert name[:11] != "checkpoints" or problem in capfd.readouterr().err
 
 
 @pytest.mark.slow

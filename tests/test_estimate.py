@@ -131,7 +131,7 @@ def test_the_papers_medium_network_takes_no_time():
     assert 0.9 < found.step_flops / (8 * 321e6 * 512 * 1024) < 1.5  # eight a parameter and token, attention and head
     assert found.params_bytes < 4 * 424_571_264 / 7
     text = str(found)
-    assert "estimate" in text and "424,477,010" in text and "8 rows a device at once" in text
+    assert "estimate" in text and "424,477,010" in text and "8 rows per device and microbatch" in text
     with pytest.raises(UserError, match="does not fit the 6 that there are"):
         estimate(config, 50257, 6)
 

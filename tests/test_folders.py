@@ -216,7 +216,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path):
     config = configs.default().checkpoint
     with Checkpoints(folder, config) as saved:
         saved.save(state_of(1.0, 1))
-    with files_of(64), pytest.raises(sedd.UserError, match="could not be written .*; those that are there stay"):
+    with files_of(64), pytest.raises(sedd.UserError, match="could not be written .*; earlier ones are kept"):
         with Checkpoints(folder, config) as saved:
             saved.save(state_of(2.0, 2))
     assert os.listdir(folder) == ["1"]

@@ -1,10 +1,11 @@
-"""Checkpoints: Orbax behind one file, with a digest of every array, verified on the way back.
+"""Checkpoints: Orbax, with a digest of every array that is verified when a checkpoint is restored.
 
-Orbax notices arrays that are cut short or missing, but restores a changed byte without a word, casts types likewise,
-and never goes back to an older checkpoint by itself. A checkpoint is a folder named by its step:
+Orbax detects truncated and missing arrays, but silently restores a changed byte, silently casts types, and never falls
+back to an older checkpoint. A checkpoint is a folder named by its step:
 
     params/ ema/ optimizer/   the arrays, each by its path
-    manifest/                 the step, its bound, and shape, type and digest of each array; without it nothing counts
+    manifest/                 the step, its bound, and shape, type and digest of each array; without it the checkpoint
+                              is not used
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import json
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,18 +30,18 @@ from sedd.runtime import disk, processes, storage
 from sedd.training.digests import digests
 from sedd.training.step import TrainState
 
-_ITEMS = ("params", "ema", "optimizer")  # what is stored apart, so that inference reads the parameters alone
-_COMMITTED = "commit_success.txt"  # what Orbax writes last in a bucket, where it can rename no folder at once
-_ASIDE = "damaged-"  # before the step of what is passed over by a run that goes on
+_ITEMS = ("params", "ema", "optimizer")  # stored separately, so that inference reads the parameters only
+_COMMITTED = "commit_success.txt"  # Orbax writes it last in a bucket, where a folder cannot be renamed atomically
+_DAMAGED_PREFIX = "damaged-"  # of the folder of an unusable checkpoint, once the run resumes from an older one
 
 
 @dataclasses.dataclass
 class Checkpoints:
-    """The checkpoints of a run, in a folder that all processes see: each is written whole or not at all.
+    """The checkpoints of a run, in a folder that all processes share; each is written atomically.
 
-    A context manager. Writing goes on in the background; the next `save`, and the end, wait for it. config: the group
-    `checkpoint`: of the newest `keep` stay, of the others those of every `keep_every` steps, and the best. All
-    processes have to call all methods.
+    A context manager. Checkpoints are written in the background; the next `save` and the exit wait for it. config: the
+    group `checkpoint`: the newest `keep` are kept, those at multiples of `keep_every` steps, and with `keep_best` the
+    one with the lowest bound. All processes must call all methods.
     """
 
     directory: epath.Path
@@ -54,15 +56,15 @@ class Checkpoints:
 
     @functools.cached_property
     def _manager(self):
-        """Made for the first `save`: that also clears away what an interrupted one left."""
-        import orbax.checkpoint as ocp  # slow to import, and of no use to who only samples from an exported model
+        """Orbax's manager, created by the first `save`. Creating it removes what an interrupted save left."""
+        import orbax.checkpoint as ocp  # slow to import, and not needed to sample from an exported model
 
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Staying(self.config, self._bounds),
+            preservation_policy=_PreservationPolicy(self.config, self._bounds),
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
         )
-        # What is whole on many devices is written by one of them; Orbax would have each write, and compile, a slice.
+        # One device writes a small replicated array; by default Orbax has each device compile and write a slice of it.
         types = ocp.type_handlers
         writer = types.ArrayHandler(min_slice_bytes_for_replica_parallel=parallel.MIN_SHARD_BYTES)
         arrays = ocp.PyTreeCheckpointHandler(
@@ -76,137 +78,140 @@ class Checkpoints:
 
     @functools.cached_property
     def _bounds(self) -> dict[int, float]:
-        """The bound of each checkpoint that has one. Orbax would forget them when another process goes on."""
+        """The bound of each checkpoint that has one. Orbax does not remember them when another process resumes."""
         if not self.config.keep_best:
             return {}
         bounds = {}
         for step in steps_saved(self.directory):
-            with contextlib.suppress(Exception):  # a damaged one is the best of nothing
+            with contextlib.suppress(Exception):  # a damaged checkpoint is never the best
                 bounds[step] = float(_manifest(self.directory / str(step))["bound"])
         return bounds
 
     def save(self, state: TrainState, bound: float | None = None):
-        """Writes the state, unless its step is there already. bound: on held-out text, in nats per token.
+        """Writes the state, unless its step is saved already. bound: on the validation split, in nats per token.
 
-        UserError if it cannot be written, or the one before could not; those that are there stay.
+        UserError if this or the previous checkpoint could not be written; earlier checkpoints are kept.
         """
         import orbax.checkpoint as ocp
 
         step, items = int(state.step), _items(state)
-        with self._written():
+        with self._write_errors():
             if step in self._manager.all_steps():
                 return
             arrays = {name: ocp.args.PyTreeSave(_flat(tree)) for name, tree in items.items()}
-            manifest = {"step": step, "bound": bound, "arrays": _described(items, digests(items))}
+            manifest = {"step": step, "bound": bound, "arrays": _describe(items, digests(items))}
             if bound is not None:
                 self._bounds[step] = bound
             args = ocp.args.Composite(**arrays, manifest=ocp.args.JsonSave(manifest))
             self._manager.save(step, args=args, force=True)
 
     def add_bound(self, step: int, bound: float | None):
-        """Adds the bound to the checkpoint of a step that was written without one. None: there is none."""
+        """Adds the bound to a checkpoint that was saved without one. bound: nats per token; None: nothing is done."""
         if bound is None or step in self._bounds:
             return
         self._bounds[step] = bound
-        with processes.together(), self._written():
+        with processes.together(), self._write_errors():
             if processes.is_first():
                 manifest = _manifest(self.directory / str(step)) | {"bound": bound}
                 disk.write_json_atomic(self.directory / str(step) / "manifest" / "metadata", json.dumps(manifest))
 
     def restore(self, like: TrainState) -> TrainState | None:
-        """The newest state that verifies, or None where none was ever written; what is passed over is put aside.
+        """Returns the newest state that verifies, or None if there is no checkpoint. Newer ones are renamed.
 
-        like: the shapes, types and shardings, as `jax.ShapeDtypeStruct`.
+        like: shapes, types and shardings, as `jax.ShapeDtypeStruct`. UserError if there are checkpoints and none
+        verifies.
         """
         if processes.is_first():
-            for step, whole in _steps(self.directory):
-                if not whole:  # what is written next replaces it
-                    print(f"sedd: the checkpoint of step {step} was cut off while it was written", file=sys.stderr)
-        found = _newest(self.directory, _items(like))
-        if found is None:
+            for number, complete in _steps(self.directory):
+                if not complete:  # the next save of this step replaces it
+                    message = f"sedd: the checkpoint of step {number} is incomplete: its write was interrupted"
+                    print(message, file=sys.stderr)
+        restored = _restore_newest(self.directory, _items(like))
+        if restored is None:
             return None
-        step, items, damaged = found
+        newest, items, unusable = restored
         with processes.together():
             if processes.is_first():
-                for worse in damaged:  # the run will come to that step again
-                    _put_aside(self.directory, worse)
-        step = parallel.put(np.int32(step), like.step.sharding)
+                for number in unusable:  # the resumed run will save that step again
+                    _rename_unusable(self.directory, number)
+        step = parallel.put(np.int32(newest), like.step.sharding)
         return TrainState(step, items["params"], items.get("ema"), items["optimizer"])
 
     def finish(self, quiet: bool = False):
-        """Waits for what is being written, the last of all. quiet: another mistake is on its way to the user."""
+        """Waits until the last checkpoint is written. quiet: no UserError, since another one is being raised."""
         if "_manager" not in self.__dict__:
             return
-        with contextlib.suppress(UserError) if quiet else contextlib.nullcontext(), self._written():
+        with contextlib.suppress(UserError) if quiet else contextlib.nullcontext(), self._write_errors():
             self._manager.wait_until_finished()
             self._manager.close()
 
     @contextlib.contextmanager
-    def _written(self):
-        """What goes wrong while something is written, in a line; what it left behind goes."""
+    def _write_errors(self):
+        """A block whose errors become a UserError; unfinished files are removed."""
         try:
             yield
-        except Exception as error:  # of Orbax, of its storage, of the file system
+        except Exception as error:  # of Orbax, its storage layer or the file system
             _join_writers()
             if processes.is_first() and not storage.is_bucket(self.directory):
                 for part in self.directory.glob("*.orbax-checkpoint-tmp*"):
                     with contextlib.suppress(OSError):
                         part.rmtree()
             raise UserError(
-                f"a checkpoint could not be written to {self.directory} ({_cause(error)}); those that are there stay. "
-                "Mend that, and the same command continues"
+                f"a checkpoint could not be written to {self.directory} ({_cause(error)}); earlier ones are kept. "
+                "Fix the cause, and the same command continues"
             ) from error
 
 
 def _join_writers(timeout: float = 10):
-    """Waits for Orbax's other threads: it raises the first error while they still write into the folder of the step."""
+    """Waits for Orbax's threads, which still write into the folder of the step when the first error is raised."""
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax."):
-            threading.Thread.join(thread, timeout)  # its own join raises what the thread raised
+            threading.Thread.join(thread, timeout)  # Orbax's own `join` raises the error of the thread
 
 
 @dataclasses.dataclass(frozen=True)
-class _Staying:
-    """Which checkpoints stay, as Orbax asks: the newest, those of every so many steps, and that of the best bound."""
+class _PreservationPolicy:
+    """Orbax's policy: keeps the newest checkpoints, those of every `keep_every` steps, and that of the lowest bound."""
 
     config: ConfigDict
     bounds: dict[int, float]
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """context: Orbax's, of no use here."""
+        """True for each checkpoint that is kept. context: of Orbax's interface; not used."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         bounds = {step: self.bounds[step] for step in steps if step in self.bounds}
-        staying = {*sorted(steps)[-self.config.keep :], *([min(bounds, key=bounds.get)] if bounds else [])}
+        best = [min(bounds, key=lambda step: bounds[step])] if bounds else []
+        kept = {*sorted(steps)[-self.config.keep :], *best}
         every = self.config.keep_every
-        return [step in staying or bool(every and step % every == 0) for step in steps]
+        return [step in kept or bool(every and step % every == 0) for step in steps]
 
 
 def restore_params(directory: epath.Path, like: dict, ema: bool, step: int | None = None) -> dict:
-    """The parameters to evaluate and sample with, of the newest checkpoint that verifies, or of the one told.
+    """Returns the parameters of the newest checkpoint that verifies, or of `step`. ema: their moving average instead.
 
-    Reads only, also beside a run that is writing. UserError where there is none.
+    Only reads, so that it may be called while a run writes. UserError if there is no usable checkpoint.
     """
     name = "ema" if ema else "params"
     while True:
         steps = processes.broadcast_from_first(steps_saved(directory)) if step is None else [step]
         try:
-            found = _newest(directory, {name: like}, steps)
+            restored = _restore_newest(directory, {name: like}, steps)
             break
-        except UserError:  # a run beside may have removed these while they were read, and written newer ones
+        except UserError:  # a running job may have removed these while they were read, and written newer ones
             if step is not None or processes.broadcast_from_first(steps_saved(directory))[-1:] <= steps[-1:]:
                 raise
-    if found is None:
+    if restored is None:
         raise UserError(f"{directory} holds no checkpoint yet; train a little longer")
-    return found[1][name]
+    return restored[1][name]
 
 
 def steps_saved(directory: epath.Path) -> list[int]:
-    """The steps of the checkpoints that were written to their end, from the oldest on."""
-    return [step for step, whole in _steps(directory) if whole]
+    """Returns the steps of the complete checkpoints, in ascending order."""
+    return [step for step, complete in _steps(directory) if complete]
 
 
 def _steps(directory: epath.Path) -> list[tuple[int, bool]]:
-    """The steps that are there, and whether each was written to its end. On a disk, others have other names."""
+    """Returns each step, and True if it is complete. On a disk an incomplete one has a temporary name: not listed."""
     if not directory.is_dir():
         return []
     steps = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
@@ -214,75 +219,84 @@ def _steps(directory: epath.Path) -> list[tuple[int, bool]]:
     return [(step, not in_bucket or (directory / str(step) / _COMMITTED).is_file()) for step in steps]
 
 
-def _newest(
+def _restore_newest(
     directory: epath.Path, like: dict[str, Any], steps: list[int] | None = None
 ) -> tuple[int, dict[str, Any], list[int]] | None:
-    """The newest step that verifies, what was asked of it, and the newer ones that do not.
+    """Returns the newest step that verifies, its requested items, and the newer steps, which do not verify.
 
-    None where there is none at all; UserError where none verifies. What is passed over is said.
+    None if there is no checkpoint; UserError if there are checkpoints and none verifies. Prints the problem of each
+    newer step.
     """
-    passed = {}
-    _hush()
+    problems: dict[int, str] = {}
+    _ignore_closed_event_loop()
     steps = processes.broadcast_from_first(steps_saved(directory)) if steps is None else steps
     for step in reversed(steps):
         items, problem = None, None
         try:
             items = _read(directory / str(step), step, like)
-        except _Unusable as error:
+        except _UnusableCheckpoint as error:
             problem = str(error)
-        except Exception as error:  # whatever Orbax, JSON or a file system say of a damaged file
+        except Exception as error:  # of Orbax, JSON or the file system, for a damaged file
             problem = f"is damaged ({_cause(error)})"
         problem = processes.first_problem(problem)
         if problem is None:
+            assert items is not None  # no process has a problem
             if processes.is_first():
-                for worse, why in passed.items():
-                    print(f"sedd: the checkpoint of step {worse} {why}; going back to step {step}", file=sys.stderr)
-            return step, items, list(passed)
-        passed[step] = problem
-    if passed:
-        reasons = "; ".join(f"that of step {step} {why}" for step, why in passed.items())
+                for newer, why in problems.items():
+                    print(f"sedd: the checkpoint of step {newer} {why}; going back to step {step}", file=sys.stderr)
+            return step, items, list(problems)
+        problems[step] = problem
+    if problems:
+        reasons = "; ".join(f"that of step {step} {why}" for step, why in problems.items())
         raise UserError(f"no checkpoint in {directory} can be used: {reasons}; restore one from a copy")
     return None
 
 
-def _hush():
-    """Lets one complaint pass unheard: when Orbax fails to read one array it forgets its reads of the others, and each
-    of those then finds that the event loop it reports to is closed."""
+def _ignore_closed_event_loop():
+    """Suppresses the unraisable error "Event loop is closed".
 
-    def heard(unraisable):
+    When Orbax fails to read one array it abandons its reads of the others, whose event loop is closed by then.
+    """
+    previous = sys.unraisablehook
+    if isinstance(previous, _ClosedEventLoopFilter):
+        return
+    sys.unraisablehook = _ClosedEventLoopFilter(previous)
+
+
+class _ClosedEventLoopFilter:
+    def __init__(self, previous: Callable[[Any], Any]):
+        self._previous = previous
+
+    def __call__(self, unraisable):
         if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    before, heard.hushed = sys.unraisablehook, True
-    if not hasattr(before, "hushed"):
-        sys.unraisablehook = heard
+            self._previous(unraisable)
 
 
-class _Unusable(ValueError):
-    """What is wrong with a checkpoint that can be read."""
+class _UnusableCheckpoint(ValueError):
+    """The problem of a checkpoint that can be read but not used."""
 
 
 def _read(checkpoint: epath.Path, step: int, like: dict[str, Any]) -> dict[str, Any]:
-    """Some items of one checkpoint, verified. Without Orbax's manager, which would wait for all processes."""
+    """Returns the items of `like` from one checkpoint, verified. Orbax's manager would wait for all processes."""
     import orbax.checkpoint as ocp
 
     manifest = _manifest(checkpoint)
     if manifest["step"] != step:
-        raise _Unusable(f"is that of step {manifest['step']}, renamed")
-    wanted, there = _described(like), manifest["arrays"]
-    there = {name: about for name, about in there.items() if name.partition("/")[0] in like}
-    for name in (*wanted, *there):
-        found, expected = (_shown(described.get(name)) for described in (there, wanted))
-        if found != expected:
-            raise _Unusable(f"is another model's ({name} is {found} there, {expected} here)")
+        raise _UnusableCheckpoint(f"is that of step {manifest['step']}, renamed")
+    expected = _describe(like)
+    saved = {name: about for name, about in manifest["arrays"].items() if name.partition("/")[0] in like}
+    for name in (*expected, *saved):
+        there, here = (_dtype_and_shape(described.get(name)) for described in (saved, expected))
+        if there != here:
+            raise _UnusableCheckpoint(f"is another model's ({name} is {there} there, {here} here)")
     items = {}
     for name, tree in like.items():
         flat = _flat(tree)
         read = ocp.StandardCheckpointHandler().restore(checkpoint / name, args=ocp.args.StandardRestore(flat))
         items[name] = jax.tree.unflatten(jax.tree.structure(tree), [read[path] for path in flat])
     for name, digest in digests(items).items():
-        if digest != there[name]["digest"]:
-            raise _Unusable(f"is damaged ({name} is not what was written)")
+        if digest != saved[name]["digest"]:
+            raise _UnusableCheckpoint(f"is damaged ({name} is not what was written)")
     return items
 
 
@@ -290,9 +304,9 @@ def _manifest(checkpoint: epath.Path) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     if storage.is_bucket(checkpoint) and not (checkpoint / _COMMITTED).is_file():
-        raise _Unusable("is not whole (its writing was cut off, or goes on)")
+        raise _UnusableCheckpoint("is incomplete (its write was interrupted, or is in progress)")
     if not (checkpoint / "manifest").is_dir():
-        raise _Unusable("is not whole (it has no manifest)")
+        raise _UnusableCheckpoint("is incomplete (it has no manifest)")
     return ocp.JsonCheckpointHandler().restore(checkpoint / "manifest", args=ocp.args.JsonRestore())
 
 
@@ -301,35 +315,35 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their paths."""
-    return named(tree, separator=".")  # Orbax makes files of the names
+    """Returns the leaves of a tree by their paths, as names of files."""
+    return named(tree, separator=".")
 
 
-def _described(items: dict[str, Any], digest: dict[str, str] | None = None) -> dict[str, dict]:
-    """Shape and type of each array, as the manifest has them, with its digest where that is known."""
+def _describe(items: dict[str, Any], digest: dict[str, str] | None = None) -> dict[str, dict]:
+    """Returns the manifest's entry of each array: its shape, its type and, if given, its digest."""
     return {
         name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} | ({"digest": digest[name]} if digest else {})
         for name, leaf in named(items).items()
     }
 
 
-def _shown(about: dict | None) -> str:
+def _dtype_and_shape(about: dict | None) -> str:
     return "missing" if about is None else f"{about['dtype']}{about['shape']}"
 
 
-def _put_aside(directory: epath.Path, step: int):
-    """Renames what cannot be used, so that nothing is lost and its step is free."""
-    aside = directory / f"{_ASIDE}{step}"
+def _rename_unusable(directory: epath.Path, step: int):
+    """Renames an unusable checkpoint, so that nothing is lost and its step can be saved again."""
+    target = directory / f"{_DAMAGED_PREFIX}{step}"
     number = 1
-    while aside.exists():
+    while target.exists():
         number += 1
-        aside = directory / f"{_ASIDE}{step}-{number}"
-    (directory / str(step)).rename(aside)
-    print(f"sedd: it is kept as {aside.name}", file=sys.stderr)
+        target = directory / f"{_DAMAGED_PREFIX}{step}-{number}"
+    (directory / str(step)).rename(target)
+    print(f"sedd: it is kept as {target.name}", file=sys.stderr)
 
 
 def _cause(error: BaseException) -> str:
-    """What went wrong at the bottom, in short: tensorstore adds its whole specification to its messages."""
+    """Returns the root cause in short: tensorstore appends its full specification to its messages."""
     while error.__cause__ is not None:
         error = error.__cause__
     return textwrap.shorten(storage.line_of(error).partition(" [")[0], 120, placeholder=" ...")

@@ -1,16 +1,16 @@
-"""Chips by the names that JAX has for them (`device.device_kind`), with what their makers say that they can do."""
+"""Peak rates and sizes of accelerators, as their makers state them, by JAX's name (`device.device_kind`)."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device of JAX's has, at best: a whole chip, where a chip is not two devices."""
+    """Peak numbers of one JAX device: a chip, or half of a chip that is two devices."""
 
-    flops: float  # bfloat16 with float32 sums, a second; of dense matrices, makers like to print those of sparse ones
+    flops: float  # dense bfloat16 with float32 accumulation, per second; data sheets often print the sparse rate
     memory: float  # bytes
-    bandwidth: float  # of the memory, bytes a second
-    links: float  # to the other chips of its slice or machine, bytes a second out of it, all links together
+    bandwidth: float  # of the memory, bytes per second
+    links: float  # to other chips of its slice or machine, bytes per second in one direction, all links together
 
 
 # TPUs: the pages "TPU v3", "TPU v4", ... of Google Cloud's documentation, cloud.google.com/tpu/docs/v6e and its
@@ -55,11 +55,11 @@ _GPUS = {
     "NVIDIA GeForce RTX 3090": Chip(71e12, 24e9, 936e9, 32e9),  # likewise
     "NVIDIA GeForce RTX 4090": Chip(165e12, 24e9, 1008e9, 32e9),  # the Ada architecture's white paper
 }
-# By the whole name: an A100 that a centre had made for itself, or a slice of an H100, has another number behind it.
+# Looked up by the full name: a custom A100 or a slice of an H100 has other numbers.
 CHIPS = _TPUS | _GPUS
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 operations a second of a device at best, for its utilisation; None where that is not known."""
+    """Peak dense bfloat16 FLOPs per second of a device; None if the device is not known."""
     chip = CHIPS.get(device_kind)
-    return chip and chip.flops
+    return None if chip is None else chip.flops

@@ -1,7 +1,7 @@
-"""What a run will take, worked out from its config alone: nothing is compiled, no array made, no device touched.
+"""Memory and compute of a run, derived from its config: no compilation, no arrays, no devices.
 
-The parameters, the bytes of the state and the floating-point operations are exact counts. What the backward pass keeps
-is an estimate, of the order of what a compiler makes of it.
+The parameters, the bytes of the state and the floating-point operations are exact counts. The memory of the backward
+pass is an estimate, good to a factor of two.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from sedd.training.step import init_state
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A run in numbers. Bytes are those on each device; the FLOPs are those of all devices together.
+    """Memory and compute of a run. Bytes are per device; FLOPs are of all devices together.
 
-    FLOPs: two for each multiply-add of the matrix products and of attention, forward, backward (twice as many), and
-    forward once more where layers are recomputed. The optimiser's own are left out.
+    FLOPs: two for each multiply-add of matrix products and attention, in the forward pass, the backward pass (twice as
+    many) and the recomputation of layers. Those of the optimiser are not counted.
     """
 
     parameters: int
@@ -35,29 +35,27 @@ class Estimate:
     steps: int
     accumulation: int
     mesh: dict[str, int]
-    layout: dict[
-        str, tuple[int, int]
-    ]  # how parameters lie: "whole" or the axes that split them -> arrays, bytes in all
+    layout: dict[str, tuple[int, int]]  # of parameters: "whole" or the axes that shard them -> arrays, bytes in all
     params_bytes: int
     ema_bytes: int
     optimizer_bytes: int
     gradient_bytes: int
-    activation_bytes: int  # roughly
+    activation_bytes: int  # estimated
     step_flops: int
 
     @property
     def tokens_per_step(self) -> int:
-        """Positions of one update, padding included."""
+        """Positions of one step, padding included."""
         return self.rows * self.block_length
 
     @property
     def state_bytes(self) -> int:
-        """Parameters, their average and the optimiser's state."""
+        """Parameters, their EMA and the state of the optimiser."""
         return self.params_bytes + self.ema_bytes + self.optimizer_bytes
 
     @property
     def total_bytes(self) -> int:
-        """The most that a device holds, roughly."""
+        """Estimated peak memory of a device."""
         return self.state_bytes + self.gradient_bytes + self.activation_bytes
 
     @property
@@ -66,18 +64,18 @@ class Estimate:
 
     def __str__(self) -> str:
         parts = self.mesh["data"] * self.mesh["fsdp"]
-        at_once = self.rows // self.accumulation // parts
+        microbatch = self.rows // self.accumulation // parts
         tokens = self.steps * self.tokens_per_step
-        splits = "; ".join(f"{how}: {count} arrays, {_size(size)}" for how, (count, size) in self.layout.items())
+        layout = "; ".join(f"{how}: {count} arrays, {_size(size)}" for how, (count, size) in self.layout.items())
         return (
             f"parameters {self.parameters:,}, {self.inner_parameters:,} without embedding and head\n"
             f"a step     {self.rows:,} rows of {self.block_length:,} = {self.tokens_per_step:,} tokens, "
             f"{_number(self.step_flops)} FLOPs\n"
             f"the run    {self.steps:,} steps, {tokens:,} tokens, {_number(self.run_flops)} FLOPs\n"
             f"mesh       {', '.join(f'{axis} {size}' for axis, size in self.mesh.items())}; "
-            f"{at_once:,} rows a device at once, {self.accumulation} times a step\n"
-            f"parameters {splits}\n"
-            f"a device   parameters {_size(self.params_bytes)}, their average {_size(self.ema_bytes)}, "
+            f"{microbatch:,} rows per device and microbatch, {self.accumulation} microbatches per step\n"
+            f"parameters {layout}\n"
+            f"a device   parameters {_size(self.params_bytes)}, EMA {_size(self.ema_bytes)}, "
             f"optimiser {_size(self.optimizer_bytes)}, gradients {_size(self.gradient_bytes)}\n"
             f"           and about {_size(self.activation_bytes)} for the backward pass: "
             f"an estimate of {_size(self.total_bytes)} in all, good to a factor of two"
@@ -85,7 +83,7 @@ class Estimate:
 
 
 def estimate(config: ConfigDict, vocab_size: int, devices: int) -> Estimate:
-    """What the run that `config` describes takes on so many devices. UserError if its mesh does not fit them."""
+    """Estimates the run that `config` describes, on `devices` devices. UserError if its mesh does not fit them."""
     config = configs.validate(config)
     training, length = config.training, config.data.block_length
     _, schedule, network = configs.build(config, vocab_size)
@@ -94,15 +92,15 @@ def estimate(config: ConfigDict, vocab_size: int, devices: int) -> Estimate:
     objective = Objective(network, schedule, training.batch_size, training.noise_sampling, training.min_time)
     optimizer = make_optimizer(config.optimizer, training.steps)
     state = jax.eval_shape(lambda: init_state(config, objective, optimizer))
-    where = parallel.shardings(mesh, state)
-    held = {part: _held(getattr(state, part), getattr(where, part)) for part in ("params", "ema", "optimizer")}
+    shardings = parallel.shardings(mesh, state)
+    held = {
+        part: _bytes_per_device(getattr(state, part), getattr(shardings, part))
+        for part in ("params", "ema", "optimizer")
+    }
     parameters = network.num_parameters()
-    shapes = state.params
     outer = network.process.num_states * (2 * network.width + 1)  # the embedding, and the head's matrix with its bias
-    rows, paired = (
-        training.batch_size // training.accumulation // (sizes[0] * sizes[1]),
-        training.noise_sampling == "mask_count",
-    )
+    rows = training.batch_size // training.accumulation // (sizes[0] * sizes[1])
+    paired = training.noise_sampling == "mask_count"
     return Estimate(
         parameters=parameters,
         inner_parameters=parameters - outer,
@@ -111,7 +109,7 @@ def estimate(config: ConfigDict, vocab_size: int, devices: int) -> Estimate:
         steps=training.steps,
         accumulation=training.accumulation,
         mesh=dict(zip(parallel.AXES, sizes)),
-        layout=_layout(shapes, where.params),
+        layout=_layout(state.params, shardings.params),
         params_bytes=held["params"],
         ema_bytes=held["ema"],
         optimizer_bytes=held["optimizer"],
@@ -122,64 +120,63 @@ def estimate(config: ConfigDict, vocab_size: int, devices: int) -> Estimate:
 
 
 def step_flops(network: Network, rows: int, length: int, paired: bool, recomputed: bool = True) -> int:
-    """FLOPs of one update over so many rows. paired: the head runs at the masked positions of antithetic pairs.
+    """FLOPs of one step over `rows` rows. paired: the head runs at the masked positions of antithetic pairs.
 
-    recomputed: with what `network.remat` computes a second time. Without it they are the model's FLOPs, whose share of
-    a chip's peak is the utilisation that papers report.
+    recomputed: includes the recomputation of `network.remat`. Without it the result is the model FLOPs, from which the
+    model FLOPs utilisation (MFU) is computed.
     """
-    width, condition, sites = network.width, network.cond_dim, _sites(rows, length, paired)
+    width, cond_dim, sites = network.width, network.cond_dim, _sites(rows, length, paired)
     attention = network.layers * rows * length * 4 * length * width  # scores and values
-    maps = network.layers * rows * (length * 24 * width**2 + 12 * condition * width)  # qkv, out, up, down; modulation
-    told = 2 * rows * condition * (FREQUENCIES + condition)
-    head = 2 * sites * width * (padded(network.process.num_states) + 2 * condition)
-    again = {"none": 0, "dots": attention, "full": attention + maps}[network.remat]
-    return 3 * (attention + maps + told + head) + (again if recomputed else 0)
+    maps = network.layers * rows * (length * 24 * width**2 + 12 * cond_dim * width)  # qkv, out, up, down; modulation
+    conditioning = 2 * rows * cond_dim * (FREQUENCIES + cond_dim)
+    head = 2 * sites * width * (padded(network.process.num_states) + 2 * cond_dim)
+    recomputation = {"none": 0, "dots": attention, "full": attention + maps}[network.remat]
+    return 3 * (attention + maps + conditioning + head) + (recomputation if recomputed else 0)
 
 
 def activation_bytes(network: Network, rows: int, length: int, paired: bool, model: int = 1) -> int:
-    """About how much the backward pass of so many rows on one device needs. model: devices that share the heads."""
+    """Estimated bytes that the backward pass of `rows` rows needs on a device. model: devices that share the heads."""
     width, size = network.width, 2 if network.dtype == "bfloat16" else 4
     tokens, sites = rows * length, _sites(rows, length, paired)
-    # A layer, by the token: in float32 the residual stream, its norm, and the branch before and after its gate, each
-    # twice, with dropout's masks; in the trunk's dtype the inputs of all matrices, q, k and v, and q and k rotated; and
-    # the attention's logits and weights, in float32 and in the trunk's dtype.
-    # The kernels that are not XLA's never hold the last two.
-    whole = (2 * 4 * 4 + 2 * bool(network.dropout) + 2 * size) * width
-    split = (5 + 1 + 8) * size * width + (network.attention == "xla") * network.heads * length * (8 + size)
-    layer = tokens * (whole + split // model)
-    # Recomputed layers keep the residual stream, or the results of their linear maps too, and one of them all of it.
+    # A layer, per token: in float32 the residual stream, its norm, and the branch before and after its gate, each
+    # twice, with the dropout masks; in the trunk's dtype the inputs of all matrices, q, k and v, and the rotated q and
+    # k; and the attention's logits and weights, in float32 and in the trunk's dtype, which only XLA's attention stores.
+    replicated = (2 * 4 * 4 + 2 * bool(network.dropout) + 2 * size) * width
+    sharded = (5 + 1 + 8) * size * width + (network.attention == "xla") * network.heads * length * (8 + size)
+    layer = tokens * (replicated + sharded // model)
+    # Recomputed layers save the residual stream ("dots": and the outputs of their linear maps); one layer is live.
     maps = tokens * (2 + 7 / model) * size * width
-    kept = {"none": layer, "dots": tokens * 4 * width + int(maps), "full": tokens * 4 * width}[network.remat]
-    trunk = network.layers * kept + (layer if network.remat != "none" else 0)
-    # The head: what it takes, in float32, and three arrays of the size of the logits.
+    saved = {"none": layer, "dots": tokens * 4 * width + int(maps), "full": tokens * 4 * width}[network.remat]
+    trunk = network.layers * saved + (layer if network.remat != "none" else 0)
+    # The head: its inputs, in float32, and three arrays of the size of the logits.
     head = sites * (4 * (3 * width + network.cond_dim) + 3 * 4 * padded(network.process.num_states) // model)
     return trunk + head
 
 
 def _sites(rows: int, length: int, paired: bool) -> int:
-    """At how many positions the head runs."""
+    """Number of positions at which the head runs."""
     return math.ceil(rows * (length + 1) / 2) if paired else rows * length
 
 
-def _held(tree, where) -> int:
-    """The bytes of a tree on one device."""
-    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(where))
-    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
+def _bytes_per_device(tree, shardings) -> int:
+    """Bytes of a tree on one device."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings))
+    return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in leaves)
 
 
-def _layout(shapes: dict, where: dict) -> dict[str, tuple[int, int]]:
-    """How many arrays are split in which way, and their bytes in all."""
-    found = {}
-    for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(where)):
-        axes = [axis for axis in place.spec if axis is not None and place.mesh.shape[axis] > 1]
+def _layout(shapes: dict, shardings: dict) -> dict[str, tuple[int, int]]:
+    """Number and total bytes of the arrays, by the mesh axes that shard them."""
+    layout: dict[str, tuple[int, int]] = {}
+    for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings)):
+        axes = [axis for axis in sharding.spec if axis is not None and sharding.mesh.shape[axis] > 1]
         how = f"split over {' and '.join(sorted(axes))}" if axes else "whole"
-        count, size = found.get(how, (0, 0))
-        found[how] = (count + 1, size + math.prod(leaf.shape) * leaf.dtype.itemsize)
-    return found
+        count, size = layout.get(how, (0, 0))
+        layout[how] = (count + 1, size + math.prod(leaf.shape) * leaf.dtype.itemsize)
+    return layout
 
 
-def _size(count: int) -> str:
-    """Bytes as people read them."""
+def _size(count: float) -> str:
+    """Formats a number of bytes: 1.5 MiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"
@@ -188,5 +185,5 @@ def _size(count: int) -> str:
 
 
 def _number(count: int) -> str:
-    """1.23e15"""
+    """Formats a number: 1.23e15."""
     return f"{count:.2e}".replace("e+", "e")

@@ -42,7 +42,7 @@ def round_law(kind, size, process, denoiser, sigma, tokens, free):
 
         def redrawn(i):
             hidden = process.mask_tokens(x, jnp.arange(length) == i)
-            jump = process.redraw(believed(hidden, sigma), sigma)
+            jump = process.gibbs(believed(hidden, sigma), sigma)
             return moved(jump._replace(p_move=jnp.where(jnp.arange(length) == i, jump.p_move, 0.0)), hidden)
 
         return sum(free[i] * redrawn(i) for i in range(length)) / free.sum()
@@ -76,7 +76,7 @@ def test_gibbs_leaves_the_law_of_the_noise_as_it_is(process, joint, float64):
 
     @dataclasses.dataclass(frozen=True)
     class Clean(type(process)):
-        def redraw(self, log_clean, sigma):
+        def gibbs(self, log_clean, sigma):
             return Jump(jnp.ones(log_clean.shape[:-1]), log_clean)
 
     for sigma in (0.05, 1.0, 4.0):
@@ -113,7 +113,7 @@ def test_barkers_rates_are_in_balance_and_their_leaps_drift_at_second_order(join
     assert rates.sum(-1).max() < 1
     there = flow(rates)
     np.testing.assert_allclose(there, np.swapaxes(there, 0, 2), rtol=1e-10)
-    there = flow(process.rate(log_clean, x, sigma))
+    there = flow(process.reverse_rate(log_clean, x, sigma))
     assert np.abs(there - np.swapaxes(there, 0, 2)).max() > 1e-3
     drifts = np.array([drift(Barker(size), process, joint, sigma) for size in (0.5, 0.25, 0.125)])
     assert np.all((3.5 < drifts[:-1] / drifts[1:]) & (drifts[:-1] / drifts[1:] < 4.2))
@@ -244,7 +244,7 @@ def test_redrawing_neighbours_together_drifts(float64):
 
     @jax.jit
     def together(sigma, where):
-        jump = process.redraw(denoiser(x, jnp.full(len(x), sigma)), sigma)
+        jump = process.gibbs(denoiser(x, jnp.full(len(x), sigma)), sigma)
         return kernel(jump._replace(p_move=jnp.where(where, jump.p_move, 0.0)), x, 2)
 
     def drifts(apart, sigma):
@@ -292,7 +292,7 @@ def test_correctors_are_the_resampling_loops_of_uniform_infilling(joint):
 def test_what_cannot_be_corrected_is_said_in_one_line():
     """Reveal samplers have no noise to correct at; Barker needs tokens that move into each other."""
     grid = Tweedie(Absorbing(3), LogLinear(), 4)
-    with pytest.raises(ValueError, match="a corrector needs a sampler that goes down a grid of noises, not Adaptive"):
+    with pytest.raises(ValueError, match="a corrector needs a sampler on a grid of noise levels, not Adaptive"):
         Corrected(Adaptive(Absorbing(3), Margin()), Gibbs())
     with pytest.raises(ValueError, match="it needs the uniform process, not Absorbing"):
         Corrected(grid, Barker())

@@ -167,7 +167,7 @@ def test_noise_belongs_to_row_and_position():
     @jax.jit
     def noise(rows, positions):
         return keyed_random.uniform(
-            keyed_random.fold(keyed_random.sites(keyed_random.row_keys(jax.random.key(0), rows), positions), 1)
+            keyed_random.fold(keyed_random.position_keys(keyed_random.row_keys(jax.random.key(0), rows), positions), 1)
         )
 
     whole = noise(rows, positions)

@@ -76,7 +76,7 @@ def test_the_bound_never_exceeds_what_it_bounds(process, float64):
 
     @jax.jit
     def law():
-        reached = reversed_law(process, lambda sigma: asked(sigma, lambda r: process.rate(r, x, sigma)), 2, low, top)
+        reached = reversed_law(process, lambda sigma: asked(sigma, lambda r: process.reverse_rate(r, x, sigma)), 2, low, top)
         return jnp.einsum("nx,nxu,nxv->nuv", reached, *jnp.moveaxis(asked(low, last_step), 2, 0)).reshape(100, -1)
 
     def stats_fn(*state):
@@ -187,7 +187,7 @@ def test_levels_are_dense_where_draws_of_the_uniform_process_scatter(joint, floa
             keyed_random.fold(keys, 0), float
         )
         sigma = -jnp.log1p(-share)
-        x = process.perturb(keyed_random.fold(keys, 1), x0, sigma[:, None])
+        x = process.corrupt(keyed_random.fold(keys, 1), x0, sigma[:, None])
         entropy = process.score_entropy(stats_fn(x, sigma, x0), x, x0, sigma[:, None]).sum(-1)
         return (jnp.exp(-low) - jnp.exp(-high)) / (1 - share) * entropy
 

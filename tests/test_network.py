@@ -33,7 +33,7 @@ def noisy():
     """x, sigma and x0 with masks."""
     x0 = jax.random.randint(jax.random.key(2), (B, L), 0, V)
     sigma = jnp.array([0.1, 0.5, 1.0, 3.0])
-    return Absorbing(V).perturb(keyed_random.row_keys(jax.random.key(3), jnp.arange(B)), x0, sigma[:, None]), sigma, x0
+    return Absorbing(V).corrupt(keyed_random.row_keys(jax.random.key(3), jnp.arange(B)), x0, sigma[:, None]), sigma, x0
 
 
 def stacked(params):

@@ -43,7 +43,7 @@ def test_perturb_and_prior_draw_the_forward_law(process):
         law = functools.reduce(np.kron, [channel(process, s)[v] for s, v in zip(sigma, x0, strict=True)])
         return p_value(index(x, process.num_states), law)
 
-    x = jax.jit(process.perturb)(keys, jnp.tile(x0, (rows, 1)), sigma)
+    x = jax.jit(process.corrupt)(keys, jnp.tile(x0, (rows, 1)), sigma)
     prior = jax.jit(process.prior, static_argnums=1)(keys, 3)
     assert x.dtype == prior.dtype == jnp.int32
     assert p(x, sigma) > 1e-3 and p(prior, 3 * [40.0]) > 1e-3
@@ -61,7 +61,7 @@ def test_scores_are_ratios_of_the_noisy_law(process, joint, float64):
         here = jnp.take_along_axis(log_clean, jnp.minimum(x, 2)[..., None], axis=-1)[..., 0]
         log_score = process.log_score(log_clean, here, sigma)
         back = process.clean_from_score(log_score, sigma) - log_clean
-        return log_score, process.log_noised(log_clean, sigma), process.rate(log_clean, x, sigma), back
+        return log_score, process.log_noised(log_clean, sigma), process.reverse_rate(log_clean, x, sigma), back
 
     for sigma in SIGMAS[:-1]:
         score = joint.score(process, sigma)

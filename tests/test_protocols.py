@@ -193,7 +193,7 @@ def said(model, x, sigma):
     return (law + np.expm1(-noise) / law.shape[-1]) * np.exp(noise)
 
 
-perturbed = jax.jit(lambda process, *args: process.perturb(*args), static_argnums=0)
+perturbed = jax.jit(lambda process, *args: process.corrupt(*args), static_argnums=0)
 
 CASES = [  # the formulas that give the number, and those that do not
     ("absorbing", "score", "sedd-paper", (sedd_absorbing,), (cross_entropy,)),

@@ -151,7 +151,7 @@ def chance_of_end(model, corpus):
     short = lengths <= block - 8  # where the end of the block is no neighbour
     rows, last = jnp.asarray(rows[short][:256]), jnp.asarray(lengths[short][:256])[:, None] - 1
     keys, sigma = keyed_random.row_keys(jax.random.key(0), jnp.arange(len(rows))), jnp.full(len(rows), 1.5)
-    noised = model.process.perturb(keyed_random.fold(keys, 0), rows, sigma[:, None])
+    noised = model.process.corrupt(keyed_random.fold(keys, 0), rows, sigma[:, None])
     x = jnp.where(jnp.arange(block) < last, noised, model.process.prior(keyed_random.fold(keys, 1), block))
 
     @jax.jit

@@ -134,7 +134,7 @@ def test_an_edit_leaves_the_speed_of_revealing(joint):
     plain = denoiser(x, jnp.full(len(x), sigma))
 
     def speeds(log_clean):
-        held = leap(process.rate(log_clean, x, sigma), 0.1)
+        held = leap(process.reverse_rate(log_clean, x, sigma), 0.1)
         return np.stack([held.p_move, process.tweedie(log_clean, x, sigma, 0.5).p_move])
 
     for edit in (lambda log_clean: temperature(log_clean, 0.3), lambda log_clean: nucleus(log_clean, 0.5)):

@@ -40,7 +40,7 @@ def outcomes(sampler):
     if not isinstance(sampler, Counts):
         orders = np.array(list(itertools.permutations(range(L)))) / L
         return orders, np.full(len(orders), 1 / len(orders))
-    edges = sampler.masked()
+    edges = sampler.p_masked()
     chosen = states(sampler.steps, L)
     return ((edges[1:] + edges[:-1]) / 2)[chosen], -np.diff(edges)[chosen].prod(-1)
 
@@ -188,7 +188,7 @@ class Narrow(Counts):
 
     asked: int = 1
 
-    def max_unmasked_per_step(self, length):
+    def head_width(self, length):
         return self.asked
 
 
@@ -224,7 +224,7 @@ def test_a_plan_reveals_each_free_position_once(sampler):
     assert np.array_equal(chosen.sum(0), PATTERNS)
     sizes = chosen.sum(-1)
     assert np.all((sizes[1:] == 0) | (sizes[:-1] > 0))
-    calls, width = sampler.max_calls_and_width(LENGTH)
+    calls, width = sampler.plan_shape(LENGTH)
     limits = {FirstHitting: LENGTH, FixedCounts: len(getattr(sampler, "weights", ()))}
     assert len(chosen) == calls <= min(limits.get(type(sampler), getattr(sampler, "steps", LENGTH)), LENGTH)
     assert sizes.max() <= width
@@ -242,18 +242,18 @@ def test_buckets_have_the_chances_of_the_grid():
     due = np.diff(np.exp(-sigma)) / -np.expm1(-sigma[0])
     sampler, free = Counts(PROCESS, SCHEDULE, steps), jnp.ones((800, 10), bool)
     bucket = jax.jit(sampler.bucket)(keyed_random.row_keys(jax.random.key(0), jnp.arange(800)), free)
-    np.testing.assert_allclose(-np.diff(sampler.masked()), due, rtol=1e-5)
+    np.testing.assert_allclose(-np.diff(sampler.p_masked()), due, rtol=1e-5)
     assert p_value(bucket, due) > 1e-3 and p_value(bucket, np.full(steps, 1 / steps)) < 1e-6
     alone = Counts(PROCESS, Geometric(1e-4, 20.0), 50)  # small shares near the end keep their relative accuracy
-    np.testing.assert_allclose(alone.masked()[-2], -np.expm1(-1e-4 * 2e5 ** (1 / 50)), rtol=1e-5)
+    np.testing.assert_allclose(alone.p_masked()[-2], -np.expm1(-1e-4 * 2e5 ** (1 / 50)), rtol=1e-5)
     assert (
-        Counts(PROCESS, LogLinear(), 7).max_unmasked_per_step(4) == 4
-        and Counts(PROCESS, LogLinear(), 1024).max_unmasked_per_step(1024) == 7
+        Counts(PROCESS, LogLinear(), 7).head_width(4) == 4
+        and Counts(PROCESS, LogLinear(), 1024).head_width(1024) == 7
     )
     assert (
-        Euler(PROCESS, Geometric(1e-3, 20.0), 2).max_unmasked_per_step(1024)
+        Euler(PROCESS, Geometric(1e-3, 20.0), 2).head_width(1024)
         == 1024
-        > Tweedie(PROCESS, Geometric(1e-3, 20.0), 2).max_unmasked_per_step(1024)
+        > Tweedie(PROCESS, Geometric(1e-3, 20.0), 2).head_width(1024)
     )
 
 
@@ -314,7 +314,7 @@ def test_what_cannot_work_is_refused():
     """A process without masks, weights that are no shares, no step."""
     uniform = Uniform(V)
     refused = [
-        (lambda: FirstHitting(uniform), "FirstHitting reveals masks: it needs the absorbing process"),
+        (lambda: FirstHitting(uniform), "FirstHitting unmasks tokens: it needs the absorbing process"),
         (lambda: Counts(uniform, LogLinear(), 4), "needs the absorbing process"),
         (lambda: FixedCounts(uniform, (1,)), "needs the absorbing process"),
         (lambda: Counts(PROCESS, LogLinear(), 0), "at least one step"),
@@ -390,7 +390,7 @@ def test_planned_counts_beat_even_and_cosine():
     assert 0 < 1.2 * planned.excess < min(cut((1,) * calls), cut(cosine_unmasking(calls)))
     sampler = FixedCounts(PROCESS, planned.counts)
     assert np.array_equal(sampler.num_unmasked(jnp.array(length)), np.cumsum(planned.counts)[:-1])
-    assert sampler.max_calls_and_width(length) == (calls, max(planned.counts))
+    assert sampler.plan_shape(length) == (calls, max(planned.counts))
 
 
 def test_cosine():
@@ -425,7 +425,7 @@ def test_profiles_and_calls_that_make_no_plan_are_refused():
         (lambda: plan_unmasking([1.0, 0.5], 3), "calls must lie in 1 .. 2"),
         (lambda: plan_unmasking([], 1), "not empty"),
         (lambda: plan_unmasking([1.0, np.inf], 1), "finite"),
-        (lambda: plan_unmasking([1.0, 0.5], 1, 3), "leave it out"),
+        (lambda: plan_unmasking([1.0, 0.5], 1, 3), "leave length out"),
         (lambda: plan_unmasking(bins, 1), "give the length"),
         (lambda: plan_unmasking(bins, 1, 4), "no measurement"),
         (lambda: excess([1.0, 0.5], (1, 2)), "sum to the 2 tokens"),

@@ -1,1 +1,1 @@
-"""The mathematics of score-entropy discrete diffusion: pure functions, which know of no network and no data."""
+"""The mathematics of score-entropy discrete diffusion: pure functions, independent of any network and any data."""

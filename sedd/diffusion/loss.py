@@ -1,6 +1,6 @@
-"""The training losses: the score entropy at noise levels in time, and at counts of masked tokens.
+"""The training losses: the score entropy at times t, and at mask counts k.
 
-Both give nats for each token, whose sum over a row is an unbiased estimate of that row's bound.
+Both return nats for each token; the sum over a row is an unbiased estimate of that row's bound.
 """
 
 import jax
@@ -21,14 +21,14 @@ def denoising_loss(
     t: jax.Array,
     free: jax.Array | None = None,
 ) -> jax.Array:
-    """The denoising score entropy at the times told, weighted by the rate; SEDD, equation 10.
+    """The denoising score entropy at the times t, weighted by the rate; SEDD, equation 10.
 
-    keys: Key[B]; x0: Int[B L]; t: Float[B]; free: Bool[B L], False where a token is given, kept and not scored.
+    keys: Key[B]; x0: Int[B L]; t: Float[B]; free: Bool[B L], False where a token is given: not corrupted, not scored.
     Returns Float[B L], nats.
     """
-    t = jnp.maximum(t, jnp.finfo(t.dtype).epsneg)  # at 0 there is no noise, and the score has no limit
+    t = jnp.maximum(t, jnp.finfo(t.dtype).epsneg)  # at 0 there is no noise, and the score is unbounded
     sigma = schedule.sigma(t)
-    x = process.perturb(keys, x0, sigma[:, None])
+    x = process.corrupt(keys, x0, sigma[:, None])
     x = x if free is None else jnp.where(free, x, x0)
     entropy = process.score_entropy(stats_fn(x, sigma, x0), x, x0, sigma[:, None])
     loss = schedule.rate(t)[:, None] * entropy
@@ -45,19 +45,19 @@ def count_loss(
     lengths: jax.Array | None = None,
     mirrored: jax.Array | None = None,
 ) -> jax.Array:
-    """The cross-entropy of exactly k of each row's n free tokens, masked, times n / k (Ou et al., arXiv 2406.03736).
+    """The cross-entropy of k masked tokens out of each row's n free ones, times n / k (Ou et al., arXiv 2406.03736).
 
-    With k uniform on 1 .. n the mean of a row's sum is the bound of decoding in random order: the integral over all
-    noise levels, from 0 to infinity. A network that is conditioned on the noise level gets
-    `process.sigma_from_mask_ratio`, a function of the number of masks in the row.
+    With k uniform on 1 .. n the mean of a row's sum is the any-order autoregressive bound: the integral over all noise
+    levels, from 0 to infinity. The StatsFn is conditioned on `process.sigma_from_mask_ratio`, a function of the number
+    of masks in the row.
 
-    keys: Key[B]; x0: Int[B L]; k: Int[B]; free: Bool[B L], False where a token is given, or masked and not to be
-    revealed; lengths: Int[B], the valid positions where the network is told them; mirrored: Bool[B], rows that mask the
-    last k of their random order instead of the first: of two rows with the same key, one of them mirrored, k and
-    n + 1 - k masks cover every token, and one of them twice. Returns Float[B L], nats.
+    keys: Key[B]; x0: Int[B L]; k: Int[B]; free: Bool[B L], False where a token is given, or masked and stays so;
+    lengths: Int[B], the valid lengths if the network is conditioned on them; mirrored: Bool[B], True for rows that mask
+    the last k positions of their random order instead of the first. Two rows with the same key, one of them mirrored,
+    with k and n + 1 - k masks, mask every token once and one of them twice. Returns Float[B L], nats.
     """
     free = jnp.ones(x0.shape, bool) if free is None else free
-    n = jnp.maximum(jnp.sum(free, axis=-1), 1)  # a row with nothing free costs nothing
+    n = jnp.maximum(jnp.sum(free, axis=-1), 1)  # the loss of a row without free positions is 0
     k = jnp.clip(k, 1, n)
     order = keyed_random.ranks(keys, free)
     if mirrored is not None:

@@ -1,6 +1,6 @@
-"""Pickers: which of the masked positions an adaptive sampler reveals next, from what is believed of them.
+"""Pickers: which masked positions an adaptive sampler unmasks next, from the Denoiser's distributions.
 
-A picker sees what has been revealed and never what is about to be drawn: a position is chosen, then its token is drawn.
+A picker depends on the unmasked tokens only, never on those about to be drawn: positions are chosen, then tokens drawn.
 """
 
 import abc
@@ -10,14 +10,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# (log_clean: Float[B L V], masked: Bool[B L]) -> Bool[B L]: which masked positions are revealed next, in each row at
-# least one if there is one. What is believed of positions that are not masked is of no account. Hashable.
+# (log_clean: Float[B L V], masked: Bool[B L]) -> Bool[B L]: True at the masked positions to unmask next, at least one
+# in each row that has any. log_clean at other positions is unspecified. Hashable.
 Picker = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class MostCertain(abc.ABC):
-    """Picks the `count` masked positions of each row that are the most certain, all if there are fewer."""
+    """Picks the `count` most certain masked positions of each row, or all if there are fewer."""
 
     count: int = 1
 
@@ -27,7 +27,7 @@ class MostCertain(abc.ABC):
 
     @abc.abstractmethod
     def uncertainty(self, log_clean: jax.Array) -> jax.Array:
-        """Small where the Denoiser is certain. Float[B L V] -> Float[B L]."""
+        """The uncertainty of each position, smaller is more certain. Float[B L V] -> Float[B L]."""
 
     def __call__(self, log_clean: jax.Array, masked: jax.Array) -> jax.Array:
         return masked & (_ranks(self.uncertainty(log_clean), masked) < self.count)
@@ -35,7 +35,7 @@ class MostCertain(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Margin(MostCertain):
-    """Certain is a position whose two largest probabilities differ much (Kim et al., arXiv 2502.06768)."""
+    """By the difference of the two largest probabilities (Kim et al., arXiv 2502.06768)."""
 
     def uncertainty(self, log_clean):
         # Two maxima: a sort for the two largest of 50 000 takes ten times as long.
@@ -46,7 +46,7 @@ class Margin(MostCertain):
 
 @dataclasses.dataclass(frozen=True)
 class Entropy(MostCertain):
-    """Certain is a position whose entropy is small."""
+    """By the entropy."""
 
     def uncertainty(self, log_clean):
         return -jnp.sum(jnp.where(log_clean > -jnp.inf, jnp.exp(log_clean) * log_clean, 0.0), axis=-1)
@@ -54,11 +54,12 @@ class Entropy(MostCertain):
 
 @dataclasses.dataclass(frozen=True)
 class EntropyBounded:
-    """Picks as many of the most certain positions as bounds what drawing them as if independent can lose.
+    """Picks as many of the most certain positions as keep the error of drawing them independently bounded.
 
-    In order of their entropy, the most whose sum of entropies less the largest is at most `gamma` nats, and never fewer
-    than `count`, so that a row of n is done within ceil(n / count) calls. At gamma 0 nearly one position a call, at
-    infinity all in one. Ben-Hamu et al., arXiv 2505.24857, with the entropy as what tells the error.
+    In order of increasing entropy, it picks the longest prefix whose sum of entropies minus the largest one is at most
+    `gamma` nats, and at least `count` positions, so that n masks take at most ceil(n / count) calls. At gamma 0 it
+    picks nearly one position a call, at infinity all of them. Ben-Hamu et al., arXiv 2505.24857, with the entropy as
+    the error proxy.
     """
 
     gamma: float
@@ -78,6 +79,6 @@ class EntropyBounded:
 
 
 def _ranks(uncertainty: jax.Array, masked: jax.Array) -> jax.Array:
-    """Ranks masked positions, ties by position, and the others after them. Float[B L], Bool[B L] -> Int[B L]."""
+    """Ranks the masked positions, ties by position, before all others. Float[B L], Bool[B L] -> Int[B L]."""
     order = jnp.lexsort((uncertainty, ~masked), axis=-1)
     return jnp.argsort(order, axis=-1)

@@ -1,7 +1,7 @@
-"""Noise schedules: how the total noise sigma grows with the time t in [0, 1].
+"""Noise schedules: the total noise sigma(t), increasing in the time t in [0, 1].
 
-sigma is dimensionless; a token is still untouched at time t with probability alpha = exp(-sigma(t)).
-All methods are pointwise and compute in the dtype they are given.
+sigma is dimensionless; a token is clean (not corrupted) at time t with probability alpha = exp(-sigma(t)).
+All methods are pointwise and compute in the dtype of their argument.
 """
 
 import abc
@@ -28,13 +28,13 @@ class Schedule(abc.ABC):
         """The time at which the total noise is sigma."""
 
     def alpha(self, t: jax.Array) -> jax.Array:
-        """The probability that a token is untouched at time t."""
+        """The probability that a token is clean at time t."""
         return jnp.exp(-self.sigma(t))
 
 
 @dataclasses.dataclass(frozen=True)
 class LogLinear(Schedule):
-    """sigma(t) = -log(1 - (1 - eps) t): the touched share grows linearly, to 1 - eps (SEDD, section 5.1)."""
+    """sigma(t) = -log(1 - (1 - eps) t): the corruption probability grows linearly, to 1 - eps (SEDD, section 5.1)."""
 
     eps: float = 1e-3
 

@@ -8,6 +8,7 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -89,7 +90,7 @@ def fingerprint(tree) -> str:
     return digest.hexdigest()
 
 
-def shardings(mesh: Mesh | AbstractMesh, tree) -> object:
+def shardings(mesh: Mesh | AbstractMesh, tree) -> Any:
     """Returns the sharding of each leaf of a tree of arrays or shapes, found by the end of its path in the table."""
 
     def one(path, leaf):
@@ -141,7 +142,7 @@ def local_rows(mesh: Mesh, count: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(count)[index] for index in indices.values()]))
 
 
-def shard_batch(mesh: Mesh, batch, rows: np.ndarray, count: int) -> object:
+def shard_batch(mesh: Mesh, batch, rows: np.ndarray, count: int) -> Any:
     """Returns a batch of `count` rows sharded over the mesh. batch: a tree of arrays [R ...]; rows: Int[R]."""
 
     def one(local):
@@ -153,7 +154,7 @@ def shard_batch(mesh: Mesh, batch, rows: np.ndarray, count: int) -> object:
     return jax.tree.map(one, batch)
 
 
-def put(tree, shardings) -> object:
+def put(tree, shardings) -> Any:
     """Returns the tree with its leaves, full arrays in every process, in the given shardings, one for each leaf."""
 
     def one(leaf, sharding):
@@ -165,7 +166,7 @@ def put(tree, shardings) -> object:
     return jax.tree.map(one, tree, shardings)
 
 
-def abstract_arrays(shapes, shardings) -> object:
+def abstract_arrays(shapes, shardings) -> Any:
     """Returns a tree of `jax.ShapeDtypeStruct` with shardings, the target of restoring a checkpoint."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings

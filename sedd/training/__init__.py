@@ -1,1 +1,1 @@
-"""Training: the objective, the optimisers, the sharded step, the fit loop and its checkpoints."""
+"""Training: the objective, the optimisers, the sharded step, the training loop and its checkpoints."""

@@ -21,7 +21,7 @@ from sedd.training.step import init_state
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class RunEstimate:
     """Memory and compute of a run. Bytes are per device; FLOPs are of all devices together.
 
     FLOPs: two for each multiply-add of matrix products and attention, in the forward pass, the backward pass (twice as
@@ -82,7 +82,7 @@ class Estimate:
         )
 
 
-def estimate(config: ConfigDict, vocab_size: int, devices: int) -> Estimate:
+def estimate(config: ConfigDict, vocab_size: int, devices: int) -> RunEstimate:
     """Estimates the run that `config` describes, on `devices` devices. UserError if its mesh does not fit them."""
     config = configs.validate(config)
     training, length = config.training, config.data.block_length
@@ -101,7 +101,7 @@ def estimate(config: ConfigDict, vocab_size: int, devices: int) -> Estimate:
     outer = network.process.num_states * (2 * network.width + 1)  # the embedding, and the head's matrix with its bias
     rows = training.batch_size // training.accumulation // (sizes[0] * sizes[1])
     paired = training.noise_sampling == "mask_count"
-    return Estimate(
+    return RunEstimate(
         parameters=parameters,
         inner_parameters=parameters - outer,
         rows=training.batch_size,

@@ -1,8 +1,8 @@
-"""The loss of a global batch, row by row, and its noise: pure functions of (parameters, tokens, rows, key).
+"""The loss of a global batch per row, and its noise levels: pure functions of (parameters, tokens, rows, key).
 
-No key lives in the training loop. The key of a step is folded with the global index of each row, and everything that
-is random about a row (its noise level within its stratum, its mask, its given tokens, its dropout) comes from that, so
-that the numbers do not depend on devices or accumulation.
+The training loop holds no key. The key of a step is folded with the global index of each row; all random numbers of the
+row (noise level within its stratum, corruption, given tokens, dropout) are drawn from the result, so that they are
+independent of devices and accumulation.
 """
 
 import dataclasses
@@ -13,16 +13,17 @@ import numpy as np
 
 from sedd.diffusion import keyed_random
 from sedd.diffusion.loss import count_loss, denoising_loss
+from sedd.diffusion.process import Absorbing
 from sedd.diffusion.schedule import Schedule
 from sedd.network.network import Network
 
-_LEVEL, _NOISE, _DROPOUT, _GIVEN = range(4)  # what the rows' keys are folded with
+_LEVEL, _NOISE, _DROPOUT, _GIVEN = range(4)  # folded into the keys of the rows
 
 
 def strata(count: int) -> np.ndarray:
-    """The stratum of each of `count` examples: the rank of its index with the bits reversed. Int[count].
+    """The stratum of each of `count` examples: the rank of its bit-reversed index. Int[count].
 
-    Any contiguous slice of the batch, a device's or a microbatch's, then spans all the levels.
+    Any contiguous slice of the batch, of a device or a microbatch, then spans all noise levels.
     """
     bits = max(1, (count - 1).bit_length())
     reversed_bits = [int(f"{i:0{bits}b}"[::-1], 2) for i in range(count)]
@@ -30,12 +31,13 @@ def strata(count: int) -> np.ndarray:
 
 
 def random_given(keys: jax.Array, valid: jax.Array) -> jax.Array:
-    """Which tokens of each row are given while a network learns to be told so. Key[B], Bool[B L] -> Bool[B L].
+    """Draws the given tokens of each row, on which the network is conditioned. Key[B], Bool[B L] -> Bool[B L].
 
-    Of half of the rows none: the model of whole texts, which evaluation scores. Of a quarter a share uniform on [0, 1)
-    of the n valid tokens, scattered. Of a quarter all but a span of 1 .. n tokens, each length as likely; it begins the
-    text in a quarter of those rows, ends it in a quarter, and lies anywhere in the others, so that suffix, prefix and
-    both are given. At least one token stays free, in a row that has any; valid tokens stand before the others.
+    valid: the valid tokens, which precede the others. In half of the rows no token is given: that trains the
+    unconditional model, which evaluation scores. In a quarter a share, uniform on [0, 1), of the n valid tokens is
+    given, at random positions. In a quarter all but a span of 1 .. n tokens are given, each length equally likely; the
+    span starts the text in a quarter of those rows, ends it in a quarter, and lies anywhere in the others, so that a
+    suffix, a prefix or both are given. At least one valid token of each row is free.
     """
     kind, share, place = (keyed_random.uniform(keyed_random.fold(keys, number))[:, None] for number in range(3))
     n, position = jnp.sum(valid, axis=-1, keepdims=True), jnp.arange(valid.shape[-1])[None]
@@ -50,11 +52,11 @@ def random_given(keys: jax.Array, valid: jax.Array) -> jax.Array:
 class Objective:
     """The paper's loss: the score entropy summed over positions, for each row of a batch of `batch_size` rows.
 
-    noise_sampling: "time", stratified over [min_time, 1] (SEDD, algorithm 1), or "mask_count", antithetic pairs: rows
-    2i and 2i + 1 mask k and L + 1 - k tokens, so that the head runs at L + 1 positions a pair.
-    The optimiser sees the sum over the positions that count, averaged over rows, however long the rows are. With
-    `network.given_embedding` each row has `random_given` tokens: clean, flagged and not scored, so that its loss bounds
-    the log-likelihood of the others given them.
+    noise_sampling: "time": times stratified over [min_time, 1] (SEDD, algorithm 1); "mask_count": antithetic pairs, in
+    which rows 2i and 2i + 1 mask k and L + 1 - k tokens, so that the head runs at L + 1 positions per pair.
+    The optimiser minimises the sum over the scored positions, averaged over rows of any length. With
+    `network.given_embedding` the tokens of `random_given` are clean, marked and not scored: the loss is an upper bound
+    on the negative log-likelihood of the others given them.
     """
 
     network: Network
@@ -66,9 +68,10 @@ class Objective:
     def __call__(
         self, params: dict, tokens: jax.Array, rows: jax.Array, key: jax.Array, lengths: jax.Array | None = None
     ) -> jax.Array:
-        """tokens: Int[B L]; rows: Int[B], their indices in the global batch; key: of the step. Float[B], nats a row.
+        """Returns the loss of each row, Float[B], in nats.
 
-        lengths: Int[B], how many tokens of each row count; the others are neither seen nor scored. None: all.
+        tokens: Int[B L]; rows: Int[B], indices in the global batch; key: of the step; lengths: Int[B], number of valid
+        tokens of each row; the others are neither attended to nor scored; None: all are valid.
         """
         keys = keyed_random.row_keys(key, rows)
         paired = self.noise_sampling == "mask_count"
@@ -77,6 +80,7 @@ class Objective:
         stats = self.network.stats(params, dropout, lengths=lengths, given=given, masked_pairs=paired)
         noise, process = keyed_random.fold(keys, _NOISE), self.network.process
         if paired:
+            assert isinstance(process, Absorbing)  # `config.validate` refuses mask counts for other processes
             counts = self.counts(rows, key, tokens.shape[1] if lengths is None else lengths)
             loss = count_loss(process, stats, noise, tokens, counts, free, lengths)
         else:
@@ -84,11 +88,12 @@ class Objective:
         return jnp.sum(loss, axis=-1)
 
     def free_and_given(
-        self, rows: jax.Array, key: jax.Array, length: int, lengths: jax.Array | None = None
+        self, rows: jax.Array, key: jax.Array, length: int, lengths: jax.Array | np.ndarray | None = None
     ) -> tuple[jax.Array | None, jax.Array | None]:
-        """Which tokens of each row are noised and scored, and which are given. Int[B] -> Bool[B L] each.
+        """Returns the tokens of each row that are corrupted and scored, and those that are given. Bool[B L] each.
 
-        None: all are scored; none is given, and the network has no flag for it. lengths: Int[B].
+        rows: Int[B]; lengths: Int[B]. None in place of the first: all are scored; of the second: none is given, and the
+        network has no embedding of given tokens.
         """
         valid = None if lengths is None else jnp.arange(length)[None] < lengths[:, None]
         if not self.network.given_embedding:
@@ -102,26 +107,26 @@ class Objective:
         return self.min_time + (1 - self.min_time) * self._level(rows, key, self.batch_size)
 
     def counts(self, rows: jax.Array, key: jax.Array, lengths: jax.Array | int) -> jax.Array:
-        """Stratified numbers of masked tokens, antithetic in the two rows of a pair. Int[B] -> Int[B].
+        """Stratified mask counts, antithetic in the two rows of a pair. Int[B] -> Int[B].
 
-        lengths: n, how many tokens each row has, Int[B] or one number for all. At level u the even row of a pair masks
-        1 + floor(u n) of its n tokens, the odd one n' - floor(u n') of its n': k and L + 1 - k where both are L.
+        lengths: n, number of tokens of each row, Int[B] or one number for all. At level u the even row of a pair masks
+        1 + floor(u n) of its n tokens, the odd row n' - floor(u n') of its n': k and L + 1 - k if both have L tokens.
         """
-        # A pair masks at most L + 1 together: 1 + n' + floor(u n) - floor(u n'), where floor(u n) - floor(u n') is at
+        # A pair masks at most L + 1 tokens: 1 + n' + floor(u n) - floor(u n'), where floor(u n) - floor(u n') is at
         # most ceil(u (n - n')) <= n - n' for n > n', and at most 0 else; so it is 1 + max(n, n') or less.
         level = self._level(rows // 2, key, self.batch_size // 2)
-        lengths = jnp.maximum(lengths, 1)  # a row without tokens costs nothing, whatever it is told
+        lengths = jnp.maximum(lengths, 1)  # a row without tokens has no loss at any count
         below = jnp.minimum((level * lengths.astype(level.dtype)).astype(jnp.int32), lengths - 1)
         return jnp.where(rows % 2 == 0, 1 + below, lengths - below)
 
     def sigma(self, rows: jax.Array, key: jax.Array, length: int, lengths: jax.Array | None = None) -> jax.Array:
-        """The noise of each row, as a network is told it. Int[B] -> Float[B]. lengths: Int[B]."""
+        """The sigma of each row that the network is conditioned on. Int[B] -> Float[B]. lengths: Int[B]."""
         if self.noise_sampling == "time":
             return self.schedule.sigma(self.times(rows, key))
         lengths = jnp.maximum(length if lengths is None else lengths, 1)
         return -jnp.log1p(-(self.counts(rows, key, lengths) - 0.5) / lengths)
 
     def _level(self, index, key, count):
-        """U[0, 1) in the stratum of each index among `count`. Int[B] -> Float[B]."""
-        own = keyed_random.uniform(keyed_random.fold(keyed_random.row_keys(key, index), _LEVEL))
-        return (jnp.asarray(strata(count), own.dtype)[index] + own) / count
+        """A uniform draw from the stratum of each index, of `count` strata of [0, 1). Int[B] -> Float[B]."""
+        within = keyed_random.uniform(keyed_random.fold(keyed_random.row_keys(key, index), _LEVEL))
+        return (jnp.asarray(strata(count), within.dtype)[index] + within) / count

@@ -11,7 +11,7 @@ from sedd.parallel import name_of
 
 
 def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """The optimiser that `config` (the group `optimizer`) describes, for a run of so many steps."""
+    """Returns the optimiser that `config` (the group `optimizer`) describes, for a run of `steps` steps."""
     betas = dict(b1=config.b1, b2=config.b2)
     if config.name == "adamw":
         rate = learning_rate(config, config.learning_rate, steps)
@@ -29,23 +29,23 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
 
 
 def learning_rate(config: ConfigDict, peak: float, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """The rate of each update: 1/warmup, 2/warmup, ... of the peak, then the peak, falling evenly to 0 if it decays."""
+    """Returns the schedule: linear warmup 1/warmup, 2/warmup, ... to the peak, then constant or linear decay to 0."""
 
     def rate(count):
         warm = jnp.minimum((count + 1) / config.warmup_steps, 1.0)
         if config.decay == "constant":
             return peak * warm
-        left = (steps - count) / max(1, steps - config.warmup_steps)
-        return peak * warm * jnp.clip(left, 0.0, 1.0)
+        remaining = (steps - count) / max(1, steps - config.warmup_steps)
+        return peak * warm * jnp.clip(remaining, 0.0, 1.0)
 
     return rate
 
 
 def _matrices(params: dict) -> dict:
-    """The kernels of the trunk, which Muon takes, layer by layer where they are scanned; None for what Adam takes.
+    """Returns Muon's matrix axes of the trunk's kernels, per layer if scanned; None for parameters that Adam updates.
 
-    Without this, optax would give every 2-D array to Muon, the embedding too, and every scanned kernel to Adam. That of
-    queries, keys and values is one matrix, [W, 3 W], though it is stored with the 3 as an axis of its own.
+    Without this, optax would give every 2-D array to Muon, the embedding too, and every scanned kernel to Adam. The
+    kernel of queries, keys and values is one matrix, [W, 3 W], although it is stored with the 3 as a separate axis.
     """
 
     def one(path, leaf):

@@ -1,22 +1,22 @@
-"""A trace of some steps, for TensorBoard's profile plugin, XProf or Perfetto."""
+"""Profiler traces of a few steps, for TensorBoard's profile plugin, XProf or Perfetto."""
 
 import contextlib
 from pathlib import Path
 
 import jax
 
-AFTER = 10  # steps of a call that are not traced: the first ones compile
+WARMUP_STEPS = 10  # first steps of a call, which are not traced: they compile
 
 
-class Profile:
-    """Traces so many steps, after the first ten that a call takes; every process traces its own devices.
+class Profiler:
+    """Traces `steps` steps, after the first WARMUP_STEPS of a call. Every process traces its own devices.
 
-    A context manager, around all steps.
+    A context manager around all steps.
     """
 
     def __init__(self, folder: Path, start: int, steps: int):
-        """start: the step that the run goes on from; steps: how many to trace; 0: none."""
-        self._folder, self._first, self._steps, self._tracing = folder, start + AFTER + 1, steps, False
+        """start: the step from which the run resumes; steps: number of steps to trace; 0: none."""
+        self._folder, self._first, self._steps, self._tracing = folder, start + WARMUP_STEPS + 1, steps, False
 
     def __enter__(self):
         return self
@@ -26,7 +26,7 @@ class Profile:
             jax.profiler.stop_trace()
 
     def step(self, number: int) -> contextlib.AbstractContextManager:
-        """What a step is to run in."""
+        """Returns the context manager in which step `number` must run."""
         if not self._steps:
             return contextlib.nullcontext()
         if number == self._first:

@@ -1,4 +1,4 @@
-"""The training state, and the one sharded step."""
+"""The training state and the sharded training step."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ from sedd.training.optimizer import learning_rate
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training changes. ema: the average of the parameters, or None."""
+    """The state that a step updates. ema: the moving average of the parameters, or None."""
 
     step: jax.Array
     params: dict
@@ -28,15 +28,14 @@ class TrainState:
 
     @property
     def eval_params(self) -> dict:
-        """The parameters to evaluate and sample with."""
+        """The parameters for evaluation and sampling: the EMA, if there is one."""
         return self.params if self.ema is None else self.ema
 
 
 def init_state(
     config: ConfigDict, objective: Objective, optimizer: optax.GradientTransformation, params: dict | None = None
 ) -> TrainState:
-    """The state before the first step, a pure function to be jitted with its shardings; from fresh parameters, or
-    from those told."""
+    """Returns the state before the first step, from `params` or initial parameters. A pure function, to be jitted."""
     params = objective.network.init(keyed_random.root_key(config.training.seed)) if params is None else params
     ema = jax.tree.map(jnp.copy, params) if config.training.ema_decay else None
     return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
@@ -45,13 +44,13 @@ def init_state(
 def make_step(
     config: ConfigDict, objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[Callable[..., TrainState], Callable[[TrainState, Batch], tuple[TrainState, dict]], TrainState]:
-    """The jitted functions that make the state and that take a step, and the state's shardings.
+    """Returns the jitted functions `init` and `step`, and the shardings of the state.
 
-    The first takes the parameters to start from, or nothing. The step takes the state, which is donated, and the whole
-    batch; it returns the new state and the metrics: loss (nats per token that is scored), gradient_norm (of the loss
-    summed over positions, averaged over rows), learning_rate, tokens (that count), and `parts`: loss and noise of each
-    row, Float[B], and the norm of each gradient by its path. Where loss or gradient_norm are not finite nothing
-    changes but the step.
+    init takes the initial parameters, or nothing. step takes the state, which is donated, and the global batch; it
+    returns the new state and the metrics: loss (nats per scored token), gradient_norm (of the loss summed over
+    positions, averaged over rows), learning_rate, tokens (valid ones), and `parts`: loss and sigma of each row,
+    Float[B], and the norm of each gradient by its path. If loss or gradient_norm is not finite, only the step number
+    changes.
     """
     training = config.training
     rate = learning_rate(config.optimizer, config.optimizer.learning_rate, training.steps)
@@ -65,21 +64,21 @@ def make_step(
             (loss, of_each), gradient = jax.value_and_grad(of_rows, has_aux=True)(params, *microbatch)
             return jax.tree.map(jnp.add, total, (loss, gradient)), of_each
 
-        whole = (batch, jnp.arange(training.batch_size))
+        rows = (batch, jnp.arange(training.batch_size))
         if training.accumulation == 1:
-            (loss, of_each), gradient = jax.value_and_grad(of_rows, has_aux=True)(params, *whole)
+            (loss, of_each), gradient = jax.value_and_grad(of_rows, has_aux=True)(params, *rows)
             return loss, gradient, of_each
-        parts = jax.tree.map(lambda array: array.reshape(training.accumulation, -1, *array.shape[1:]), whole)
-        parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, P(None, ("data", "fsdp"))))
+        microbatches = jax.tree.map(lambda array: array.reshape(training.accumulation, -1, *array.shape[1:]), rows)
+        microbatches = jax.lax.with_sharding_constraint(microbatches, NamedSharding(mesh, P(None, ("data", "fsdp"))))
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        (loss, gradient), of_each = jax.lax.scan(add, zero, parts)
+        (loss, gradient), of_each = jax.lax.scan(add, zero, microbatches)
         return loss, gradient, of_each.reshape(-1)
 
     def step(state, batch):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the network lays out what it computes
-            return advanced(state, batch)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for the sharding constraints of the network
+            return update(state, batch)
 
-    def advanced(state, batch):
+    def update(state, batch):
         key = keyed_random.fold(keyed_random.root_key(training.seed), state.step)
         loss, gradient, of_each = loss_and_gradient(state.params, batch, key)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
@@ -104,23 +103,20 @@ def make_step(
     def init(params=None):
         return init_state(config, objective, optimizer, params)
 
-    where = parallel.shardings(mesh, jax.eval_shape(init))
-    whole = NamedSharding(mesh, P())
-    init = jax.jit(init, out_shardings=where)
-    step = jax.jit(
-        step, donate_argnums=0, in_shardings=(where, parallel.batch_sharding(mesh)), out_shardings=(where, whole)
-    )
-    return init, step, where
+    shardings = parallel.shardings(mesh, jax.eval_shape(init))
+    in_shardings, out_shardings = (shardings, parallel.batch_sharding(mesh)), (shardings, NamedSharding(mesh, P()))
+    jitted_step = jax.jit(step, donate_argnums=0, in_shardings=in_shardings, out_shardings=out_shardings)
+    return jax.jit(init, out_shardings=shardings), jitted_step, shardings
 
 
 def _scored_per_row(objective: Objective, batch: Batch, key: jax.Array) -> jax.Array | int:
-    """How many tokens of a row are scored, on average over the batch: those that count and are not given."""
+    """Number of scored tokens per row, averaged over the batch: those that are valid and not given."""
     rows, length = batch.tokens.shape
     free, _ = objective.free_and_given(jnp.arange(rows), key, length, batch.lengths)
     return length if free is None else jnp.mean(jnp.sum(free, axis=-1), dtype=jnp.float32)
 
 
 def update_ema(ema: dict, params: dict, updates: jax.Array, decay: float) -> dict:
-    """The exponential average after so many updates, with the reference's warm-up: min(decay, (1 + n) / (10 + n))."""
-    decay = jnp.minimum(decay, (1 + updates) / (10 + updates))
-    return jax.tree.map(lambda old, new: old - (1 - decay) * (old - new), ema, params)
+    """Returns the EMA after update n = `updates`, with the reference's warmup: decay min(decay, (1 + n) / (10 + n))."""
+    warm = jnp.minimum(decay, (1 + updates) / (10 + updates))
+    return jax.tree.map(lambda old, new: old - (1 - warm) * (old - new), ema, params)

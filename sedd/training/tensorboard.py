@@ -1,4 +1,4 @@
-"""TensorBoard event files, for who wants them: `config.metrics.tensorboard`. No failure of theirs stops training."""
+"""TensorBoard event files (`config.metrics.tensorboard`). Their failures do not stop training."""
 
 import sys
 import time
@@ -11,14 +11,14 @@ from sedd.errors import UserError
 
 
 class TensorBoardWriter:
-    """Numbers and texts in an event file of workdir/tensorboard.
+    """Writes scalars and texts to an event file in workdir/tensorboard.
 
-    It is written at once, without the thread of tensorboardX's SummaryWriter, whose queue blocks for ever once that
-    thread has died, of a full disk for example. At the first failure it says so, and writes nothing more.
+    Writes synchronously: the queue of tensorboardX's SummaryWriter blocks for ever once its thread has died, for
+    example of a full disk. The first failure is printed, and nothing is written after it.
     """
 
     def __init__(self, folder: Path, start: int):
-        """start: the step that a run goes on from; what TensorBoard has of later ones is purged."""
+        """start: the step from which a run resumes; TensorBoard purges the events of later steps."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
@@ -32,7 +32,7 @@ class TensorBoardWriter:
         self._try(begin)
 
     def numbers(self, step: int, values: dict[str, float]):
-        """A point of each curve."""
+        """Writes one point of each curve."""
         from tensorboardX import summary
 
         def write():
@@ -42,7 +42,7 @@ class TensorBoardWriter:
         self._try(write)
 
     def texts(self, step: int, texts: list[str]):
-        """Samples, shown as they are: TensorBoard takes indented lines literally."""
+        """Writes samples, indented: TensorBoard shows indented lines literally."""
         from tensorboardX import summary
 
         def write():
@@ -66,13 +66,13 @@ class TensorBoardWriter:
     def _try(self, write: Callable[[], None]):
         try:
             write()
-        except Exception as error:  # whatever it is, training is worth more
+        except Exception as error:  # of any kind: training continues
             self._events = None
-            tqdm.write(f"sedd: TensorBoard files cannot be written any more ({error}); training goes on", sys.stderr)
+            tqdm.write(f"sedd: TensorBoard files cannot be written any more ({error}); training continues", sys.stderr)
 
 
 def check_installed():
-    """UserError if tensorboardX is missing."""
+    """UserError if tensorboardX is not installed."""
     try:
         import tensorboardX  # noqa: F401
     except ImportError:

@@ -1,4 +1,4 @@
-"""What is asked of a model while it trains: the bound on the validation split, and a few texts."""
+"""Evaluation during training: the bound on the validation split, and samples."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from sedd.training.metrics import BOUND
 
 @dataclasses.dataclass(frozen=True)
 class Validator:
-    """All that evaluation during training takes besides the parameters."""
+    """Evaluates parameters during training."""
 
     config: ConfigDict
     corpus: Corpus
@@ -32,15 +32,16 @@ class Validator:
     mesh: Mesh
 
     def bound(self, params: dict, on_batch: Callable[[], None]) -> dict[str, float]:
-        """The bound on the validation split, as a record of the metrics. on_batch: called after each batch of rows."""
+        """Returns the bound on the validation split, as in metrics.jsonl. on_batch: called after each batch."""
         scored = from_corpus(self.corpus, "validation", self.config.data.block_length)
         draws = self.config.evaluation.draws
         settings = dict(num_draws=draws, mesh=self.mesh, progress=False, on_batch=on_batch)
         report, _ = perplexity(self.network, self.schedule, params, scored, **settings)
+        assert report.bits_per_byte is not None  # a corpus knows its bytes
         return {BOUND: report.nats_per_token, "validation_bits_per_byte": report.bits_per_byte}
 
     def samples(self, params: dict, on_step: Callable[[], None]) -> tuple[list[str], list[np.ndarray]]:
-        """`evaluation.samples` texts, drawn with the same noise each time, and their tokens, Int[L] each.
+        """Returns `evaluation.samples` texts, sampled with the same random numbers each time, and their tokens, Int[L].
 
         on_step: called after each step of the sampler.
         """
@@ -48,9 +49,12 @@ class Validator:
             return [], []
         block, seed = self.config.data.block_length, self.config.training.seed
         generator = Generator(self.network, params, self.schedule, self.corpus.tokenizer, self.layout, block)
-        sampler = "counts" if isinstance(self.network.process, Absorbing) else "tweedie"  # one law, fewer calls
+        sampler = (
+            "counts" if isinstance(self.network.process, Absorbing) else "tweedie"
+        )  # the same distribution, fewer calls
         settings = dict(sampler=sampler, seed=seed, watch=lambda *_: on_step())
         drawn = generator.sample(self.config.evaluation.samples, **settings)
+        assert drawn.texts is not None  # the generator has a tokenizer
         return drawn.texts, [row[row >= 0] for row in drawn.tokens]
 
 
@@ -65,7 +69,7 @@ def check_split(corpus: Corpus, block_length: int):
 
 
 def layout_of(corpus: Corpus, block_length: int) -> Layout:
-    """The corpus' layout, as a model remembers it: with the lengths to draw texts at where it is told lengths."""
+    """Returns the layout of the corpus, as it is saved with a model: with its row lengths if padding is masked."""
     if not corpus.layout.masks_padding:
         return corpus.layout
     return dataclasses.replace(corpus.layout, row_lengths=row_lengths(corpus, block_length))

@@ -1,4 +1,4 @@
-"""The launcher, which lies outside the package, and a stand-in for the command line that it calls."""
+"""Helpers for tests of the launcher, which is outside the package, with a fake of the command line that it calls."""
 
 import json
 import subprocess
@@ -16,13 +16,13 @@ STAND_IN = Path(__file__).parent / "stand_in"
 PLACE = ["--name=tpu", "--zone=zone-a"]
 MACHINES = ["--type=v5litepod-16", "--poll=0.05"]
 PYTHON = """#!/bin/sh
-# Says at once what takes two seconds to find out.
+# Answers at once a query that takes Python two seconds.
 case "$2" in *import*sedd*) echo sedd 0.0 ;; *) exec {python} "$@" ;; esac
 """
 
 
 class Cloud:
-    """The stand-in, in a folder of its own, and the steps with the flags that each takes."""
+    """The fake cloud, in a folder of its own, and the launcher's steps with their flags."""
 
     def __init__(self, place):
         self.place, self.python = place, place / "image/python"
@@ -33,20 +33,20 @@ class Cloud:
         return [step, *PLACE, "--backoff=0.01", *machines, *image, *flags, *(["--", *command] if command else [])]
 
     def __call__(self, step, *flags, command=()):
-        """The exit status."""
+        """Runs a step; returns the exit status."""
         return launch.main(self.argv(step, *flags, command=command))
 
     def plan(self, **plan):
         (self.place / "plan.json").write_text(json.dumps(plan))
 
     def calls(self, verb):
-        """What it was asked for so far, in argument lists with that word."""
+        """Returns the argument lists with this word that the fake has received."""
         lines = (self.place / "calls.jsonl").read_text().splitlines()
         return [argv for argv in map(json.loads, lines) if verb in argv]
 
-    def said(self, what):
-        """How often a worker was told to do something."""
-        return sum(f"worker.sh {what}" in word for argv in self.calls("ssh") for word in argv)
+    def num_calls(self, action):
+        """Number of calls of worker.sh with this action."""
+        return sum(f"worker.sh {action}" in word for argv in self.calls("ssh") for word in argv)
 
     def folder(self, index):
         return self.place / f"worker{index}/sedd"
@@ -56,14 +56,14 @@ class Cloud:
 
 
 def python(code):
-    """A command in Python. `left` is a file that outlives the machines, `me` the worker's number."""
+    """Returns a command in Python. `left` is a file that outlives the machines, `me` the worker's number."""
     start = "import os, pathlib, sys, time; me = os.environ['SEDD_PROCESS_ID']"
     return ["python", "-c", f"{start}; left = pathlib.Path('../../left' + me); {code}"]
 
 
-# A first attempt that goes on until it is ended, and a second that finds what the first has left, and is done.
+# A first attempt runs until it is ended; a second one finds the file of the first, and is done.
 TWICE = "again = left.exists(); left.touch(); print('again' if again else 'first'); time.sleep(0 if again else 60)"
-# One that ends well when it is told to, as training does.
+# Exits with 0 on SIGTERM, as training does.
 SAVES = (
     "import signal; signal.signal(signal.SIGTERM, lambda *_: (sys.stderr.write('all is saved, and the same command "
     "continues\\n'), sys.exit(0))); "
@@ -71,8 +71,8 @@ SAVES = (
 
 
 def eventually(condition, seconds=60):
-    """Waits for it."""
+    """Waits until the condition holds."""
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "it never came to be"
+        assert time.monotonic() < until, "timeout"
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Each experiment builds and takes a step, on paper; its header says what people look for; its commands are right."""
+"""Each experiment traces a training step; its header has all parts; the commands in the header parse and agree."""
 
 import ast
 import math
@@ -27,42 +27,42 @@ from sedd.training.step import make_step
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "experiments").glob("*.py"))
 LABELS = ["Data", "Commands", "Launch", "Hardware", "Time", "Result"]
-COLUMN = 11  # where the text of each part begins
+COLUMN = 11  # the column where the text of each part begins
 SPECS = ("source", *SPLITS)
 
 each_experiment = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
 def parts(file):
-    """The header's text under each label, in the order of the labels."""
-    found = {}
+    """Returns the header's text by label, in the order of the labels."""
+    texts = {}
     _, *lines = ast.get_docstring(ast.parse(file.read_text()), clean=False).splitlines()
     for line in filter(None, lines):
         label, text = line[:COLUMN].strip(), line[COLUMN:]
         if label:
-            found[label] = []
-        found[list(found)[-1]].append(text)
-    return {label: "\n".join(text) for label, text in found.items()}
+            texts[label] = []
+        texts[list(texts)[-1]].append(text)
+    return {label: "\n".join(text) for label, text in texts.items()}
 
 
 def commands(file, label="Commands"):
-    """The header's commands, a line each, whatever stands in brackets left out."""
+    """Returns the header's commands, one a line, without lines in brackets."""
     lines = parts(file)[label].replace("\\\n", " ").splitlines()
     return [line for line in lines if not line.startswith("(")]
 
 
 def parsed(command):
-    """What the command line makes of a command; SystemExit or UserError where it is wrong."""
+    """Returns the parsed arguments of a command. SystemExit or UserError if it is invalid."""
     program, *words = shlex.split(command)
     if program != "sedd":
-        raise UserError(f"no command of sedd's: {command}")
+        raise UserError(f"not a command of sedd: {command}")
     args, settings = cli.parse(words)
     configs.override(configs.default(), settings)
     return args
 
 
 def check_prepare(args):
-    """The specs are of kinds that exist, with what such kinds need."""
+    """UserError unless the kinds of sources and tokenizer exist and have their options."""
     specs = {name: getattr(args, name) for name in SPECS if getattr(args, name)}
     if ("source" in specs) == ("train" in specs) or (args.split and "source" not in specs):
         raise UserError("either a source that is split, or a source for each split")
@@ -78,8 +78,8 @@ def check_prepare(args):
     make_layout(args.mode, args.padding)
 
 
-def splits_made(prepare):
-    """The splits of a corpus."""
+def splits_of(prepare):
+    """Returns the splits that a `sedd prepare` command makes."""
     if prepare.train:
         return [split for split in SPLITS if getattr(prepare, split)]
     rule = make_rule(prepare.split or "documents:0.9,0.05,0.05")
@@ -87,37 +87,35 @@ def splits_made(prepare):
 
 
 def by_name(file):
-    """The parsed commands of a file by their names."""
-    found = [parsed(command) for command in commands(file)]
-    return {args.command: args for args in found}
+    """Returns the parsed commands of a file by their names."""
+    return {args.command: args for args in map(parsed, commands(file))}
 
 
 @each_experiment
-def test_header(file):
-    """The same parts in the same order, none of them empty."""
-    found = parts(file)
-    assert list(found) == LABELS and all(found.values())
-    assert "not run here" in found["Time"] or "measured" in found["Time"]
+def test_a_header_has_all_parts_in_order(file):
+    header = parts(file)
+    assert list(header) == LABELS and all(header.values())
+    assert "not run here" in header["Time"] or "measured" in header["Time"]
 
 
 @each_experiment
-def test_commands(file):
-    """They parse, and go together: corpus, config and run are the same in all of them."""
-    config, found = load_config(file), by_name(file)
-    assert list(found)[:3] == ["prepare", "train", "eval"]
-    prepare, train = found["prepare"], found["train"]
+def test_commands_parse_and_agree(file):
+    """Corpus, config and run are the same in all of them."""
+    config, by_command = load_config(file), by_name(file)
+    assert list(by_command)[:3] == ["prepare", "train", "eval"]
+    prepare, train = by_command["prepare"], by_command["train"]
     check_prepare(prepare)
     assert (ROOT / train.config).samefile(file)
     assert prepare.out == config.data.corpus
-    assert all(args.model == train.workdir for name, args in found.items() if name not in ("prepare", "train"))
-    assert (found["eval"].split or "test") in splits_made(prepare)
+    assert all(args.model == train.workdir for name, args in by_command.items() if name not in ("prepare", "train"))
+    assert (by_command["eval"].split or "test") in splits_of(prepare)
     for key, value in re.findall(r"--config\.([\w.]+)=(\w+)", "".join(parts(file).values())):
         configs.override(config, [f"{key}={value}"])
 
 
 @each_experiment
-def test_launch(file):
-    """It trains as the command does, on the corpus that it copies, into a bucket."""
+def test_the_launch_command_trains_the_same_config_into_a_bucket(file):
+    """On the corpus that it copies."""
     (command,), train = commands(file, "Launch"), by_name(file)["train"]
     python, program, *words = shlex.split(command)
     options = launch.parse(words)
@@ -125,7 +123,7 @@ def test_launch(file):
     assert (python, program, options.step) == ("python", "tpu_launch/launch.py", "up")
     assert launched.command == "train" and launched.config == train.config
     assert launched.workdir == f"gs://BUCKET/{train.workdir}"
-    assert [source.there for source in options.push] == [load_config(file).data.corpus]
+    assert [source.target for source in options.push] == [load_config(file).data.corpus]
     assert re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", options.name)
 
 
@@ -139,7 +137,7 @@ def test_launch(file):
         "sed train --workdir=runs/x",
     ],
 )
-def test_a_broken_command_is_noticed(command):
+def test_an_invalid_command_is_rejected(command):
     with pytest.raises((SystemExit, UserError)):
         parsed(command)
 
@@ -156,8 +154,8 @@ def test_a_broken_command_is_noticed(command):
         "--mode=packed --padding=ignored",
     ],
 )
-def test_a_broken_preparation_is_noticed(change):
-    """Control: without the change nothing is."""
+def test_an_invalid_preparation_is_rejected(change):
+    """Control: the command without the change is valid."""
     right = "sedd prepare --source=text:a.txt --tokenizer=bytes --out=data/a"
     check_prepare(parsed(right))
     with pytest.raises((SystemExit, UserError)):
@@ -165,21 +163,21 @@ def test_a_broken_preparation_is_noticed(change):
 
 
 @each_experiment
-def test_vocabulary(file):
-    """It is set, so that the experiment builds without its corpus, and is what the tokenizer will have."""
+def test_vocab_size_is_that_of_the_tokenizer(file):
+    """It is set, so that the experiment builds without its corpus."""
     size, prepare = load_config(file).data.vocab_size, by_name(file)["prepare"]
     if file.stem == "quickstart":
-        assert size is None  # people put their own text into it
+        assert size is None  # users train it on their own text
     elif prepare.tokenizer.partition(":")[2].isdecimal():
-        end_of_text = prepare.mode == "padded"  # whose rows it fills up
+        end_of_text = prepare.mode == "padded"  # which fills padded rows
         assert size == int(prepare.tokenizer.partition(":")[2]) + end_of_text
     else:
         assert size in (27, 30522, 50257)
 
 
 @each_experiment
-def test_a_step_traces(file):
-    """The real step on the mesh, for the whole batch; its layers are scanned, since they are traced once so."""
+def test_a_training_step_traces(file):
+    """The full step on the mesh and batch; layers are scanned, which traces them once."""
     config = load_config(file)
     config.network.scan = True
     training, data = config.training, config.data
@@ -205,8 +203,8 @@ def test_a_step_traces(file):
         ("openwebtext_medium_absorb", 424_477_010),
     ],
 )
-def test_parameters_of_the_papers_models(name, count):
-    """To the last one, and with its initial embedding."""
+def test_models_of_the_paper_have_its_number_of_parameters(name, count):
+    """Exactly; and its initial scale of the embedding."""
     config = load_config(ROOT / "experiments" / f"{name}.py")
     assert configs.build(config, config.data.vocab_size)[2].num_parameters() == count
     assert math.isclose(config.network.embedding_std, (3 * config.network.width) ** -0.5)

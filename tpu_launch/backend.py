@@ -1,51 +1,51 @@
-"""What launching needs of a place that has machines. `gcloud.py` has one; another is a class with its methods."""
+"""The interface of a provider of machines. `gcloud.py` implements it; another provider is a class with its methods."""
 
 import enum
 from typing import NamedTuple, Protocol
 
 
 class State(enum.Enum):
-    """Of all machines of a job together."""
+    """State of all machines of a job together."""
 
-    GONE = "is not there"
-    WAITING = "is on its way"  # in the queue, being made, repaired or deleted: to be waited for
+    GONE = "does not exist"
+    WAITING = "is pending"  # queued, being created, repaired or deleted: to be waited for
     READY = "is ready"
-    LOST = "was taken away"  # preempted: to be deleted, since it eats quota, and made anew
-    FAILED = "could not be had"  # likewise, but not for ever
+    LOST = "was preempted"  # to be deleted, because it uses quota, and created again
+    FAILED = "could not be created"  # likewise, but only `--retries` times
 
 
-class Seen(NamedTuple):
-    """A state, and the place's own word for it."""
+class Status(NamedTuple):
+    """A state, and the provider's own word for it."""
 
     state: State
     word: str
 
 
 class Backend(Protocol):
-    """Argument lists of commands, which others run; `options` are what the flags of launch.py say."""
+    """Builds the argument lists of commands, which `Calls` runs. options: the flags of launch.py."""
 
     def __init__(self, options): ...
 
     def create(self) -> list[str]:
-        """Asks for the machines, and returns at once."""
+        """Requests the machines without waiting for them."""
 
     def delete(self) -> list[str]:
-        """Deletes them, in whatever state they are."""
+        """Deletes the machines in any state."""
 
     def queries(self) -> list[list[str]]:
-        """Commands whose outputs tell the state; that the machines are not there is no error."""
+        """Commands whose outputs give the state. They succeed also if the machines do not exist."""
 
-    def seen(self, answers: list[str]) -> Seen:
-        """What the outputs of `queries` say."""
+    def parse_status(self, answers: list[str]) -> Status:
+        """Returns the status that the outputs of `queries` give."""
 
     def ssh(self, command: str, worker: str) -> list[str]:
-        """Runs a command in the home directory of worker 0, 1, ... or of "all", at the same time.
+        """Runs a command in the home directory of worker 0, 1, ... or of "all", concurrently.
 
-        Its exit status is not 0 if that of any worker is not.
+        The exit status is nonzero if that of any worker is.
         """
 
     def copy(self, source: str, folder: str) -> list[str]:
-        """Copies a file or folder of this machine into a folder, which is there, in the home of every worker."""
+        """Copies a file or folder of this machine into an existing folder in the home directory of every worker."""
 
     def fetch(self, url: str, folder: str) -> list[str]:
-        """What a worker runs to copy a folder of a bucket."""
+        """The command by which a worker copies a folder of a bucket."""

@@ -1,4 +1,4 @@
-"""Running other programs: tried again when they fail, and only printed on a dry run."""
+"""Runs other programs, with retries; a dry run prints them instead."""
 
 import itertools
 import shlex
@@ -7,13 +7,13 @@ import sys
 import time
 from collections.abc import Callable
 
-MISTAKE, REFUSED, NOT_FOUND = 2, 3, 127  # exit statuses after which trying again would not help
-_LONGEST = 600  # seconds between two tries
-_SILENCE = 300  # seconds after which what only asks a question counts as failed
+USAGE_ERROR, REFUSED, NOT_FOUND = 2, 3, 127  # exit statuses for which a retry cannot help
+_MAX_PAUSE = 600  # seconds between two tries
+_QUERY_TIMEOUT = 300  # seconds
 
 
 class Failed(Exception):
-    """What went wrong, in one line for a person. status: of the command that failed; final: it would fail again."""
+    """An error, as one line. status: exit status of the command that failed; final: a retry would fail too."""
 
     def __init__(self, message: str, status: int | None = None, final: bool = False):
         super().__init__(message)
@@ -21,54 +21,57 @@ class Failed(Exception):
 
 
 def say(message: str):
-    """Progress, on stderr; stdout is for results."""
+    """Prints progress to stderr; stdout is for results."""
     print(f"launch: {message}", file=sys.stderr, flush=True)
 
 
 class Calls:
-    """How commands are run. retries: of each; backoff: seconds before the first of them, doubled before each other."""
+    """Runs commands. retries: number for each command; backoff: seconds before the first retry, then doubled."""
 
     def __init__(self, retries: int, backoff: float, dry_run: bool):
         self.retries, self.backoff, self.dry_run = retries, backoff, dry_run
 
-    def run(self, argv: list[str], enough: Callable[[], bool] = lambda: False):
-        """Until it succeeds, or has done enough though it failed; what it prints goes to stderr. Failed, if neither."""
-        self._tried(argv, enough, stdout=sys.stderr)
+    def run(self, argv: list[str], is_done: Callable[[], bool] = lambda: False):
+        """Runs a command, with its output on stderr, until it succeeds or, after a failure, `is_done()` holds.
+
+        Failed if the retries are used up.
+        """
+        self._with_retries(argv, is_done, stdout=sys.stderr)
 
     def read(self, argv: list[str]) -> str:
-        """Its stdout; nothing on a dry run."""
+        """Runs a command and returns its stdout; "" on a dry run."""
         pipe = subprocess.PIPE
-        silent = dict(stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, timeout=_SILENCE)
-        return self._tried(argv, lambda: False, **silent)
+        captured = dict(stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, timeout=_QUERY_TIMEOUT)
+        return self._with_retries(argv, lambda: False, **captured)
 
     def show(self, argv: list[str]):
-        """Once, as it is."""
+        """Runs a command once, with its output unchanged."""
         if self.dry_run:
             print(shlex.join(argv), flush=True)
         else:
             _once(argv)
 
     def pause(self, number: int):
-        """Longer each time. number: of the failures so far."""
-        seconds = min(_LONGEST, self.backoff * 2 ** (number - 1))
-        say(f"again in {seconds:.0f} s ({number} of {self.retries})")
+        """Waits, longer after each failure. number: failures so far."""
+        seconds = min(_MAX_PAUSE, self.backoff * 2 ** (number - 1))
+        say(f"retrying in {seconds:.0f} s ({number} of {self.retries})")
         self.sleep(seconds)
 
     def sleep(self, seconds: float):
         if not self.dry_run:
             time.sleep(seconds)
 
-    def _tried(self, argv: list[str], enough: Callable[[], bool], **how) -> str:
+    def _with_retries(self, argv: list[str], is_done: Callable[[], bool], **settings) -> str:
         if self.dry_run:
             print(shlex.join(argv), flush=True)
             return ""
         for number in itertools.count(1):
             try:
-                return _once(argv, **how)
+                return _once(argv, **settings)
             except Failed as failed:
                 if failed.final:
                     raise
-                if enough():
+                if is_done():
                     return ""
                 if number > self.retries:
                     raise
@@ -76,17 +79,17 @@ class Calls:
             self.pause(number)
 
 
-def _once(argv: list[str], **how) -> str:
-    shown = shlex.join(argv)
+def _once(argv: list[str], **settings) -> str:
+    command = shlex.join(argv)
     try:
-        done = subprocess.run(argv, encoding="utf-8", errors="replace", **how)
+        done = subprocess.run(argv, encoding="utf-8", errors="replace", **settings)
     except FileNotFoundError:
         raise Failed(f"there is no {argv[0]} on the PATH; install it", NOT_FOUND, final=True) from None
     except subprocess.TimeoutExpired:
-        raise Failed(f"no answer in {_SILENCE} s: {shown}") from None
+        raise Failed(f"no answer in {_QUERY_TIMEOUT} s: {command}") from None
     status = done.returncode
     if status == 0:
         return done.stdout
     last = (done.stderr or "").strip().splitlines()[-1:]
-    message = ": ".join([f"exit status {status} of {shown}", *last])
-    raise Failed(message, status, final=status in (MISTAKE, REFUSED, NOT_FOUND))
+    message = ": ".join([f"exit status {status} of {command}", *last])
+    raise Failed(message, status, final=status in (USAGE_ERROR, REFUSED, NOT_FOUND))

@@ -1,15 +1,15 @@
-"""Cloud TPU virtual machines, through Google's command line: queued resources of one node, a slice of any size.
+"""Cloud TPU virtual machines through Google's command line: queued resources of one node, a slice of any size.
 
-All that is said to `gcloud` is here. Google gives this interface only fixes now, and no TPU after v6e.
+All calls of `gcloud` are here. Google maintains this interface with fixes only, without TPUs later than v6e.
 """
 
-from backend import Seen, State
+from backend import State, Status
 
-# Of `--type`, by how it begins. The rest takes the general image.
+# Image by the prefix of `--type`; other types take the general image.
 RUNTIMES = {"v5litepod": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
 GENERAL_RUNTIME = "tpu-ubuntu2204-base"
 
-# The words for a queued resource, then for a node. What is not here is waited for.
+# States of a queued resource, then of a node. All others are WAITING.
 STATES = {
     "ACTIVE": State.READY,
     "SUSPENDED": State.LOST,
@@ -17,13 +17,13 @@ STATES = {
     "READY": State.READY,
     "PREEMPTED": State.LOST,
     "TERMINATED": State.LOST,
-    "UNKNOWN": State.LOST,  # after a repair that failed
+    "UNKNOWN": State.LOST,  # after a failed repair
 }
-ALIVE = "ServerAliveInterval=30"  # seconds; a connection to a machine that is gone ends after three of them
+ALIVE = "ServerAliveInterval=30"  # seconds; a connection to a machine that no longer exists ends after three
 
 
 class Gcloud:
-    """The queued resource `--name`, and its node, which has the same name."""
+    """The queued resource `--name` and its node of the same name."""
 
     def __init__(self, options):
         self.options = options
@@ -44,22 +44,22 @@ class Gcloud:
         return ["gcloud", "compute", "tpus", "queued-resources", "delete", name, *self.place, "--force", "--quiet"]
 
     def queries(self) -> list[list[str]]:
-        # Lists, since they tell what is not there from what could not be asked for.
+        # `list` succeeds if a resource does not exist, and fails if the query does.
         return [
             ["gcloud", "compute", "tpus", kind, "list", *self.place, f"--format=value(name.basename(),{state})"]
             for kind, state in (("queued-resources", "state.state"), ("tpu-vm", "state"))
         ]
 
-    def seen(self, answers: list[str]) -> Seen:
+    def parse_status(self, answers: list[str]) -> Status:
         resource, node = (dict(line.split("\t") for line in answer.splitlines()) for answer in answers)
         word = resource.get(self.options.name)
         if word is None:
-            return Seen(State.GONE, "not there")
+            return Status(State.GONE, "not created")
         state = STATES.get(word, State.WAITING)
-        if state is State.READY:  # a node that is lost may be seen before its resource is suspended
+        if state is State.READY:  # a node may be lost before its resource is suspended
             word = node.get(self.options.name, "TERMINATED")
             state = STATES.get(word, State.WAITING)
-        return Seen(state, word)
+        return Status(state, word)
 
     def ssh(self, command: str, worker: str) -> list[str]:
         return [

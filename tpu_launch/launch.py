@@ -1,10 +1,10 @@
-r"""Runs one command of sedd on all workers of a TPU slice, and keeps it running.
+r"""Runs one command of sedd on all workers of a TPU slice, and restarts it after preemptions and failures.
 
     python tpu_launch/launch.py up --name=text8 --zone=us-central1-a --type=v5litepod-16 --spot --push=data/text8 \
         -- sedd train --config=experiments/text8_absorb.py --workdir=gs://BUCKET/runs/text8
 
-`up` does all of it, and may be repeated: create, push, setup, run, watch, each of which is a step of its own. README.md
-says what to do when one fails.
+`up` does the steps create, push, setup, run and watch, and may be repeated; each is also a step of its own. README.md
+has a table of errors.
 """
 
 import argparse
@@ -13,13 +13,13 @@ import shlex
 import sys
 from pathlib import Path, PurePosixPath
 
-from calls import MISTAKE, Calls, Failed, say
+from calls import USAGE_ERROR, Calls, Failed, say
 from gcloud import Gcloud
 from job import Job, Source
-from keep import Ended, up
+from supervise import Ended, up
 
 BACKENDS = {"gcloud": Gcloud}
-PLATFORMS = {"JAX_PLATFORMS": "tpu,cpu"}  # so that a TPU that is not found is an error
+PLATFORMS = {"JAX_PLATFORMS": "tpu,cpu"}  # so that a missing TPU is an error
 STEPS = {
     "create": lambda job: job.create(),
     "push": lambda job: job.push(),
@@ -35,21 +35,21 @@ STEPS = {
 
 
 def main(argv: list[str]) -> int:
-    """Runs one step; returns the exit status: 0, 1 for what failed, 2 for a mistake, 130 after Ctrl-C."""
+    """Runs one step. Returns the exit status: 0, 1 after a failure, 2 for an invalid argument, 130 after Ctrl-C."""
     options = parse(argv)
     for source in getattr(options, "push", []):
-        if not source.remote and not Path(source.here).exists():
-            say(f"error: --push={source.here}: there is none here; gs://BUCKET/{source.here} takes it from a bucket")
-            return MISTAKE
+        if not source.is_url and not Path(source.path).exists():
+            say(f"error: --push={source.path} does not exist; gs://BUCKET/{source.path} copies it from a bucket")
+            return USAGE_ERROR
     job = Job(BACKENDS[options.backend](options), Calls(options.retries, options.backoff, options.dry_run), options)
     status, ended = _run(job)
     if options.step in ("up", "watch") and not options.dry_run:
-        status = max(status, _settle(job, ended))
+        status = max(status, _clean_up(job, ended))
     return status
 
 
 def _run(job: Job) -> tuple[int, bool]:
-    """The exit status, and whether the end of the command was seen."""
+    """Runs the step. Returns the exit status, and True if the command is known to have ended."""
     try:
         if job.options.step in ("push", "setup", "run", "logs"):
             job.check_ready()
@@ -62,34 +62,34 @@ def _run(job: Job) -> tuple[int, bool]:
         return 130, False
 
 
-def _settle(job: Job, ended: bool) -> int:
-    """Sees to it that nobody pays for what he has forgotten."""
+def _clean_up(job: Job, ended: bool) -> int:
+    """Deletes the machines if that was asked for; else prints that they cost money. Returns the exit status."""
     if ended and job.options.then_delete:
         try:
             job.delete()
         except Failed as failed:
             say(f"error: {failed}")
-    if not job.there:
+    if not job.exists:
         return 0
     places = {"name": job.name, "zone": job.options.zone, "project": job.options.project}
     flags = " ".join(f"--{flag}={shlex.quote(value)}" for flag, value in places.items() if value)
-    say(f"{job.name} is paid for until: python tpu_launch/launch.py delete {flags}")
+    say(f"{job.name} costs money until deleted: python tpu_launch/launch.py delete {flags}")
     return int(job.options.then_delete)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports errors in one line."""
 
     def error(self, message):
         if found := re.fullmatch(r"argument (--\w+): expected one argument", message):
             message += f"; one that begins with - is written {found[1]}=-..."
         if message.startswith("unrecognized arguments"):
             message += "; a command for the machines comes after --"
-        self.exit(MISTAKE, f"{self.prog}: error: {message}\n")
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message}\n")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The options; `step` is which, `command` what follows `--`."""
+    """Returns the options, with the name of the step in `step` and the words after `--` in `command`."""
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = _parser()
     options = parser.parse_args(argv[:cut])
@@ -109,66 +109,74 @@ def _parser() -> argparse.ArgumentParser:
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
 
     def step(name, text, *parts, command=False):
-        made = steps.add_parser(name, help=text, description=text, allow_abbrev=False)
-        made.set_defaults(takes_command=command)
+        parser = steps.add_parser(name, help=text, description=text, allow_abbrev=False)
+        parser.set_defaults(takes_command=command)
         for part in (_add_place, *parts):
-            part(made)
-        return made
+            part(parser)
+        return parser
 
-    whole = (_add_machines, _add_poll, _add_ssh, _add_push, _add_setup, _add_command, _add_grace)
+    all_flags = (_add_machines, _add_poll, _add_ssh, _add_push, _add_setup, _add_command, _add_grace)
     for name, text in (
-        ("up", "All of it, until the command is done; again after a preemption or a failure."),
+        ("up", "All steps, until the command is done; repeated after a preemption or a failure."),
         ("watch", "The same, from a command that runs."),
     ):
-        made = step(name, text, *whole, command=True)
-        made.add_argument("--then_delete", action="store_true", help="delete the machines when the command has ended")
-    step("create", "Get the machines, or wait for those that are there.", _add_machines, _add_poll)
+        supervised = step(name, text, *all_flags, command=True)
+        supervised.add_argument(
+            "--then_delete", action="store_true", help="delete the machines when the command has ended"
+        )
+    step("create", "Create the machines, or wait for existing ones.", _add_machines, _add_poll)
     step("push", "Copy the code and data to all workers.", _add_ssh, _add_push)
     step("setup", "Install sedd on all workers.", _add_ssh, _add_setup)
     step("run", "Start the command on all workers.", _add_ssh, _add_command, command=True)
-    step("status", "What machines and workers do.", _add_ssh)
-    logs = step("logs", "What the workers print.", _add_ssh)
+    step("status", "Print the state of machines and workers.", _add_ssh)
+    logs = step("logs", "Print the output of the workers.", _add_ssh)
     logs.add_argument("--worker", default="all", help="0, 1, ... (%(default)s)")
-    logs.add_argument("--lines", type=_count, default=20, help="from the end of each log (%(default)s)")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on until Ctrl-C")
-    step("stop", "End the command on all workers, for good; training saves first.", _add_ssh, _add_grace)
+    logs.add_argument("--lines", type=_count, default=20, help="lines from the end of each log (%(default)s)")
+    logs.add_argument("-f", "--follow", action="store_true", help="follow until Ctrl-C")
+    step("stop", "End the command on all workers permanently; training saves first.", _add_ssh, _add_grace)
     step("delete", "Delete the machines.")
     return parser
 
 
 def _add_place(parser):
-    parser.add_argument("--name", required=True, help="of the machines, yours to choose")
-    parser.add_argument("--zone", required=True)
-    parser.add_argument("--project", help="(gcloud's own)")
-    parser.add_argument("--backend", choices=BACKENDS, default="gcloud", help="(%(default)s)")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, run none")
-    parser.add_argument("--retries", type=_count, default=5, help="of each command, and of the job (%(default)s)")
-    parser.add_argument("--backoff", type=_seconds, default=10, help="seconds before one, then doubled (%(default)s)")
+    parser.add_argument("--name", required=True, help="name of the machines, freely chosen")
+    parser.add_argument("--zone", required=True, help="Google Cloud zone")
+    parser.add_argument("--project", help="Google Cloud project (gcloud's default)")
+    parser.add_argument("--backend", choices=BACKENDS, default="gcloud", help="provider of machines (%(default)s)")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands without running them")
+    parser.add_argument("--retries", type=_count, default=5, help="of each command and of the job (%(default)s)")
+    parser.add_argument(
+        "--backoff", type=_seconds, default=10, help="seconds before the first retry, then doubled (%(default)s)"
+    )
 
 
 def _add_machines(parser):
-    parser.add_argument("--type", required=True, help="v5litepod-16, v6e-8, v5p-32, ...")
-    parser.add_argument("--runtime", help="image of the machines (that of the type)")
-    parser.add_argument("--spot", action="store_true", help="cheaper, and may be taken away")
-    parser.add_argument("--create_arg", action="append", default=[], metavar="ARG", help="one more, as --reserved")
+    parser.add_argument("--type", required=True, help="accelerator type: v5litepod-16, v6e-8, v5p-32, ...")
+    parser.add_argument("--runtime", help="image of the machines (by type)")
+    parser.add_argument("--spot", action="store_true", help="cheaper machines that may be preempted")
+    parser.add_argument(
+        "--create_arg", action="append", default=[], metavar="ARG", help="extra flag, such as --reserved"
+    )
 
 
 def _add_poll(parser):
-    parser.add_argument("--poll", type=_seconds, default=60, help="seconds between looks (%(default)s)")
+    parser.add_argument("--poll", type=_seconds, default=60, help="seconds between queries (%(default)s)")
 
 
 def _add_ssh(parser):
-    parser.add_argument("--ssh_arg", action="append", default=[], metavar="ARG", help="one more, as --internal-ip")
+    parser.add_argument(
+        "--ssh_arg", action="append", default=[], metavar="ARG", help="extra flag, such as --internal-ip"
+    )
 
 
 def _add_push(parser):
-    text = "a file or folder below this one, or of a bucket: data/text8, gs://BUCKET/data/text8; may be repeated"
+    text = "file or folder to copy, below this one or in a bucket: data/text8, gs://BUCKET/data/text8; may be repeated"
     parser.add_argument("--push", type=_source, action="append", default=[], metavar="PATH", help=text)
 
 
 def _add_setup(parser):
-    parser.add_argument("--extras", default="tpu,gcs", help="of sedd, to install (%(default)s)")
-    parser.add_argument("--python", help="of an image that has all that sedd needs; nothing is installed")
+    parser.add_argument("--extras", default="tpu,gcs", help="extras of sedd to install (%(default)s)")
+    parser.add_argument("--python", help="Python of an image that has all requirements; nothing is installed")
 
 
 def _add_command(parser):
@@ -177,20 +185,20 @@ def _add_command(parser):
 
 
 def _add_grace(parser):
-    parser.add_argument("--grace", type=_count, default=300, help="seconds to save in, then it is killed (%(default)s)")
+    parser.add_argument("--grace", type=_count, default=300, help="seconds between SIGTERM and SIGKILL (%(default)s)")
 
 
 def _source(text: str) -> Source:
     place = text.partition("://")[2].partition("/")[2] if "://" in text else text
     path = PurePosixPath(place)
     if path.is_absolute() or ".." in path.parts or not path.name:
-        raise argparse.ArgumentTypeError(f"{text} is no path below this folder, nor gs://BUCKET/PATH")
+        raise argparse.ArgumentTypeError(f"{text} is neither a path below this folder nor gs://BUCKET/PATH")
     return Source(text, str(path))
 
 
 def _count(text: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
     return int(text)
 
 
@@ -200,7 +208,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds from 0 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds of at least 0")
     return seconds
 
 
@@ -212,5 +220,5 @@ def _setting(text: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # of a worker's log, what the terminal has no character for
+    sys.stdout.reconfigure(errors="replace")  # for characters of a worker's log that the terminal's encoding lacks
     sys.exit(main(sys.argv[1:]))

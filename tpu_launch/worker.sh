@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# A machine's side of a job: installs sedd, runs one command at a time that outlives the connection, shows it, ends it.
+# The worker side of a job: installs sedd; runs, shows and ends one command, which outlives the connection.
 #
-#     bash tpu_launch/worker.sh setup EXTRAS [PYTHON]    # PYTHON has all that sedd needs: nothing is installed
-#     bash tpu_launch/worker.sh run COMMAND...           # the same again is fine; another is refused while it runs
-#     bash tpu_launch/worker.sh same COMMAND...          # refused if another one is there
-#     bash tpu_launch/worker.sh state                    # in one line
-#     bash tpu_launch/worker.sh log LINES WORKER [-F]    # with the worker's name before each line where WORKER is "all"
-#     bash tpu_launch/worker.sh stop SECONDS             # SIGTERM, so that training saves; after so long SIGKILL
-#     bash tpu_launch/worker.sh end SECONDS              # the same, by who will start it again
+#     bash tpu_launch/worker.sh setup EXTRAS [PYTHON]    # with PYTHON, which has all requirements, nothing is installed
+#     bash tpu_launch/worker.sh run COMMAND...           # does nothing if it runs; refused while another runs
+#     bash tpu_launch/worker.sh same COMMAND...          # refused if the last command is another one
+#     bash tpu_launch/worker.sh state                    # one line
+#     bash tpu_launch/worker.sh log LINES WORKER [-F]    # lines begin with the worker's name if WORKER is "all"
+#     bash tpu_launch/worker.sh stop SECONDS             # SIGTERM, on which training saves; SIGKILL after SECONDS
+#     bash tpu_launch/worker.sh end SECONDS              # the same before a restart
 #
-# launch.py calls it on every worker, a person may call it on a machine with GPUs. It works in the folder above its own.
-# There, in .job/: path (where the programs are), command, pid (and process group), log, exit (the exit status), asked
-# (to end), halted (for good). A job is alive as long as one of its processes holds the lock. Exit status 3: refused.
+# launch.py calls it on every worker; it can be called directly on a machine with GPUs. It works in the parent folder of
+# its own. Files of .job/ there: path (folder of the programs), command, pid (also the process group), log, exit (exit
+# status), asked (SIGTERM was sent), halted (stopped permanently). A job runs while one of its processes holds the lock.
+# Exit status 3: refused.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mkdir -p .job
@@ -42,9 +43,9 @@ same() { [ "$(cat .job/command)" = "$*" ] || refuse "$(cat .job/command)"; }
 
 run() {
   exec 9> "$LOCK"  # the job inherits it
-  if ! flock --wait 1 9; then  # longer than anybody takes to look
+  if ! flock --wait 1 9; then  # `state` holds the lock for less than that
     same "$@"
-    say "runs already"
+    say "is already running"
     return
   fi
   rm -f .job/exit .job/asked .job/halted
@@ -57,7 +58,7 @@ run() {
 
 job() {
   local status=0
-  trap : TERM  # which is meant for the command
+  trap : TERM  # the command handles it
   export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
   [ ! -f .job/path ] || PATH=$(cat .job/path):$PATH
   python3 tpu_launch/attempt.py "$@" || status=$?
@@ -75,7 +76,7 @@ state() {
     word=halted
   elif [ -f .job/exit ]; then
     word="failed $(cat .job/exit)"
-    [ "$word" != "failed 75" ] || word=stopped  # attempt.py says so
+    [ "$word" != "failed 75" ] || word=stopped  # from attempt.py
   elif [ -f .job/command ]; then
     word=lost
   fi
@@ -97,7 +98,7 @@ end() {
   fi
   local group
   group=$(cat .job/pid)
-  # Once: a second signal would end sedd before it has saved.
+  # One signal: a second would end sedd before it has saved.
   [ -f .job/asked ] || { touch .job/asked; kill -TERM -- "-$group" || true; }
   if flock --shared --wait "$1" "$LOCK" true; then
     say "ended"
@@ -112,5 +113,5 @@ stop() {
   end "$1"
 }
 
-# In one line, which is read before anything runs: the file may be replaced meanwhile.
+# One line, which bash reads before it runs anything: the file may be replaced meanwhile.
 case ${1:-} in setup | run | same | job | state | log | end | stop) "$@"; exit ;; *) sed -n 4,10p "$0"; exit 2 ;; esac

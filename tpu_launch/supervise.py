@@ -1,25 +1,25 @@
-"""A job kept alive: launched, watched, and launched again when its machines are taken away or its command fails."""
+"""Launches a job, watches it, and launches it again after a preemption or a failure of its command."""
 
 from backend import State
-from calls import MISTAKE, Failed, say
+from calls import USAGE_ERROR, Failed, say
 from job import Job, Worker
 
 _TAIL = 30  # lines of a log
-_MANY = 3  # workers whose logs are shown
-_FINE = {"running", "done"}
+_MAX_LOGS = 3  # number of failed workers whose logs are printed
+_HEALTHY = {"running", "done"}
 
 
 class Ended(Failed):
-    """The command was seen to end, and not well."""
+    """The command ended without success."""
 
 
 def up(job: Job, start: bool = True):
-    """Until the command is done on all workers. start: with launching; else with watching what runs.
+    """Runs the command until it is done on all workers. start: begin with launching, else with watching.
 
-    Ended or Failed, if it failed more often than --retries says, or there is no hope.
+    Ended or Failed after more than --retries consecutive failures, or if a retry cannot help.
     """
     failures, launched, again = 0, not start, not start
-    job.there = job.prepared = not start
+    job.exists = job.prepared = not start
     while True:
         try:
             if not launched:
@@ -32,38 +32,38 @@ def up(job: Job, start: bool = True):
                 raise
             problem = failed
         say(str(problem))
-        job.calls.sleep(job.options.poll)  # machines are told to go some time before one sees it
-        taken = launched and _taken_away(job)
+        job.calls.sleep(job.options.poll)  # machines are signalled some time before their state changes
+        preempted = launched and _is_preempted(job)
         launched, again = False, True
-        failures = 0 if taken else failures + 1
+        failures = 0 if preempted else failures + 1
         if failures > job.options.retries:
             raise problem
         if failures:
             job.calls.pause(failures)
 
 
-def _taken_away(job: Job) -> bool:
-    """As far as one can see."""
+def _is_preempted(job: Job) -> bool:
+    """True if the machines are known not to be ready."""
     try:
-        return job.seen().state is not State.READY
+        return job.machines().state is not State.READY
     except Failed:
         return False
 
 
 def launch(job: Job, again: bool = False):
-    """Everything up to a running command, and of that only what is not done. again: it was launched before."""
+    """Does all steps up to a running command that are not done yet. again: the job was launched before."""
     if job.create():
         job.prepared, workers = False, []
     else:
         workers = job.workers()
     states = {worker.state for worker in workers}
     if again and "halted" in states:
-        raise Failed("somebody stopped the command; up starts it again", final=True)
-    if "running" in states and states <= _FINE:
+        raise Failed("the command was stopped by `stop`; up starts it again", final=True)
+    if "running" in states and states <= _HEALTHY:
         job.check_same()
         job.prepared = True
         return
-    if "running" in states:  # they wait for one that failed
+    if "running" in states:  # these wait for a worker that failed
         job.end()
     if not job.prepared:
         job.push()
@@ -73,21 +73,21 @@ def launch(job: Job, again: bool = False):
 
 
 def watch(job: Job):
-    """Looks on until the command is done on all workers. Ended, if it ends otherwise; Failed, if machines go away."""
+    """Waits until the command is done on all workers. Ended if it ends otherwise; Failed if the machines are lost."""
     before = None
     while True:
-        seen = job.seen()
+        status = job.machines()
         if job.calls.dry_run:
             job.workers()
             break
-        if seen.state is not State.READY:
-            raise Failed(f"{job.name} is {seen.word}")
+        if status.state is not State.READY:
+            raise Failed(f"{job.name} is {status.word}")
         workers = job.workers()
         states = {worker.state for worker in workers}
         if states == {"done"}:
             say("done")
             break
-        if not workers or not states <= _FINE:
+        if not workers or not states <= _HEALTHY:
             raise _ended(job, workers)
         now = f"{sum(worker.state == 'running' for worker in workers)} of {len(workers)} run | {workers[0].last}"
         if now != before:
@@ -98,11 +98,11 @@ def watch(job: Job):
 
 
 def _ended(job: Job, workers: list[Worker]) -> Failed:
-    """What there is to say, after the logs of those that failed."""
+    """Prints the logs of failed workers; returns the error."""
     failed = [worker for worker in workers if worker.state == "failed"]
-    for worker in failed[:_MANY]:
+    for worker in failed[:_MAX_LOGS]:
         job.log(worker.name, _TAIL)
     if any(worker.state == "halted" for worker in workers):
-        return Failed("somebody stopped the command; up starts it again", final=True)
-    hopeless = any(worker.status == MISTAKE for worker in failed)
-    return Ended(", ".join(map(str, workers)) or "nothing runs", final=hopeless)
+        return Failed("the command was stopped by `stop`; up starts it again", final=True)
+    final = any(worker.status == USAGE_ERROR for worker in failed)
+    return Ended(", ".join(map(str, workers)) or "nothing runs", final=final)

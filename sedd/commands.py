@@ -162,7 +162,7 @@ def _eval_samples(args):
     for name in ("against", "data", "source", "split", "protocol", "draws", "seed", "batch_size", "out"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name} goes with --model; the samples in a file need only --judge and --tokenizer")
-    tokenizer = args.tokenizer and tokenizers.given_tokenizer(args.tokenizer)
+    tokenizer = args.tokenizer and tokenizers.pretrained_tokenizer(args.tokenizer)
     texts, tokens = read_samples(args.samples, tokenizer)
     measured = quality(texts, tokens, args.judge and _scorer(args.judge))
     print(measured.to_json() if args.json else measured)

@@ -1,8 +1,8 @@
-"""The one exception that is meant for a person rather than for a traceback."""
+"""The exception for errors that the user can correct."""
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: one line that says what is wrong and what to change.
+    """An invalid argument, file or environment: one line that says what is wrong and what to change.
 
     Raised before any compilation. The command line prints it without a traceback and exits with status 2.
     """

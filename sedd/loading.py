@@ -12,7 +12,7 @@ from safetensors.numpy import load as load_arrays
 from sedd import config as configs
 from sedd import parallel, pretrained
 from sedd.data.layout import Layout
-from sedd.data.tokenizers import given_tokenizer, load_tokenizer
+from sedd.data.tokenizers import load_tokenizer, pretrained_tokenizer
 from sedd.diffusion.keyed_random import root_key
 from sedd.errors import UserError
 from sedd.model import Model
@@ -84,7 +84,7 @@ def with_tokenizer(model: Model, spec: str) -> Model:
     """A model that has no tokenizer, with one. UserError if it has one, or if the vocabularies differ in size."""
     if model.tokenizer is not None:
         raise UserError(f"this model has a tokenizer of its own; leave out tokenizer={spec}")
-    tokenizer = given_tokenizer(spec)
+    tokenizer = pretrained_tokenizer(spec)
     if tokenizer.vocab_size != model.process.vocab_size:
         raise UserError(
             f"the tokenizer {spec} has {tokenizer.vocab_size} tokens, the model {model.process.vocab_size}; give the "

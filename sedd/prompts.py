@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sedd.data.layout import Layout
-from sedd.data.tokenizers import WHOLE, Ends, Tokenizer
+from sedd.data.tokenizers import WHOLE_TEXT, Ends, Tokenizer
 from sedd.diffusion.process import Absorbing, Process
 from sedd.errors import UserError
 
@@ -28,7 +28,7 @@ def blank(length: int) -> Prompt:
     return Prompt(np.zeros(length, np.int32), np.zeros(length, bool))
 
 
-def of_text(text: str, tokenizer: Tokenizer, ends: Ends = WHOLE) -> Prompt:
+def of_text(text: str, tokenizer: Tokenizer, ends: Ends = WHOLE_TEXT) -> Prompt:
     """All given. ends: whether the row begins and ends with it."""
     tokens = tokenizer.encode(text, ends)
     return Prompt(tokens, np.ones(len(tokens), bool))

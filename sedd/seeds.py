@@ -1,4 +1,4 @@
-"""Seeds: numbers of 64 bits, every bit of which is used, wherever one is taken."""
+"""Seeds: 64-bit integers, of which all bits are used."""
 
 import operator
 
@@ -6,7 +6,7 @@ from sedd.errors import UserError
 
 
 def check_seed(seed: int, name: str = "seed") -> int:
-    """The seed as an int. UserError, which calls it by the name, unless it is a whole number below 2**64, 0 or more."""
+    """Returns the seed as an int. UserError, with `name` in it, unless it is an integer in [0, 2**64)."""
     try:
         number = operator.index(seed)
     except TypeError:

@@ -39,7 +39,7 @@ def small_pieces(monkeypatch):
     """Pieces of a thousand characters, and a record of each chunk."""
     monkeypatch.setattr(source_file, "LONGEST_PIECE", 1000)
     monkeypatch.setattr(writer, "LONGEST_PIECE", 1000)
-    monkeypatch.setattr(writer, "RECORD", 0.0)
+    monkeypatch.setattr(writer, "RECORD_INTERVAL", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +129,12 @@ def test_prepare_returns_what_is_there(many):
 def test_prepare_never_overwrites(tmp_path):
     source, out = write_files(tmp_path / "text", MANY), tmp_path / "corpus"
     model = tmp_path / "my.model"
-    model.write_bytes(data.make_tokenizer("sentencepiece:300", MANY, False).pieces.data)
+    model.write_bytes(data.make_tokenizer("sentencepiece:300", MANY, False).backend.data)
     corpus = data.prepare(source, f"sentencepiece:{model}", out)
     for what, arguments in {"tokenizer": (source, "bytes", out), "seed": (*corpus_spec(corpus), out, 5)}.items():
         with pytest.raises(UserError, match=f"another {what}; choose another --out"):
             data.prepare(*arguments)
-    model.write_bytes(data.make_tokenizer("sentencepiece:310", MANY, False).pieces.data)
+    model.write_bytes(data.make_tokenizer("sentencepiece:310", MANY, False).backend.data)
     with pytest.raises(UserError, match="another model"):
         data.prepare(*corpus_spec(corpus), out)
     write_files(tmp_path / "text", ["changed"])
@@ -168,7 +168,7 @@ def test_an_interrupted_preparation_goes_on(stage, split, small_pieces, tmp_path
 
     resumed = False
     prepare = prepare_function.__globals__
-    monkeypatch.setitem(prepare, "survey", counted(prepare["survey"], "counting"))
+    monkeypatch.setitem(prepare, "scan", counted(prepare["scan"], "counting"))
     monkeypatch.setitem(prepare, "make_tokenizer", counted(prepare["make_tokenizer"], "making"))
     monkeypatch.setattr(writer, "_tokenise", counted(writer._tokenise, "tokenising", when=20))
     monkeypatch.setitem(prepare, "arrange", counted(prepare["arrange"], "arranging"))
@@ -378,11 +378,11 @@ def test_a_corpus_is_read_only_and_knows_its_splits(many):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: (path / "test.tokens").write_bytes(b"abc"), "is damaged: test.tokens is not whole"),
-        (lambda path: (path / "train.offsets").unlink(), "is damaged: train.offsets is not whole"),
-        (lambda path: (path / "train.byte_offsets").write_bytes(b"abc"), "train.byte_offsets is not whole"),
-        (lambda path: (path / "meta.json").write_text("[]"), "is no corpus"),
-        (lambda path: (path / "meta.json").unlink(), "is no corpus"),
+        (lambda path: (path / "test.tokens").write_bytes(b"abc"), "is damaged: test.tokens is missing or incomplete"),
+        (lambda path: (path / "train.offsets").unlink(), "is damaged: train.offsets is missing or incomplete"),
+        (lambda path: (path / "train.byte_offsets").write_bytes(b"abc"), "train.byte_offsets is missing or incomplete"),
+        (lambda path: (path / "meta.json").write_text("[]"), "is not a corpus"),
+        (lambda path: (path / "meta.json").unlink(), "is not a corpus"),
         (lambda path: (path / "meta.json").write_text('{"format": 99}'), "has corpus format 99"),
         (
             lambda path: (path / "meta.json").write_text('{"format": 2}'),
@@ -414,7 +414,7 @@ def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(mode, tmp_path,
     wrong = "corpus has the id 400, outside its vocabulary of 257 tokens; remove it and prepare it again"
     with pytest.raises(UserError, match=wrong):
         data.open_corpus(corpus.path)
-    monkeypatch.setattr(corpus_file, "CHECKED", 0)
+    monkeypatch.setattr(corpus_file, "NUM_CHECKED", 0)
     corpus = data.open_corpus(corpus.path)
     for read in (lambda: data.batch(corpus, 8, 4, 0, 0), lambda: data.blocks(corpus, "validation", 8)):
         with pytest.raises(UserError, match=wrong):

@@ -150,7 +150,7 @@ def test_parts_read_as_the_whole(kind):
         ids = np.concatenate([tokenizer.encode(part, end) for part, end in zip(parts, ends, strict=True)])
         assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode(text)) == shown(kind, text)
         wrong += tokenizer.decode(np.concatenate([tokenizer.encode(part) for part in parts])) != shown(kind, text)
-    assert (wrong > 0) == tokenizer.pieces.marks_ends == (kind != "bytes")
+    assert (wrong > 0) == tokenizer.backend.marks_ends == (kind != "bytes")
     assert tokenizer.encode("", INSIDE).size == tokenizer.encode("", Ends(closes=False)).size == 0
 
 
@@ -188,7 +188,7 @@ def test_a_long_document_is_one_text(kind, tmp_path, monkeypatch):
     wanted = "".join(text + "<|endoftext|>" for text in texts)
     scored = from_source(Source("texts", None, lambda: iter(texts)), made(kind), 50, Layout())
     assert made(kind).decode(scored.tokens.ravel()[: scored.counts.sum()]) == wanted
-    (tmp_path / "tokenizer").write_bytes(made(kind).pieces.data)
+    (tmp_path / "tokenizer").write_bytes(made(kind).backend.data)
     spec, source = f"{made(kind).kind}:{tmp_path}/tokenizer", write_files(tmp_path / "text", texts)
     corpus = data.prepare(source, spec, tmp_path / "corpus", split="position:98,1,1")
     assert "".join(corpus.tokenizer.decode(corpus.tokens(split)) for split in corpus.splits) == wanted
@@ -198,7 +198,7 @@ def test_what_is_made_here_has_no_ends():
     """Its ids, and those of GPT-2, are the same beside a blank as at the beginning of a text."""
     for spec in ("bytes", "characters", "sentencepiece:300"):
         tokenizer = make_tokenizer(spec, NAMES, True)
-        assert not getattr(tokenizer.pieces, "marks_ends", False)
+        assert not getattr(tokenizer.backend, "marks_ends", False)
         assert np.array_equal(tokenizer.encode(" letter ", INSIDE), tokenizer.encode(" letter "))
 
 

@@ -321,7 +321,7 @@ def test_a_page_holds_the_states_as_they_were(kind, masked):
 
 def test_a_token_is_new_even_where_it_reads_the_same():
     made = tokenizer("sentencepiece")
-    ids = np.array([[made.encode("xt")[-1]], [made.pieces._processor.piece_to_id("<0x74>")]])
+    ids = np.array([[made.encode("xt")[-1]], [made.backend._processor.piece_to_id("<0x74>")]])
     data = embedded(page(ids[:, None], np.zeros((1, 1), bool), made, None, {}))
     assert ids[0] != ids[1] and data["frames"] == [[2, [[0, *data["base"][0]]]]]
 

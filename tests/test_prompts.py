@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sedd import prompts
-from sedd.data.tokenizers import given_tokenizer
+from sedd.data.tokenizers import pretrained_tokenizer
 from sedd.errors import UserError
 
 
@@ -48,9 +48,9 @@ def test_an_absurd_blank_takes_no_memory(size):
 
 def test_an_absurd_length_takes_no_memory():
     with pytest.raises(UserError, match="1,000,000,000,000 tokens are more than the 268,435,456"):
-        prompts.between("the", "", 10**12, given_tokenizer("bytes"))
+        prompts.between("the", "", 10**12, pretrained_tokenizer("bytes"))
 
 
 def test_what_is_escaped_is_encoded_as_it_reads():
-    row = prompts.of_template(r"a\<blank:3><blank:2>", given_tokenizer("bytes"))
+    row = prompts.of_template(r"a\<blank:3><blank:2>", pretrained_tokenizer("bytes"))
     assert bytes(row.tokens[row.given].astype(np.uint8)) == b"a<blank:3>" and np.sum(~row.given) == 2

@@ -227,7 +227,7 @@ def test_a_damaged_compressed_file_is_refused(suffix, tmp_path):
     flipped = whole[:100] + bytes([whole[100] ^ 255]) + whole[101:] if suffix == ".gz" else b"nonsense" + whole
     for damaged in (whole[:-3], whole[:30_000], whole[:-21], whole + b"trailing", b"no archive", flipped):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=rf"a{suffix} is damaged or no {suffix} file") as error:
+        with pytest.raises(UserError, match=rf"a{suffix} is damaged or not a {suffix} file") as error:
             documents(f"text:{path}")
         assert "\n" not in str(error.value)
 
@@ -312,36 +312,36 @@ def mistakes(tmp_path_factory, datasets):
         ("builtin:poems", "unknown source 'builtin:poems'"),
         ("", "unknown source ''"),
         ("text:{}/none/*.txt", "no file matches '.*none/.*change the pattern after 'text:'"),
-        ("text:{}/latin.txt", "latin.txt is not UTF-8: the byte at position 8 does not fit; convert it"),
-        ("lines:{}/latin.txt", "latin.txt is not UTF-8: the byte at position 8 does not fit; convert it"),
-        ("text:{}/cut.txt", "cut.txt is not UTF-8: the byte at position 0 does not fit"),
+        ("text:{}/latin.txt", "latin.txt is not UTF-8: the byte at position 8 is invalid; convert it"),
+        ("lines:{}/latin.txt", "latin.txt is not UTF-8: the byte at position 8 is invalid; convert it"),
+        ("text:{}/cut.txt", "cut.txt is not UTF-8: the byte at position 0 is invalid"),
         ("jsonl:{}/a.jsonl", "does not say which field holds the text; write jsonl:GLOB:FIELD"),
         ("csv:{}/a.csv:", "does not say which column holds the text; write csv:GLOB:COLUMN"),
         ("jsonl:{}/a.jsonl:text", r"a.jsonl, line 1: no field 'text'; there are texts, title, none, n"),
-        ("jsonl:{}/a.jsonl:n", "a.jsonl, line 1: the field 'n' holds no text, but a int"),
+        ("jsonl:{}/a.jsonl:n", "a.jsonl, line 1: the field 'n' is of type int, not text"),
         (
             "jsonl:{}/a.jsonl:none",
             "a.jsonl, line 1: the field 'none' is null; leave the row out, or write an empty text",
         ),
-        ("jsonl:{}/a.jsonl:title", r"a.jsonl, line 2: the field 'title' holds '\\ud800', no character"),
-        ("jsonl:{}/wrong.jsonl:text", "wrong.jsonl, line 3 is no JSON"),
-        ("jsonl:{}/list.jsonl:text", "list.jsonl, line 1 is no JSON object with fields, but a list"),
+        ("jsonl:{}/a.jsonl:title", r"a.jsonl, line 2: the field 'title' contains '\\ud800', not a character"),
+        ("jsonl:{}/wrong.jsonl:text", "wrong.jsonl, line 3 is not JSON"),
+        ("jsonl:{}/list.jsonl:text", "list.jsonl, line 1 is not a JSON object with fields, but of type list"),
         ("jsonl:{}/empty:text", "empty has no lines; leave the file out"),
         ("jsonl:{}/blank.jsonl:text", "blank.jsonl has no lines"),
         ("csv:{}/a.csv:text", "a.csv, the header: no column 'text'; there are texts, title, id"),
         ("csv:{}/many.csv:d", "there are (c[0-9]+, ){{10}}...$"),
         ("csv:{}/a.csv:title", "a.csv, line 3: 2 fields, but the header has 3"),
-        ("csv:{}/quotes.csv:text", "quotes.csv, line 2: .*; mend the quotes"),
-        ("csv:{}/open.csv:text", "open.csv, line 2: unexpected end of data; mend the quotes"),
+        ("csv:{}/quotes.csv:text", "quotes.csv, line 2: .*; correct the quotes"),
+        ("csv:{}/open.csv:text", "open.csv, line 2: unexpected end of data; correct the quotes"),
         ("csv:{}/empty:text", "empty is empty: it has no header"),
         ("csv:{}/header.csv:text", "header.csv has no rows below its header"),
         ("parquet:{}/a.parquet:texts", "a.parquet: no column 'texts'; there are text, id"),
-        ("parquet:{}/a.parquet:id", "a.parquet: the column 'id' holds no text, but int64"),
+        ("parquet:{}/a.parquet:id", "a.parquet: the column 'id' is of type int64, not text"),
         ("parquet:{}/a.parquet:text", "a.parquet, row 101: the column 'text' is null"),
         ("parquet:{}/latin.parquet:text", "latin.parquet, row 2: the column 'text' is not UTF-8"),
         ("parquet:{}/empty.parquet:text", "empty.parquet has no rows"),
-        ("parquet:{}/no.parquet:text", "no.parquet is damaged or no Parquet file"),
-        ("parquet:{}/cut.parquet:text", "cut.parquet is damaged or no Parquet file"),
+        ("parquet:{}/no.parquet:text", "no.parquet is damaged or not a Parquet file"),
+        ("parquet:{}/cut.parquet:text", "cut.parquet is damaged or not a Parquet file"),
         ("tfds:", r"names no data set; write tfds:NAME\[:SPLIT\[:FIELD\]\]"),
         ("tfds:no_such_data", "tfds:no_such_data: no data set of that name and no such folder"),
         ("tfds:../x y", r"tfds:../x y: "),
@@ -351,7 +351,7 @@ def mistakes(tmp_path_factory, datasets):
         ("tfds:{}/tiny:valid", "tiny: no split 'valid'; there are train, test"),
         ("tfds:{}/tiny:train[oo]", r"tiny: no split 'train\[oo\]'; there are train, test"),
         ("tfds:{}/tiny:train:texts", "tiny: no field 'texts'; there are text, other"),
-        ("tfds:{}/tiny:train:number", "tiny:train:number, record 1: the field 'number' holds no text, but a int"),
+        ("tfds:{}/tiny:train:number", "tiny:train:number, record 1: the field 'number' is of type int, not text"),
         ("tfds:{}/tiny:train:broken", "record 1: the field 'broken' is not UTF-8 at byte 3"),
     ],
 )
@@ -368,9 +368,9 @@ def test_the_byte_is_found_behind_the_first_part(tmp_path, monkeypatch):
         data = good.encode() + b"\xff" + b"more"
         (tmp_path / "a").write_bytes(data)
         (tmp_path / "a.gz").write_bytes(gzip.compress(data))
-        with pytest.raises(UserError, match=f"a is not UTF-8: the byte at position {len(data) - 5} does"):
+        with pytest.raises(UserError, match=f"a is not UTF-8: the byte at position {len(data) - 5} is invalid"):
             documents(f"text:{tmp_path}/a")
-        with pytest.raises(UserError, match=f"position {len(data) - 5} of its text does"):
+        with pytest.raises(UserError, match=f"position {len(data) - 5} of its text is invalid"):
             documents(f"text:{tmp_path}/a.gz")
 
 

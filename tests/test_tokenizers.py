@@ -13,7 +13,7 @@ from small import write_files
 
 from sedd.data import load_tokenizer, make_tokenizer, open_source, prepare
 from sedd.data import tokenizer_sentencepiece as sentencepiece_file
-from sedd.data.tokenizers import FORMS, given_data
+from sedd.data.tokenizers import FORMS, pretrained_data
 from sedd.errors import UserError
 
 TEXTS = [piece.text for piece in itertools.islice(open_source("builtin:names"), 400)]
@@ -65,15 +65,15 @@ def tokenizer(request, given):
 def test_nothing_is_lost(tokenizer, text):
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32 and ids.ndim == 1
-    assert np.all((ids >= 0) & (ids < tokenizer.pieces.size))
-    assert tokenizer.end_of_text not in ids and tokenizer.pieces.end_of_text not in ids
+    assert np.all((ids >= 0) & (ids < tokenizer.backend.size))
+    assert tokenizer.end_of_text not in ids and tokenizer.backend.end_of_text not in ids
     assert tokenizer.decode(ids) == text
 
 
 def test_many_texts_at_once_and_from_many_threads(tokenizer):
     texts = [*HARD, *TEXTS]
     expected = [tokenizer.encode(text) for text in texts]
-    fresh = type(tokenizer)(tokenizer.kind, type(tokenizer.pieces)(tokenizer.pieces.data), tokenizer.has_end_of_text)
+    fresh = type(tokenizer)(tokenizer.kind, type(tokenizer.backend)(tokenizer.backend.data), tokenizer.has_end_of_text)
     with ThreadPoolExecutor(8) as threads:
         for found in threads.map(lambda _: fresh.encode_all(texts), range(10)):
             assert all(ids.dtype == np.int32 for ids in found)
@@ -85,9 +85,9 @@ def test_a_long_text_is_encoded_in_parts(tokenizer, monkeypatch):
     text = "".join(TEXTS)
     whole = tokenizer.encode(text)
     calls = []
-    encode_all = type(tokenizer.pieces).encode_all
+    encode_all = type(tokenizer.backend).encode_all
     monkeypatch.setattr(
-        type(tokenizer.pieces), "encode_all", lambda self, one: calls.extend(one) or encode_all(self, one)
+        type(tokenizer.backend), "encode_all", lambda self, one: calls.extend(one) or encode_all(self, one)
     )
     monkeypatch.setattr("sedd.data.source.LONGEST_PIECE", 100)
     ids = tokenizer.encode(text)
@@ -135,7 +135,7 @@ def test_which_special_token_ends_a_text(special, end, tmp_path):
     made = byte_level(special)
     made.add_tokens([END])  # not special
     made.save(str(tmp_path / "a.json"))
-    pieces = make_tokenizer(f"huggingface:{tmp_path}/a.json", [], end_of_text=True).pieces
+    pieces = make_tokenizer(f"huggingface:{tmp_path}/a.json", [], end_of_text=True).backend
     assert pieces.end_of_text == (None if end is None else special.index(end))
 
 
@@ -172,7 +172,7 @@ def test_no_text_becomes_a_special_token(tmp_path):
     made = huggingface.Tokenizer(model.WordLevel({"</s>": 0, "§": 1, "<unk>": 2}, unk_token="<unk>"))
     made.add_special_tokens(["§"])
     made.save(str(tmp_path / "sign"))
-    with pytest.raises(UserError, match="takes the character '§' for a special token; leave it out"):
+    with pytest.raises(UserError, match="encodes the character '§' as a special token; leave it out"):
         make_tokenizer(f"huggingface:{tmp_path}/sign", [], end_of_text=True).encode("§")
 
 
@@ -224,7 +224,7 @@ def test_gpt2_files_by_either_name_are_gpt2_tokens(tmp_path):
     merges = write_gpt2(tmp_path / "a")
     write_gpt2(tmp_path / "b", ("encoder.json", "vocab.bpe"))
     (tmp_path / "b" / "vocab.bpe").write_bytes((tmp_path / "b" / "vocab.bpe").read_bytes().replace(b"\n", b"\r\n"))
-    assert given_data(f"gpt2:{tmp_path}/a") == given_data(f"gpt2:{tmp_path}/b")
+    assert pretrained_data(f"gpt2:{tmp_path}/a") == pretrained_data(f"gpt2:{tmp_path}/b")
     tokenizer = make_tokenizer(f"gpt2:{tmp_path}/a", [], end_of_text=True)
     vocab = json.loads((tmp_path / "a" / "vocab.json").read_text())
     assert list(tokenizer.encode("".join(merges[0]).replace("Ġ", " "))) == [vocab["".join(merges[0])]]
@@ -282,7 +282,7 @@ def test_sentencepiece_has_pieces_for_newlines_and_indentation():
     code = [f"def {name.split()[-1].lower()}():\n        return {index}\n" for index, name in enumerate(TEXTS)]
     tokenizer = make_tokenizer("sentencepiece:350", code, end_of_text=False)
     newlines = tokenizer.encode("\n\n\n")
-    assert len(newlines) == 3 and tokenizer.pieces._processor.id_to_piece(int(newlines[0])) == "\n"
+    assert len(newlines) == 3 and tokenizer.backend._processor.id_to_piece(int(newlines[0])) == "\n"
     assert len(tokenizer.encode("        ")) < 8
 
 
@@ -301,7 +301,7 @@ def test_a_large_text_is_sampled_by_its_characters():
 
 
 def test_sentencepiece_learns_from_a_sample_of_a_large_text(monkeypatch):
-    monkeypatch.setattr(sentencepiece_file, "MOST_TEXT", 20_000)
+    monkeypatch.setattr(sentencepiece_file, "MAX_TRAINING_TEXT", 20_000)
     drawn = make_tokenizer("sentencepiece:350", TEXTS, end_of_text=False)
     assert drawn.fingerprint == make_tokenizer("sentencepiece:350", TEXTS, end_of_text=False).fingerprint
     monkeypatch.undo()
@@ -310,7 +310,7 @@ def test_sentencepiece_learns_from_a_sample_of_a_large_text(monkeypatch):
 
 def test_a_given_sentencepiece_model_is_used_as_it_is(tmp_path):
     made = make_tokenizer("sentencepiece:350", TEXTS, end_of_text=True)
-    (tmp_path / "my.model").write_bytes(made.pieces.data)
+    (tmp_path / "my.model").write_bytes(made.backend.data)
     given = make_tokenizer(f"sentencepiece:{tmp_path / 'my.model'}", [], end_of_text=True)
     assert given.fingerprint == made.fingerprint
 
@@ -340,12 +340,12 @@ def damaged(tmp_path):
         ("sentencepiece:no/such.model", "there is no tokenizer file 'no/such.model'"),
         ("huggingface:no/such.json", "there is no tokenizer file 'no/such.json'"),
         ("huggingface:{}", "there is no tokenizer file"),
-        ("huggingface:{}/nonsense", "nonsense: the tokenizer file is no tokenizer.json"),
-        ("huggingface:{}/list.json", "list.json: the tokenizer file is no tokenizer.json"),
-        ("sentencepiece:{}/nonsense", "nonsense: the tokenizer file is no SentencePiece model"),
+        ("huggingface:{}/nonsense", "nonsense: the tokenizer file is not a tokenizer.json"),
+        ("huggingface:{}/list.json", "list.json: the tokenizer file is not a tokenizer.json"),
+        ("sentencepiece:{}/nonsense", "nonsense: the tokenizer file is not a SentencePiece model"),
         ("gpt2:{}", "no GPT-2 tokenizer in '.*'; it needs vocab.json and merges.txt or encoder.json and vocab.bpe"),
-        ("gpt2:{}/merge", "damaged: vocab.json does not hold what 'Z Z' of merges.txt merges"),
-        ("gpt2:{}/pair", "damaged: vocab.json does not hold what 'A' of merges.txt merges"),
+        ("gpt2:{}/merge", "damaged: vocab.json lacks a token of the merge 'Z Z' in merges.txt"),
+        ("gpt2:{}/pair", "damaged: vocab.json lacks a token of the merge 'A' in merges.txt"),
         ("gpt2:{}/bytes", "damaged: vocab.json lacks 254 of the 256 bytes"),
         ("gpt2:{}/json", "the GPT-2 tokenizer in '.*' is damaged: Expecting"),
         ("sentencepiece:8000", r"too large for this text; choose sentencepiece:\d+ or smaller"),
@@ -360,11 +360,11 @@ def test_a_wrong_spec_is_one_clear_line(spec, message, damaged):
 
 
 def test_what_determines_a_given_tokenizer(given, damaged):
-    assert [given_data(spec) for spec in SPECS] == [None, None, None] and len(FORMS) == 6
+    assert [pretrained_data(spec) for spec in SPECS] == [None, None, None] and len(FORMS) == 6
     for spec in given.values():
-        assert given_data(spec) == make_tokenizer(spec, [], True).pieces.data
-    with pytest.raises(UserError, match="no tokenizer.json"):  # before any text is read
-        given_data(f"huggingface:{damaged}/nonsense")
+        assert pretrained_data(spec) == make_tokenizer(spec, [], True).backend.data
+    with pytest.raises(UserError, match="not a tokenizer.json"):  # before any text is read
+        pretrained_data(f"huggingface:{damaged}/nonsense")
 
 
 def test_a_missing_package_is_one_clear_line(given, monkeypatch):

@@ -1,4 +1,4 @@
-"""Text in: sources, tokenizers, the prepared corpus and its batches. NumPy only; nothing here knows of JAX."""
+"""Data: text sources, tokenizers, the prepared corpus and its batches. NumPy only, without JAX."""
 
 from sedd.data.batches import Batch, Blocks, batch, batches, blocks, check_block_length, row_lengths
 from sedd.data.corpus import Corpus, open_corpus

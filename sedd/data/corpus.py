@@ -1,10 +1,10 @@
-"""A prepared corpus: a folder of token files that are mapped into memory, never read whole.
+"""A prepared corpus: a directory of memory-mapped token files.
 
-meta.json               where it comes from, its layout, its counts and its hash
-tokenizer/              what `Tokenizer.save` writes
-train.tokens            the ids of the split, one after another; likewise for validation and test, where they are
-train.offsets           Int64[documents + 1], where in them each document begins, and their number
-train.byte_offsets      the same in the UTF-8 bytes of its text, joiners included
+meta.json               source, layout, counts and hash
+tokenizer/              the files that `Tokenizer.save` writes
+train.tokens            the ids of the split, consecutive; likewise for validation and test, if present
+train.offsets           Int64[documents + 1], index of the first token of each document, then the number of tokens
+train.byte_offsets      the same in UTF-8 bytes of the text, joiners included
 """
 
 import json
@@ -19,12 +19,12 @@ from sedd.errors import UserError
 from sedd.runtime.disk import absolute
 
 FORMAT = 3
-CHECKED = 2**24  # ids of a split that are looked at when a corpus is opened: in milliseconds, whatever its size
+NUM_CHECKED = 2**24  # number of ids of a split that `open_corpus` checks, which takes milliseconds for any corpus size
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus directory and what its small files say. `meta["splits"]` counts documents, tokens, bytes, characters."""
+    """A corpus directory. meta: its meta.json; `meta["splits"]` has the counts documents, tokens, bytes, characters."""
 
     path: Path
     meta: dict
@@ -32,7 +32,7 @@ class Corpus:
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids, the end-of-text id included."""
+        """Number of ids, the end-of-text id included."""
         return self.tokenizer.vocab_size
 
     @property
@@ -42,42 +42,42 @@ class Corpus:
 
     @property
     def layout(self) -> Layout:
-        """How the documents lie in blocks."""
+        """How documents are arranged in blocks."""
         return Layout(self.meta["mode"], self.meta["padding"])
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that there are: train, and often validation and test."""
+        """Names of the splits: train, and often validation and test."""
         return tuple(self.meta["splits"])
 
     def tokens(self, split: str) -> np.memmap:
-        """All ids of a split, UInt[T], mapped and read-only."""
+        """Returns all ids of a split, UInt[T], memory-mapped and read-only."""
         self._counts(split)
         return np.memmap(self.path / f"{split}.tokens", self.meta["dtype"], mode="r")
 
     def checked(self, ids: np.ndarray) -> np.ndarray:
-        """Some of its ids as they are. UserError where one is outside of the vocabulary."""
+        """Returns ids of this corpus unchanged. UserError if one is outside of the vocabulary."""
         check_ids(ids, self.vocab_size, str(self.path), "remove it and prepare it again")
         return ids
 
     def offsets(self, split: str) -> np.ndarray:
-        """Where each document of a split begins among its tokens, and after the last T: Int64[documents + 1]."""
+        """Returns the index of the first token of each document of a split, then T: Int64[documents + 1]."""
         return self._offsets(split, "offsets")
 
     def document_bytes(self, split: str) -> np.ndarray:
-        """The UTF-8 bytes of each document with its joiner, Int64[documents]; an end-of-text id counts none."""
+        """Returns the UTF-8 bytes of each document with its joiner, Int64[documents]; an end-of-text id has 0 bytes."""
         return np.diff(self._offsets(split, "byte_offsets"))
 
     def num_tokens(self, split: str) -> int:
-        """The number of ids of a split."""
+        """Returns the number of ids of a split."""
         return self._counts(split)["tokens"]
 
     def num_bytes(self, split: str) -> int:
-        """The UTF-8 bytes of the text of a split, joiners included."""
+        """Returns the number of UTF-8 bytes of the text of a split, joiners included."""
         return self._counts(split)["bytes"]
 
     def num_characters(self, split: str) -> int:
-        """The characters, Unicode code points, of the text of a split, joiners included."""
+        """Returns the number of characters (Unicode code points) of the text of a split, joiners included."""
         return self._counts(split)["characters"]
 
     def _offsets(self, split: str, kind: str) -> np.memmap:
@@ -91,13 +91,10 @@ class Corpus:
 
 
 def open_corpus(path: str | Path) -> Corpus:
-    """Opens a corpus directory and checks that its files have the sizes they should, and their first ids.
+    """Opens a corpus directory; checks the sizes of its files and the first ids of each split.
 
-    The ids behind those are checked where they are read, by `batches` and `blocks`.
-
-    Raises:
-      UserError: there is no corpus, it is damaged, an id is outside its vocabulary, or another version of sedd prepared
-        it.
+    `batches` and `blocks` check the other ids when they read them. UserError if there is no corpus, it is damaged, an
+    id is outside of its vocabulary, or another version of sedd prepared it.
     """
     path = Path(absolute(path)).resolve()
     if not path.is_dir():
@@ -106,14 +103,14 @@ def open_corpus(path: str | Path) -> Corpus:
         meta = json.loads((path / "meta.json").read_bytes())
         version = meta["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no corpus: it has no meta.json of one; make one with sedd prepare") from error
+        raise UserError(f"{path} is not a corpus: it has no valid meta.json; make one with sedd prepare") from error
     if version != FORMAT:
         raise UserError(f"{path} has corpus format {version}, this sedd reads {FORMAT}; remove it and prepare it again")
     corpus = Corpus(path, meta, load_tokenizer(path / "tokenizer"))
     for split in meta["splits"]:
         _check_files(corpus, split)
         if corpus.num_tokens(split):  # an empty file cannot be mapped
-            corpus.checked(corpus.tokens(split)[:CHECKED])
+            corpus.checked(corpus.tokens(split)[:NUM_CHECKED])
     return corpus
 
 
@@ -128,4 +125,4 @@ def _check_files(corpus: Corpus, split: str) -> None:
     for part, size in sizes.items():
         file = corpus.path / f"{split}.{part}"
         if not file.is_file() or file.stat().st_size != size:
-            raise UserError(f"{corpus.path} is damaged: {file.name} is not whole; prepare it again")
+            raise UserError(f"{corpus.path} is damaged: {file.name} is missing or incomplete; prepare it again")

@@ -1,37 +1,37 @@
-"""The field's detokenisers: the tokenised text of a benchmark turned back into text, as those who report on it do.
+"""The published detokenisers, which turn the tokenised text of a benchmark back into plain text.
 
-Each is a table of replacements, made one after another. What comes out is, character for character, what the functions
-of the same names give in the published code of SEDD (arXiv 2310.16834) and MDLM (arXiv 2406.07524), quirks included: a
-figure compares with theirs only where it is of the same text.
+Each is a table of replacements, applied in order. The result equals, character for character, that of the functions of
+the same names in the published code of SEDD (arXiv 2310.16834) and MDLM (arXiv 2406.07524), quirks included:
+perplexities are comparable only on the same text.
 """
 
 import re
 
-Rule = tuple[str | re.Pattern[str], str]  # what is replaced, all of it from left to right, and by what
+Rule = tuple[str | re.Pattern[str], str]  # pattern, of which every match is replaced from left to right; replacement
 
 
 def detokenized(text: str, rules: tuple[Rule, ...]) -> str:
-    """The text after all of these replacements, in their order."""
-    for found, instead in rules:
-        text = text.replace(found, instead) if isinstance(found, str) else found.sub(instead, text)
+    """Returns the text after all replacements, applied in order."""
+    for pattern, replacement in rules:
+        text = text.replace(pattern, replacement) if isinstance(pattern, str) else pattern.sub(replacement, text)
     return text
 
 
 def _trimmed(left: str, right: str) -> Rule:
-    """White space just inside a pair of brackets or quotes goes, however much there is."""
+    """Returns the rule that removes all white space just inside a pair of brackets or quotes."""
     return re.compile(rf"{re.escape(left)}\s*([^{re.escape(right)}]*?)\s*{re.escape(right)}"), rf"{left}\1{right}"
 
 
 def _unspaced(left: str, right: str) -> Rule:
-    """One space on either side just inside an innermost pair goes, where both are there."""
+    """Returns the rule that removes one space on either side just inside an innermost pair, if both are present."""
     inside = rf"[^{re.escape(left + right)}]+"
     return re.compile(rf"{re.escape(left)} ({inside}) {re.escape(right)}"), rf"{left}\1{right}"
 
 
 WIKITEXT: tuple[Rule, ...] = (
     ("s '", "s'"),
-    # Handed down from Megatron-LM, where the slashes were to delimit the pattern. Here they are characters, so it finds
-    # nothing in ordinary text, and where it does find "/' 7/" it writes its own pattern there. Kept as it is.
+    # From Megatron-LM, where the slashes were meant to delimit the pattern. Here they are literal, so that the rule
+    # matches nothing in ordinary text, and replaces "/' 7/" by the pattern itself. Kept to equal the published code.
     (re.compile("/' [0-9]/"), "/'[0-9]/"),
     *((f" @{mark}@ ", mark) for mark in "-,."),
     *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
@@ -42,7 +42,7 @@ WIKITEXT: tuple[Rule, ...] = (
     (" \N{DEGREE SIGN} ", "\N{DEGREE SIGN}"),
     (" \n", "\n"),
     ("\n ", "\n"),
-    (" N ", " 1 "),  # of "N N" the first only: the space between them belongs to one match
+    (" N ", " 1 "),  # of "N N" only the first: the space between them belongs to one match
     (" 's", "'s"),
 )
 
@@ -62,7 +62,7 @@ LM1B: tuple[Rule, ...] = (
     ("http : / / ", "http://"),
     ("https : / / ", "https://"),
     (re.compile(r" '(?=\w)"), "'"),
-    (re.compile(r" (\w+) \. "), r" \1. "),  # a full stop behind a word; not behind a bracket or a quote
+    (re.compile(r" (\w+) \. "), r" \1. "),  # a full stop after a word, not after a bracket or a quote
     (re.compile(r" (\w+) \.$"), r" \1."),
     (" ? ", "? "),
     (re.compile(r" \?$"), "?"),

@@ -1,6 +1,6 @@
-"""What the sources in files share: which files, what is in them as bytes and text, and where a mistake is.
+"""Shared code of the sources that read files: glob patterns, decompression, decoding and error positions.
 
-Files that end in `.gz` or `.zst` are decompressed as they are read. Line ends are never translated.
+Files whose names end in `.gz` or `.zst` are decompressed as they are read. Line ends are never translated.
 """
 
 import codecs
@@ -14,25 +14,28 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sedd.data.source import Source
 from sedd.errors import UserError
 
 CHUNK = 2**20  # bytes read at once
-LARGEST_WINDOW = 2**31  # bytes, of zstd --long=31; the library's own bound is 2**27
-LARGEST_FIELD = 2**31 - 1  # characters; the library's own bound of 2**17 is for all who use it
-COMPRESSED_CHUNK = 2**14  # bytes; they may hold many times their size of text
+MAX_WINDOW = 2**31  # bytes, that of zstd --long=31; the default of the library is 2**27
+MAX_FIELD = 2**31 - 1  # characters; the default of the library is 2**17, a setting of the process
+COMPRESSED_CHUNK = 2**14  # bytes; they may decompress to many times their size
 
 
 def open_files(spec: str, read: Callable[[Path], Iterator]) -> Source:
-    """A source of the form `name:GLOB`: what `read` finds in each file, the end of each document marked by an id."""
+    """Returns the source `name:GLOB`: the documents that `read` yields from each file, each ended by an id."""
     paths = matching(spec, spec.partition(":")[2])
     return Source(spec, None, lambda: (document for path in paths for document in read(path)), paths)
 
 
 def open_field(spec: str, read: Callable[[Path, str], Iterator[str]], what: str = "FIELD") -> Source:
-    """A source of the form `name:GLOB:FIELD`: what `read` finds in each file under what follows the last colon."""
+    """Returns the source `name:GLOB:FIELD`: the documents that `read` yields from that field of each file.
+
+    what: "FIELD" or "COLUMN", the word of the error messages. UserError if the pattern or the field is missing.
+    """
     name, _, rest = spec.partition(":")
     pattern, _, field = rest.rpartition(":")
     if not pattern or not field:
@@ -42,12 +45,9 @@ def open_field(spec: str, read: Callable[[Path, str], Iterator[str]], what: str 
 
 
 def matching(spec: str, pattern: str) -> tuple[Path, ...]:
-    """The files that match a pattern, sorted by path; `~` is the home and `**` matches folders at any depth.
+    """Returns the files that match a pattern, sorted by path; `~` is the home, `**` matches folders at any depth.
 
-    A file of exactly that name is the only one, also where its name has `[`, `?` or `*`.
-
-    Raises:
-      UserError: there are none.
+    If a file has exactly that name, also one with `[`, `?` or `*`, it is the only match. UserError if none match.
     """
     pattern = os.path.expanduser(pattern)
     names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
@@ -60,31 +60,29 @@ def matching(spec: str, pattern: str) -> tuple[Path, ...]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, decompressed.
-
-    Raises:
-      UserError: it cannot be read, or is compressed and damaged.
-    """
+    """Opens a file for reading decompressed bytes. UserError if it cannot be read, or is compressed and damaged."""
     import zstandard
 
     try:
         with open(path, "rb") as file:
+            raw: Any = file
             if path.suffix == ".gz":
-                file = gzip.GzipFile(fileobj=file)
+                raw = gzip.GzipFile(fileobj=file)
             elif path.suffix == ".zst":
-                file = _Zstandard(file)
-            yield io.BufferedReader(file, CHUNK)
+                raw = _Zstandard(file)
+            yield io.BufferedReader(raw, CHUNK)
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise UserError(f"{path} is damaged or no {path.suffix} file ({error}); replace it") from error
+        raise UserError(f"{path} is damaged or not a {path.suffix} file ({error}); replace it") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 class _Zstandard(io.RawIOBase):
-    """The text of the frames of a file. The library's own reader takes a file that was cut short for a whole one."""
+    """Decompresses all frames of a file. Unlike the library's own reader, it raises EOFError for a truncated file."""
 
     def __init__(self, file: BinaryIO):
-        self._file, self._frame, self._input, self._output = file, None, b"", memoryview(b"")
+        self._file, self._input, self._output = file, b"", memoryview(b"")
+        self._frame: Any = None  # decompresses the current frame; None between frames
 
     def readable(self) -> bool:
         return True
@@ -93,7 +91,7 @@ class _Zstandard(io.RawIOBase):
         import zstandard
 
         while not self._output and (self._input or self._refill()):
-            self._frame = self._frame or zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
+            self._frame = self._frame or zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
             self._output = memoryview(self._frame.decompress(self._input))
             self._input = b""
             if self._frame.eof:
@@ -111,31 +109,29 @@ class _Zstandard(io.RawIOBase):
 
 
 def text_parts(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file as it is, a byte order mark included, a megabyte at a time.
+    """Yields the text of a UTF-8 file unchanged, a byte order mark included, 1 MiB at a time.
 
-    Raises:
-      UserError: it is not UTF-8.
+    UserError if it is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     with opened(path) as file:
         start = 0
         while True:
             chunk = file.read(CHUNK)
-            held = len(decoder.getstate()[0])  # bytes of a character that the last chunk began
+            pending = len(decoder.getstate()[0])  # bytes of a character that began in the last chunk
             try:
                 yield decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                raise not_utf8(path, start - held + error.start) from error
+                raise not_utf8(path, start - pending + error.start) from error
             if not chunk:
                 return
             start += len(chunk)
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file with their numbers from 1 and their line ends; a byte order mark is none of them.
+    """Yields (number from 1, line with its line end) of a UTF-8 file, without a byte order mark.
 
-    Raises:
-      UserError: it is not UTF-8.
+    UserError if it is not UTF-8.
     """
     with opened(path) as file:
         start = 0
@@ -149,18 +145,19 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def csv_rows(path: Path, **dialect):
-    """A `csv.reader` of the rows of a UTF-8 file, whose fields may be of any size and hold newlines."""
-    csv.field_size_limit(max(csv.field_size_limit(), LARGEST_FIELD))
+    """Returns a `csv.reader` of a UTF-8 file. Fields may be of any size and contain newlines."""
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD))
     return csv.reader((line for _, line in numbered_lines(path)), strict=True, **dialect)
 
 
 def not_utf8(path: Path, position: int) -> UserError:
+    """Returns the error for a file that is not UTF-8 at that byte of its (decompressed) content."""
     decompressed = " of its text" if path.suffix in (".gz", ".zst") else ""
-    return UserError(f"{path} is not UTF-8: the byte at position {position}{decompressed} does not fit; convert it")
+    return UserError(f"{path} is not UTF-8: the byte at position {position}{decompressed} is invalid; convert it")
 
 
 def no_such(where: str, what: str, name: str, names: Collection[str]) -> UserError:
-    """That there is no field or column of that name, and which there are, the nearest first."""
+    """Returns the error for a name that does not exist, with up to ten of those that do, the most similar first."""
     nearest = sorted(names, key=lambda other: -SequenceMatcher(None, name.lower(), other.lower()).ratio())
-    there = ", ".join(nearest[:10]) + (", ..." if len(nearest) > 10 else "") if names else "none"
-    return UserError(f"{where}: no {what} {name!r}; there are {there}")
+    existing = ", ".join(nearest[:10]) + (", ..." if len(nearest) > 10 else "") if names else "none"
+    return UserError(f"{where}: no {what} {name!r}; there are {existing}")

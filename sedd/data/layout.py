@@ -1,4 +1,4 @@
-"""How the documents of a corpus lie in blocks. A model remembers the layout of the corpus that it was trained on."""
+"""The layout of documents in blocks. A model's config records the layout of the corpus that it was trained on."""
 
 from dataclasses import asdict, dataclass
 
@@ -12,14 +12,15 @@ PADDINGS = ("scored", "ignored")
 
 @dataclass(frozen=True)
 class Layout:
-    """packed: the documents one after another, cut into blocks wherever a block ends.
+    """The mode and the padding of a corpus or a model.
 
-    padded: each document in rows of its own, filled up with the end-of-text id. That padding is either
-    scored: it is text like any other, the network sees it and learns where a document ends; or
-    ignored: it is no text, the network is told how many tokens of a row are valid, attends to those, and is scored on
-    them, so that it models documents *given* their lengths. Samples draw their lengths from `row_lengths`.
-
-    row_lengths: how many training rows have 0, 1, ..., L tokens; of a model, and only where padding is ignored.
+    mode: "packed", consecutive documents, cut into blocks wherever a block ends; or "padded", each document in separate
+    rows, padded with the end-of-text id.
+    padding: None where the mode is packed. "scored": padding is ordinary text, which the network sees and from which it
+    learns where a document ends. "ignored": the network is conditioned on the number of valid tokens of a row, attends
+    only to those and is scored only on those, so that it models documents *given* their lengths. Samples draw their
+    lengths from `row_lengths`.
+    row_lengths: numbers of training rows with 0, 1, ..., L tokens; only of a model, and only where padding is ignored.
     """
 
     mode: str = "packed"
@@ -28,32 +29,32 @@ class Layout:
 
     @property
     def padded(self) -> bool:
-        """Whether each document has rows of its own."""
+        """True where each document has separate rows."""
         return self.mode == "padded"
 
     @property
     def masks_padding(self) -> bool:
-        """Whether the network is told how many tokens of a row are valid."""
+        """True where the network is conditioned on the number of valid tokens of a row (padding mask)."""
         return self.padding == "ignored"
 
     @property
     def name(self) -> str:
-        """The mode and what becomes of the padding, in words."""
+        """The mode and the padding, in words."""
         return self.mode if self.padding is None else f"{self.mode}, its padding {self.padding}"
 
     def to_json(self) -> dict:
-        """A dict for a JSON file."""
+        """Returns a dict for a JSON file."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict) -> "Layout":
-        """The inverse of `to_json`."""
+        """Inverse of `to_json`."""
         lengths = values["row_lengths"]
         return cls(values["mode"], values["padding"], lengths and tuple(lengths))
 
 
 def make_layout(mode: str, padding: str | None) -> Layout:
-    """The layout with this mode; padding is ignored unless told otherwise. UserError if they do not go together."""
+    """Returns the layout of this mode and padding; by default, padding is ignored. UserError if they do not match."""
     if mode not in MODES:
         raise UserError(f"there is no mode {mode!r}; choose packed or padded")
     if mode == "packed":
@@ -67,7 +68,7 @@ def make_layout(mode: str, padding: str | None) -> Layout:
 
 
 def cut(tokens: np.ndarray, block_length: int, padding: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Consecutive blocks, the last filled up, and how many tokens each has. Int[T] -> Int32[N L], Int32[N]."""
+    """Returns consecutive blocks, the last padded, and their numbers of tokens. Int[T] -> Int32[N L], Int32[N]."""
     count = -(-len(tokens) // block_length)
     rows = np.full(count * block_length, padding, np.int32)
     rows[: len(tokens)] = tokens
@@ -77,13 +78,10 @@ def cut(tokens: np.ndarray, block_length: int, padding: int = 0) -> tuple[np.nda
 
 
 def padded_rows(offsets: np.ndarray, block_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows of documents of their own; one longer than a block takes several.
+    """Returns the rows of a padded split; a document longer than a block takes several.
 
-    Args:
-      offsets: Int64[documents + 1], where the documents begin among the tokens.
-
-    Returns:
-      Of each row: where it begins among the tokens, Int64[R]; how many it has, Int32[R]; its document, Int64[R].
+    offsets: Int64[documents + 1], index of the first token of each document, then the number of tokens. Returns, of
+    each row, the index of its first token, Int64[R]; its number of tokens, Int32[R]; its document, Int64[R].
     """
     sizes = np.diff(offsets)
     counts = -(-sizes // block_length)

@@ -1,4 +1,4 @@
-"""What has to be known of a source before it can be split."""
+"""One pass over a source that counts its text, as the split rules need it."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ PROGRESS_DELAY = 2.0  # seconds of work before a bar is shown
 
 @dataclass(frozen=True)
 class Scan:
-    """Counts of a source, joiners included, and the SHA-256, in hexadecimal, of its documents."""
+    """Counts of a source, joiners included, and the SHA-256 of its documents, in hexadecimal."""
 
     documents: int
     characters: int
@@ -22,11 +22,7 @@ class Scan:
 
 
 def scan(source: Source) -> Scan:
-    """Reads a source once.
-
-    Raises:
-      UserError: it holds no text.
-    """
+    """Reads a source once and returns its counts. UserError if it holds no text."""
     documents = characters = num_bytes = 0
     digest = hashlib.sha256()
     with tqdm(desc="reading", unit="B", unit_scale=True, delay=PROGRESS_DELAY) as progress:

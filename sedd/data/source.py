@@ -1,15 +1,15 @@
-"""What a source of text is: documents that can be read as often as one likes, in pieces that fit into memory."""
+"""Sources of text: documents that can be read repeatedly, in pieces that fit into memory."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-LONGEST_PIECE = 1_000_000  # characters; tokenising takes many times the memory of its text
+LONGEST_PIECE = 1_000_000  # characters; tokenising takes many times the memory of the text
 
 
 class Piece(NamedTuple):
-    """A document, or where it is long a part of it."""
+    """A document, or a part of a long one."""
 
     text: str
     ends_document: bool
@@ -17,14 +17,12 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """The documents of a corpus, read anew on each iteration, so that nobody has to hold the whole text.
+    """The documents of a corpus, read again on each iteration instead of held in memory.
 
-    Attributes:
-      spec: what the user wrote, such as `text:books/*.txt`.
-      joiner: the text that follows each document as ordinary tokens; None where an end-of-text id does instead.
-      read: begins another pass over the documents; each is a string, or its parts where it may not fit into memory.
-      files: what is read, so that a change is noticed; none for what never changes.
-      in_order: whether each document goes on where the one before it ended, so that a corpus keeps their order.
+    spec: as the user wrote it, such as `text:books/*.txt`. joiner: text that follows each document as ordinary tokens;
+    None where an end-of-text id does. read: starts a pass over the documents, each a string, or an iterable of its
+    parts if it may not fit into memory. files: those read, to detect changes; empty for constant text. in_order: True
+    where the documents are consecutive parts of running text, so that a corpus keeps their order.
     """
 
     spec: str
@@ -34,21 +32,21 @@ class Source:
     in_order: bool = False
 
     def __iter__(self) -> Iterator[Piece]:
-        """The documents in pieces, each followed by the joiner; an empty document has nothing to teach."""
+        """Yields the documents in pieces, each document followed by the joiner; empty documents are skipped."""
         for document in self.read():
-            before = None
+            previous = None
             for text in pieces(document):
-                if before is not None:
-                    yield Piece(before, False)
-                before = text
-            if before:
-                yield Piece(before + (self.joiner or ""), True)
+                if previous is not None:
+                    yield Piece(previous, False)
+                previous = text
+            if previous:
+                yield Piece(previous + (self.joiner or ""), True)
 
 
 def pieces(document: str | Iterable[str]) -> Iterator[str]:
-    """A document in pieces of at most `LONGEST_PIECE` characters, cut behind a newline, else before a space.
+    """Yields a document in pieces of at most `LONGEST_PIECE` characters, cut after a newline, else before a space.
 
-    Where it is cut does not depend on the parts in which it comes.
+    document: a string, or its parts; the cuts do not depend on the parts.
     """
     if isinstance(document, str):
         document = (document,) if len(document) <= LONGEST_PIECE else _slices(document)

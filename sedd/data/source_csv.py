@@ -1,4 +1,4 @@
-"""`csv:GLOB:COLUMN`: comma-separated values with a header, a document in one of the columns."""
+"""`csv:GLOB:COLUMN`: comma-separated values with a header; one column holds the documents."""
 
 import csv
 from collections.abc import Iterator
@@ -10,10 +10,9 @@ from sedd.errors import UserError
 
 
 def open_csv(spec: str) -> Source:
-    """That column of the files that match the pattern, each with a header; quoted fields may hold newlines.
+    """Returns the source of a column of the files that match the pattern; quoted fields may contain newlines.
 
-    Raises:
-      UserError: no file matches, or, while reading, there is no such column, or a row does not suit the header.
+    UserError if no file matches, or, while reading, a file has no such column, or a row does not match the header.
     """
     return open_field(spec, _documents, "COLUMN")
 
@@ -38,6 +37,6 @@ def _documents(path: Path, column: str) -> Iterator[str]:
             empty = False
             yield row[index]
     except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: {error}; mend the quotes") from error
+        raise UserError(f"{path}, line {rows.line_num}: {error}; correct the quotes") from error
     if empty:
         raise UserError(f"{path} has no rows below its header; leave the file out")

@@ -8,10 +8,9 @@ from sedd.data.source import Source
 
 
 def open_lines(spec: str) -> Source:
-    """The lines of the files that match the pattern, without their ends, LF or CRLF; empty ones are left out.
+    """Returns the source of the lines of the files that match the pattern, without their line ends, LF or CRLF.
 
-    Raises:
-      UserError: no file matches, or, while reading, a file is damaged or not UTF-8.
+    Empty lines are skipped. UserError if no file matches, or, while reading, a file is damaged or not UTF-8.
     """
     return open_files(spec, _documents)
 

@@ -1,7 +1,7 @@
 """`builtin:names`: the names of the characters of Unicode 14, such as GREEK SMALL LETTER OMEGA WITH TONOS.
 
-26,540 documents of 724 kB with their newlines. A name never changes once given, so they are the same on every Python.
-Families numbered or made by rule (CJK, Hangul, Tangut, Egyptian, ...) are left out.
+26,540 documents, 724 kB with their newlines. Unicode never changes a name, so that they do not depend on the version of
+Python. Names that are numbered or derived by rule (CJK, Hangul, Tangut, Egyptian, ...) are excluded.
 """
 
 import json
@@ -13,7 +13,7 @@ from sedd.data.source import Source
 
 
 def open_names(spec: str) -> Source:
-    """One name a document, in the order of code points, joined by newlines."""
+    """Returns the source of one document per name, in the order of code points, joined by newlines."""
     return Source(spec, joiner="\n", read=_names)
 
 

@@ -1,4 +1,4 @@
-"""`parquet:GLOB:COLUMN`: Parquet files, a document in each row of one of the columns."""
+"""`parquet:GLOB:COLUMN`: Parquet files; one column holds the documents."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,15 +7,15 @@ from sedd.data.files import no_such, open_field
 from sedd.data.source import Source
 from sedd.errors import UserError
 
-ROWS = 64  # read at once
-MOST = 2**31 - 1  # bytes and entries of the metadata; the library's own bounds are 10**8 and 10**6
+ROWS_PER_READ = 64
+MAX_METADATA = 2**31 - 1  # bytes and entries of the metadata; the defaults of the library are 10**8 and 10**6
 
 
 def open_parquet(spec: str) -> Source:
-    """That column of the files that match the pattern, some rows at a time; the others are not read.
+    """Returns the source of a column of the files that match the pattern, read a few rows at a time.
 
-    Raises:
-      UserError: no file matches, or, while reading, there is no such column, or a row of it holds no text.
+    Other columns are not read. UserError if no file matches, or, while reading, a file has no such column, or a row of
+    it is not text.
     """
     return open_field(spec, _documents, "COLUMN")
 
@@ -26,21 +26,22 @@ def _documents(path: Path, column: str) -> Iterator[str]:
 
     row = 0
     try:
-        limits = {"thrift_string_size_limit": MOST, "thrift_container_size_limit": MOST}
+        limits = {"thrift_string_size_limit": MAX_METADATA, "thrift_container_size_limit": MAX_METADATA}
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**16, **limits) as file:
             _check(path, file.schema_arrow, column)
-            for batch in file.iter_batches(ROWS, columns=[column]):
+            for batch in file.iter_batches(ROWS_PER_READ, columns=[column]):
                 for text in batch.column(0):
                     row += 1
                     yield _text(text, f"{path}, row {row}", column)
     except (pyarrow.ArrowException, OSError) as error:
         first_line = str(error).partition("\n")[0]
-        raise UserError(f"{path} is damaged or no Parquet file ({first_line}); replace it") from error
+        raise UserError(f"{path} is damaged or not a Parquet file ({first_line}); replace it") from error
     if not row:
         raise UserError(f"{path} has no rows; leave the file out")
 
 
 def _check(path: Path, schema, column: str) -> None:
+    """UserError unless the file has the column, and it is of text."""
     from pyarrow import types
 
     if column not in schema.names:
@@ -48,7 +49,7 @@ def _check(path: Path, schema, column: str) -> None:
     kind = schema.field(column).type
     values = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(values) or types.is_large_string(values) or types.is_string_view(values)):
-        raise UserError(f"{path}: the column {column!r} holds no text, but {kind}")
+        raise UserError(f"{path}: the column {column!r} is of type {kind}, not text")
 
 
 def _text(value, where: str, column: str) -> str:

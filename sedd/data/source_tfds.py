@@ -9,17 +9,15 @@ from sedd.data.source import Source
 from sedd.errors import UserError
 from sedd.runtime.disk import absolute
 
-RECORDS = 256  # read at once: many times as fast as one by one
+RECORDS_PER_READ = 256  # many times as fast as one by one
 
 
 def open_tfds(spec: str) -> Source:
-    """The texts of one field ("text") of one split ("train"), in the order of their records.
+    """Returns the source of one field (default "text") of one split (default "train"), in the order of the records.
 
-    NAME is a data set in the folder that TFDS_DATA_DIR says, `~/tensorflow_datasets` without it, or itself a folder
-    with a `dataset_info.json`. SPLIT may be a part, such as `train[:10%]`.
-
-    Raises:
-      UserError: there is no such data set, split or field, or it is not prepared, or not stored as array_record.
+    NAME is a data set in the folder TFDS_DATA_DIR (default `~/tensorflow_datasets`), or a folder with a
+    `dataset_info.json`. SPLIT may be a part, such as `train[:10%]`. UserError if there is no such data set, split or
+    field, or it is not prepared, or not stored as array_record.
     """
     parts = re.fullmatch(r"tfds:([^:]+)(?::((?:[^:[]|\[[^]]*\])*))?(?::([^:]*))?", spec)
     if parts is None:
@@ -38,37 +36,37 @@ def open_tfds(spec: str) -> Source:
 
 
 def _builder(name: str):
-    """The data set of that name, prepared and stored so that it can be read."""
+    """Returns the builder of a data set. UserError unless it is prepared and stored as array_record."""
     import tensorflow_datasets as tfds
 
     folder = Path(absolute(name))
     try:
-        is_there = (folder / "dataset_info.json").is_file()
-        builder = tfds.builder_from_directory(folder) if is_there else tfds.builder(name)
-    except Exception as error:  # of many kinds, some of them many lines long
+        is_directory = (folder / "dataset_info.json").is_file()
+        builder = tfds.builder_from_directory(folder) if is_directory else tfds.builder(name)
+    except Exception as error:  # of many types, some with messages of many lines
         if folder.is_dir():
             raise UserError(f"{folder} holds no readable dataset_info.json; name the folder of a version") from error
         if isinstance(error, tfds.core.DatasetNotFoundError):
             raise UserError(f"tfds:{name}: no data set of that name and no such folder; correct the name") from error
         raise UserError(f"tfds:{name}: {str(error).partition(chr(10))[0]}") from error
-    how = 'prepare it with file_format="array_record"'
-    if not (Path(builder.data_path) / "dataset_info.json").is_file():  # is_prepared() wants folders named by versions
-        raise UserError(f"tfds:{name} is not prepared in {builder.data_path}; {how}")
+    advice = 'prepare it with file_format="array_record"'
+    if not (Path(builder.data_path) / "dataset_info.json").is_file():  # is_prepared() requires version folders
+        raise UserError(f"tfds:{name} is not prepared in {builder.data_path}; {advice}")
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        raise UserError(f"tfds:{name} is stored as {builder.info.file_format.value}; {how}")
+        raise UserError(f"tfds:{name} is stored as {builder.info.file_format.value}; {advice}")
     return builder
 
 
 def _documents(spec: str, records, field: str) -> Iterator[str]:
-    for start in range(0, len(records), RECORDS):
-        rows = range(start, min(start + RECORDS, len(records)))
+    for start in range(0, len(records), RECORDS_PER_READ):
+        rows = range(start, min(start + RECORDS_PER_READ, len(records)))
         for row, record in zip(rows, records.__getitems__(rows), strict=True):
             yield _text(record[field], f"{spec}, record {row + 1}", field)
 
 
 def _text(value, where: str, field: str) -> str:
     if not isinstance(value, (bytes, str)):
-        raise UserError(f"{where}: the field {field!r} holds no text, but a {type(value).__name__}")
+        raise UserError(f"{where}: the field {field!r} is of type {type(value).__name__}, not text")
     try:
         return value if isinstance(value, str) else value.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Where text comes from. A new source is a file like `source_lines.py` and a line in `SOURCES`."""
+"""The registry of text sources. To add one, write a file like `source_lines.py` and add a line to `SOURCES`."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from sedd.data.source_text import open_text
 from sedd.data.source_tfds import open_tfds
 from sedd.errors import UserError
 
-# What a spec begins with, what opens it, and how the whole of it is written.
+# By the beginning of a spec: the function that opens it, and the form of the spec.
 SOURCES: dict[str, tuple[Callable[[str], Source], str]] = {
     "text": (open_text, "text:GLOB"),
     "lines": (open_lines, "lines:GLOB"),
@@ -31,11 +31,7 @@ FORMS = tuple(form for _, form in SOURCES.values())
 
 
 def open_source(spec: str) -> Source:
-    """The source that a spec names, in one of `FORMS`.
-
-    Raises:
-      UserError: there is no such source, or it has nothing to read.
-    """
+    """Returns the source of a spec, which has one of `FORMS`. UserError if there is none, or nothing to read."""
     name = spec if spec in SOURCES else spec.partition(":")[0]
     if name not in SOURCES:
         raise UserError(f"unknown source {spec!r}; write {', '.join(FORMS)} (as in text:books/*.txt)")

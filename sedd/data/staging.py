@@ -1,4 +1,4 @@
-"""Long work on a folder: it appears when it is complete, and an interruption loses nothing."""
+"""Staging of an output directory: it appears only when it is complete, and interrupted work can resume."""
 
 import json
 import shutil
@@ -13,11 +13,11 @@ from sedd.runtime import disk
 
 @contextmanager
 def staging_directory(out: Path, request: dict[str, Any], result: str) -> Iterator[Path]:
-    """A folder to work in, beside `out`, whose folder `result` becomes `out` when all went well.
+    """Yields a staging directory beside `out`; at the end of the block, its folder `result` becomes `out`.
 
-    After an interruption, or when the disk is full, it stays, and the same request resumes with what is in it. It
-    vanishes with a UserError, and where another request comes. UserError if another process works on it, or the disk
-    refuses something.
+    After an interruption, or if the disk is full, the staging directory remains, and the same request resumes with its
+    content. It is removed at a UserError, and emptied for a different request. UserError if another process holds it,
+    or for an error of the disk.
     """
     folder = out.with_name(f".{out.name}.preparing")
     with disk.user_errors(folder, "; what is done is kept"), disk.locked(folder):
@@ -40,5 +40,5 @@ def staging_directory(out: Path, request: dict[str, Any], result: str) -> Iterat
 
 
 def file_stamps(files: Iterable[Path]) -> list[list]:
-    """What tells whether files have changed since an interruption: their sizes and times."""
+    """Returns the path, size and modification time of each file, to detect changes since an interruption."""
     return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in ((file, file.stat()) for file in files)]

@@ -1,4 +1,4 @@
-"""`bytes`: the 256 bytes of UTF-8."""
+"""`bytes`: one id for each of the 256 bytes of UTF-8 text."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Bytes:
-    """Id b is the byte b. Nothing else determines it, so `data` is empty."""
+    """Id b is the byte b. It has no parameters, so that `data` is empty."""
 
     size: ClassVar[int] = 256
     end_of_text: ClassVar[None] = None
     data: bytes = b""
 
     @classmethod
-    def train(cls, texts: Iterable[str], held_out: Iterable[str], size: None) -> "Bytes":
-        """The only one there is; no text is read."""
+    def train(cls, texts: Iterable[str], held_out: Iterable[str], size: int | None) -> "Bytes":
+        """Returns the tokenizer without reading any text."""
         return cls()
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:

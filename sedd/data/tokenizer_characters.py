@@ -1,4 +1,4 @@
-"""`characters`: each character that the corpus uses is an id."""
+"""`characters`: one id for each character of the corpus."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +19,9 @@ class Characters:
     data: bytes = field(repr=False)
 
     @classmethod
-    def train(cls, texts: Iterable[str], held_out: Iterable[str], size: None) -> "Characters":
-        """All characters of all texts: there is no id for an unknown one, and held-out text has to have ids too."""
-        alphabet = set()
+    def train(cls, texts: Iterable[str], held_out: Iterable[str], size: int | None) -> "Characters":
+        """Collects the characters of all texts, held-out ones too, since there is no id for unknown characters."""
+        alphabet: set[str] = set()
         for text in chain(texts, held_out):
             alphabet.update(text)
         return cls("".join(sorted(alphabet)).encode("utf-8"))
@@ -32,7 +32,7 @@ class Characters:
 
     @cached_property
     def _ids(self) -> np.ndarray:
-        """The id of each code point, -1 where it has none, as all have that are higher: theirs is the last."""
+        """The id of each code point, -1 where it has none; the last entry, -1, is for all higher code points."""
         ids = np.full(int(self._code_points.max(initial=0)) + 2, -1, np.int32)
         ids[self._code_points] = np.arange(self.size)
         return ids
@@ -47,8 +47,8 @@ class Characters:
     def _encode(self, text: str) -> np.ndarray:
         ids = self._ids.take(_code_points(text), mode="clip")
         if ids.min(initial=0) < 0:
-            unseen = text[np.argmin(ids)]
-            raise UserError(f"the character {unseen!r} (U+{ord(unseen):04X}) is not in the alphabet; leave it out")
+            unknown = text[np.argmin(ids)]
+            raise UserError(f"the character {unknown!r} (U+{ord(unknown):04X}) is not in the alphabet; leave it out")
         return ids
 
     def decode(self, ids: np.ndarray) -> str:

@@ -1,7 +1,7 @@
-"""Writes the files of a corpus directory that hold its splits; `corpus.py` says what they are.
+"""Writes the files of the splits of a corpus directory (see `corpus.py`).
 
-Text is tokenised in chunks, by as many threads as one likes, and written in order by one, so that the files do not
-depend on their number. What is written is recorded every few seconds, and taken up again after an interruption.
+Any number of threads tokenise the text in chunks; one thread writes them in order, so that the files do not depend on
+the number of threads. The progress is recorded every few seconds, and writing resumes from there after an interruption.
 """
 
 import hashlib
@@ -11,9 +11,9 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,14 +23,14 @@ from sedd.data.splits import Segment
 from sedd.data.tokenizers import Ends, Tokenizer, check_ids
 from sedd.runtime.disk import write_json_atomic
 
-COPIED = 2**24  # bytes copied at a time
-RECORD = 2.0  # seconds between records of what is written
+COPY_SIZE = 2**24  # bytes copied at a time
+RECORD_INTERVAL = 2.0  # seconds between records of the progress
 PARTS = ("tokens", "offsets", "byte_offsets")  # the files of a split
 OFFSET = np.dtype("<i8")
 
 
 class Tokens(NamedTuple):
-    """A chunk's text of one split: its ids, and where documents end among them and among its bytes."""
+    """The tokens of a chunk in one split, and the ends of documents in tokens and in bytes."""
 
     ids: np.ndarray  # UInt[T]
     ends: np.ndarray  # Int64[documents]
@@ -47,16 +47,16 @@ def write_splits(
     workers: int,
     progress: Callable[[int], None],
 ) -> dict[str, dict[str, int]]:
-    """Tokenises and writes all splits in one pass, from where an earlier call into the same folder was interrupted.
+    """Tokenises and writes all splits in one pass; resumes an interrupted call into the same folder.
 
-    progress: told the bytes of text done, in parts.
-
-    Returns:
-      The counts of each split: `documents`, `tokens`, `bytes` and `characters`.
+    progress: called with numbers of bytes of text as they are done. Returns the counts of each split: `documents`,
+    `tokens`, `bytes` and `characters`.
     """
     record = folder / "written.json"
     splits = list(splits)
-    done = json.loads(record.read_text()) if record.is_file() else {"chunks": 0, "splits": {}, "complete": False}
+    done: dict[str, Any] = {"chunks": 0, "splits": {}, "complete": False}
+    if record.is_file():
+        done = json.loads(record.read_text())
     if done["complete"]:  # the files may have been moved since
         progress(sum(counts["bytes"] for counts in done["splits"].values()))
         return done["splits"]
@@ -66,11 +66,12 @@ def write_splits(
         for _ in range(done["chunks"]):
             progress(sum(len(segment.text.encode("utf-8")) for segment, _ in next(chunks)))
         recorded = time.monotonic()
-        for number, (_chunk, tokens) in enumerate(_in_order(tokenizer, chunks, splits, workers), done["chunks"] + 1):
+        tokenised = _tokenise_in_order(tokenizer, chunks, splits, workers)
+        for number, tokens in enumerate(tokenised, done["chunks"] + 1):
             for writer, part in zip(writers, tokens):
                 writer.append(part)
             done["chunks"] = number
-            if time.monotonic() - recorded > RECORD:
+            if time.monotonic() - recorded > RECORD_INTERVAL:
                 now = done | {"splits": {writer.split: writer.sync() for writer in writers}}
                 write_json_atomic(record, json.dumps(now))
                 recorded = time.monotonic()
@@ -84,28 +85,28 @@ def write_splits(
 
 
 def arrange(written: Path, folder: Path, splits: Iterable[str], dtype: np.dtype, order: np.random.Generator | None):
-    """Moves the files that `write_splits` made to where they belong.
+    """Moves the files of `write_splits` from `written` into `folder`.
 
-    order: puts the documents of each split in a random order, so that the blocks of all splits are alike: in the
-      source's order the neighbours of a held-out document would be further apart than those of a training document.
-      None keeps the source's order.
+    order: shuffles the documents of each split, so that the blocks of all splits have the same distribution: in the
+    source's order, adjacent held-out documents would be further apart than adjacent training documents. None keeps the
+    source's order.
     """
     for split in splits:
         if order is not None:
             _shuffle(written, folder, split, dtype, order)
             continue
         for part in PARTS:
-            if (written / f"{split}.{part}").exists():  # else moved before an interruption
+            if (written / f"{split}.{part}").exists():  # otherwise moved before an interruption
                 (written / f"{split}.{part}").replace(folder / f"{split}.{part}")
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The type of ids in token files: two bytes where they suffice, little-endian."""
+    """Returns the dtype of ids in token files: two bytes if they suffice, else four, little-endian."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
 def hash_of_splits(folder: Path, splits: Iterable[str], tokenizer: Tokenizer, layout: Layout) -> str:
-    """SHA-256, in hexadecimal, of the token files, the offsets, the tokenizer and the layout."""
+    """Returns the SHA-256, in hexadecimal, of the token files, the offsets, the tokenizer and the layout."""
     digest = hashlib.sha256(f"{tokenizer.fingerprint} {layout.mode} {layout.padding}".encode())
     for split in splits:
         for part in PARTS[:2]:
@@ -115,15 +116,16 @@ def hash_of_splits(folder: Path, splits: Iterable[str], tokenizer: Tokenizer, la
 
 
 def _parts(tokenizer: Tokenizer, segments: Iterable[Segment]) -> Iterator[tuple[Segment, Ends]]:
-    """The segments as parts of texts that can be encoded apart: a document, or what of it is in a split, is a text."""
+    """Yields segments that can be encoded separately; a text is a document, or the part of it in one split."""
     segments, others = itertools.tee(segments)
     parts = tokenizer.parts((segment.text, segment.closes) for segment in others)
     return ((segment._replace(text=text), ends) for segment, (text, ends) in zip(segments, parts))
 
 
 def _chunks(parts: Iterable[tuple[Segment, Ends]]) -> Iterator[list[tuple[Segment, Ends]]]:
-    """Segments in groups of about a million characters: what a thread tokenises at a time."""
-    chunk, characters = [], 0
+    """Yields segments in chunks of about a million characters, each of which a thread tokenises."""
+    chunk: list[tuple[Segment, Ends]] = []
+    characters = 0
     for part in parts:
         chunk.append(part)
         characters += len(part[0].text)
@@ -134,31 +136,32 @@ def _chunks(parts: Iterable[tuple[Segment, Ends]]) -> Iterator[list[tuple[Segmen
         yield chunk
 
 
-def _in_order(tokenizer: Tokenizer, chunks: Iterator, splits: list[str], workers: int) -> Iterator[tuple]:
-    """Each chunk with its tokens, in order, some of them under way in threads: the tokenizers let go of the lock."""
+def _tokenise_in_order(
+    tokenizer: Tokenizer, chunks: Iterator, splits: list[str], workers: int
+) -> Iterator[list[Tokens]]:
+    """Yields the tokens of each chunk, in order; threads tokenise ahead, since the tokenizers release the GIL."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
     try:
-        waiting = deque()
+        pending: deque[Future[list[Tokens]]] = deque()
         for chunk in chunks:
-            waiting.append((chunk, pool.submit(_tokenise, tokenizer, chunk, splits)))
-            if len(waiting) > workers + 1:
-                chunk, tokens = waiting.popleft()
-                yield chunk, tokens.result()
-        while waiting:
-            chunk, tokens = waiting.popleft()
-            yield chunk, tokens.result()
+            pending.append(pool.submit(_tokenise, tokenizer, chunk, splits))
+            if len(pending) > workers + 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _tokenise(tokenizer: Tokenizer, chunk: list[tuple[Segment, Ends]], splits: list[str]) -> list[Tokens]:
-    """The tokens of a chunk, of each split. UserError where an id is not in the vocabulary."""
+    """Returns the tokens of a chunk by split. UserError if an id is outside of the vocabulary."""
     segments, ends = zip(*chunk)
     encoded = tokenizer.encode_all([segment.text for segment in segments], ends)
     end_of_text = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int32)
-    found = []
+    tokens = []
     for split in splits:
-        parts, stops, byte_stops, total, num_bytes, num_characters = [end_of_text[:0]], [], [], 0, 0, 0
+        parts, ends_of_documents, byte_ends = [end_of_text[:0]], [], []
+        total, num_bytes, num_characters = 0, 0, 0
         for segment, ids in zip(segments, encoded):
             if segment.split != split:
                 continue
@@ -170,17 +173,18 @@ def _tokenise(tokenizer: Tokenizer, chunk: list[tuple[Segment, Ends]], splits: l
                 parts.append(end_of_text)
                 total += len(end_of_text)
             if segment.closes:
-                stops.append(total)
-                byte_stops.append(num_bytes)
+                ends_of_documents.append(total)
+                byte_ends.append(num_bytes)
         ids = np.concatenate(parts)
         check_ids(ids, tokenizer.vocab_size, "text that the tokenizer encoded", "choose another tokenizer")
         ids = ids.astype(token_dtype(tokenizer))
-        found.append(Tokens(ids, np.array(stops, OFFSET), np.array(byte_stops, OFFSET), num_bytes, num_characters))
-    return found
+        offsets = np.array(ends_of_documents, OFFSET), np.array(byte_ends, OFFSET)
+        tokens.append(Tokens(ids, *offsets, num_bytes, num_characters))
+    return tokens
 
 
 class _SplitWriter:
-    """Appends to the files of a split, from what is known to be written."""
+    """Appends to the files of a split. counts: those of a record, to which the files are truncated; None to start."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, counts: dict[str, int] | None):
         self.split = split
@@ -195,6 +199,7 @@ class _SplitWriter:
                 file.write(np.zeros(1, OFFSET).tobytes())
 
     def append(self, tokens: Tokens) -> None:
+        """Appends the tokens of a chunk."""
         counts = self._counts
         new = (tokens.ids, tokens.ends + counts["tokens"], tokens.byte_ends + counts["bytes"])
         for file, values in zip(self._files, new):
@@ -205,13 +210,14 @@ class _SplitWriter:
         counts["characters"] += tokens.num_characters
 
     def sync(self) -> dict[str, int]:
-        """Brings to the disk what was appended, and says what that is."""
+        """Writes all appended data to the disk and returns the counts."""
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
         return dict(self._counts)
 
     def close(self) -> None:
+        """Closes the files."""
         for file in self._files:
             file.close()
 
@@ -222,12 +228,12 @@ def _shuffle(written: Path, folder: Path, split: str, dtype: np.dtype, random: n
     order = np.arange(len(offsets) - 1, dtype=np.uint32)
     random.shuffle(order)
     with open(written / f"{split}.tokens", "rb") as tokens, open(folder / f"{split}.tokens", "wb", 2**20) as file:
-        for document in order:  # read, not mapped: the pages of a map would count as memory of this process
+        for document in order:  # read, not mapped: mapped pages would count as memory of this process
             tokens.seek(dtype.itemsize * int(offsets[document]))
             left = dtype.itemsize * int(offsets[document + 1] - offsets[document])
             while left:
-                left -= file.write(tokens.read(min(left, COPIED)))
+                left -= file.write(tokens.read(min(left, COPY_SIZE)))
     for part, values in zip(PARTS[1:], (offsets, byte_offsets)):
         sizes = np.diff(values)[order]
         values[1:] = np.cumsum(sizes)
-        (folder / f"{split}.{part}").write_bytes(values)
+        (folder / f"{split}.{part}").write_bytes(values.data)

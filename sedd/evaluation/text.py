@@ -12,7 +12,7 @@ from sedd.data.batches import blocks
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout, cut
 from sedd.data.source import Source
-from sedd.data.tokenizers import END_OF_TEXT, WHOLE, Ends, Tokenizer
+from sedd.data.tokenizers import END_OF_TEXT, WHOLE_TEXT, Ends, Tokenizer
 from sedd.errors import UserError
 
 CLUSTER_BLOCKS = 16  # blocks of packed text in a cluster of the standard error: neighbours come from the same documents
@@ -156,7 +156,7 @@ def encode_with_eos_markers(text: str, tokenizer: Tokenizer, what: str) -> np.nd
     return np.concatenate([first, *(np.append(tokenizer.end_of_text, ids) for ids in others)]).astype(np.int32)
 
 
-def encoded(text: str, tokenizer: Tokenizer, what: str, ends: Ends = WHOLE) -> np.ndarray:
+def encoded(text: str, tokenizer: Tokenizer, what: str, ends: Ends = WHOLE_TEXT) -> np.ndarray:
     """The ids of a text, or of a part of one, Int32[T]. UserError where it is no text at all."""
     try:
         text.encode()

@@ -1,4 +1,4 @@
-"""A corpus and a network small enough to be trained inside a test; and the settings of JAX that it may run under."""
+"""A corpus and a network that are small enough to train in a test; and unusual global settings of JAX."""
 
 import contextlib
 
@@ -16,7 +16,7 @@ ADAMW = ("optimizer.name=adamw", "optimizer.learning_rate=0.01", "optimizer.warm
 SETTINGS = (*NETWORK, *ADAMW, "data.block_length=16", "training.batch_size=8", "training.steps=6")
 MUON = ("optimizer.name=muon", "optimizer.learning_rate=0.02")  # as in the default
 
-# The global settings of JAX that change numbers, or what runs at all, each set to something else than its default.
+# Global settings of JAX that may change numbers or raise errors, each with a value other than its default.
 JAX_SETTINGS = {
     "prng rbg": lambda: jax.default_prng_impl("rbg"),
     "prng unsafe_rbg": lambda: jax.default_prng_impl("unsafe_rbg"),
@@ -29,7 +29,7 @@ JAX_SETTINGS = {
 
 @contextlib.contextmanager
 def unusual_jax_settings(*names):
-    """A block under these settings of JAX; all of them where none is named."""
+    """A block under these settings of JAX; by default under all."""
     with contextlib.ExitStack() as stack:
         for name in names or JAX_SETTINGS:
             stack.enter_context(JAX_SETTINGS[name]())
@@ -37,7 +37,7 @@ def unusual_jax_settings(*names):
 
 
 def write_files(folder, texts):
-    """A file for each text, and the spec of the source that they are."""
+    """Writes a file for each text; returns the spec of their source."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, text in enumerate(texts):
         (folder / f"{index:03}.txt").write_bytes(text.encode("utf-8"))
@@ -45,19 +45,19 @@ def write_files(folder, texts):
 
 
 def small_corpus(folder, tokenizer="characters"):
-    """Sixty short documents in files, prepared."""
+    """Prepares sixty short documents."""
     tables = [", ".join(str(number * factor) for factor in range(1, 10)) for number in range(60)]
     texts = [f"the {number} times table: {table}.\n" for number, table in enumerate(tables)]
     return prepare(write_files(folder / "texts", texts), tokenizer, folder / "corpus")
 
 
 def small_config(corpus, *settings):
-    """The default config on that corpus, small; then the settings told."""
+    """The default config with a small network, on the corpus, then overridden by the settings."""
     return configs.override(configs.default(), [f"data.corpus={corpus.path}", *SETTINGS, *settings])
 
 
 def untrained_model(corpus, *settings):
-    """A model that was never trained: its head is 0, so that its distribution is uniform, whatever the process."""
+    """A model that is not trained. Its head is 0, so that it predicts the uniform distribution."""
     config = small_config(corpus, *settings)
     process, schedule, network = configs.build(config, corpus.vocab_size)
     params = jax.jit(network.init)(jax.random.key(0))
@@ -65,7 +65,7 @@ def untrained_model(corpus, *settings):
 
 
 def parts(config, corpus, devices=None):
-    """The objective, the optimiser and the mesh of a config, over the first devices or all."""
+    """The objective, the optimiser and the mesh of a config, over the first `devices` devices or all."""
     _, schedule, network = configs.build(config, corpus.vocab_size)
     training = config.training
     objective = Objective(network, schedule, training.batch_size, training.noise_sampling, training.min_time)

@@ -1,12 +1,15 @@
-"""The network: one function however it is laid out, run and asked."""
+"""The network computes the same function under scanning, rematerialisation, padding and any choice of positions."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sedd import config as configs
+from sedd import parallel
 from sedd.diffusion import keyed_random
 from sedd.diffusion.loss import count_loss
 from sedd.diffusion.process import Absorbing, Uniform
@@ -21,7 +24,7 @@ NETWORK = Network(Absorbing(V), "denoiser", width=16, layers=3, heads=2, sigma_r
 
 
 def random_params(network, seed=1):
-    """Parameters without the zeros of initialisation, so that every path counts."""
+    """Random parameters, without the zeros of initialisation, so that every path affects the output."""
     params = jax.jit(network.init)(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -37,7 +40,7 @@ def noisy():
 
 
 def stacked(params):
-    """The parameters of unrolled layers as those of scanned ones."""
+    """Converts the parameters of unrolled layers to those of scanned layers."""
     trunk = dict(params["trunk"])
     blocks = [trunk.pop(f"block_{layer}") for layer in range(NETWORK.layers)]
     return {**params, "trunk": {**trunk, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}}
@@ -46,7 +49,7 @@ def stacked(params):
 @pytest.mark.parametrize("scan, remat", [(True, "full"), (True, "dots"), (True, "none"), (False, "full")])
 @pytest.mark.slow
 def test_scanned_and_rematerialised_layers_are_the_same_function(noisy, scan, remat):
-    """Values and gradients, with dropout: its masks must not depend on how the layers are compiled."""
+    """Values and gradients, with dropout: the dropout masks are independent of how the layers are compiled."""
     params, (x, sigma, x0) = random_params(NETWORK), noisy
     keys = keyed_random.row_keys(jax.random.key(4), jnp.arange(B))
 
@@ -58,14 +61,14 @@ def test_scanned_and_rematerialised_layers_are_the_same_function(noisy, scan, re
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     other = stacked(params) if scan else params
-    found, found_gradient = jax.jit(jax.value_and_grad(lambda params: loss(params, scan=scan, remat=remat)))(other)
-    np.testing.assert_allclose(found, value, rtol=1e-5)
-    wanted = stacked(gradient) if scan else gradient
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found_gradient, wanted)
+    actual, actual_gradient = jax.jit(jax.value_and_grad(lambda params: loss(params, scan=scan, remat=remat)))(other)
+    np.testing.assert_allclose(actual, value, rtol=1e-5)
+    expected = stacked(gradient) if scan else gradient
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), actual_gradient, expected)
 
 
-def test_dropout_comes_from_the_key_of_the_example(noisy):
-    """The same row, in another batch and place, drops the same entries; another key does not."""
+def test_dropout_depends_only_on_the_key_of_the_example(noisy):
+    """A row drops the same entries at any index of any batch. Control: another key drops others."""
     params, (x, sigma, x0) = random_params(NETWORK), noisy
     network = dataclasses.replace(NETWORK, dropout=0.5)
     keys = keyed_random.row_keys(jax.random.key(4), jnp.arange(B))
@@ -77,7 +80,7 @@ def test_dropout_comes_from_the_key_of_the_example(noisy):
 
 @pytest.mark.parametrize("process", [Absorbing(V), Uniform(V)], ids=["absorbing", "uniform"])
 @pytest.mark.parametrize("prediction", ["denoiser", "score"])
-def test_asking_for_positions_is_asking_for_all(noisy, process, prediction):
+def test_denoiser_at_some_positions_equals_denoiser_at_all_positions(noisy, process, prediction):
     x, sigma, _ = noisy
     x = jnp.minimum(x, process.num_states - 1)
     network = dataclasses.replace(NETWORK, process=process, prediction=prediction)
@@ -91,8 +94,8 @@ def test_asking_for_positions_is_asking_for_all(noisy, process, prediction):
 
 
 @pytest.mark.parametrize("prediction", ["denoiser", pytest.param("score", marks=pytest.mark.slow)])
-def test_head_at_masked_positions_only(prediction):
-    """Pairs that mask L + 1 of 2 L positions: the same loss and gradient as with the head everywhere."""
+def test_loss_with_head_at_masked_positions_equals_loss_with_head_everywhere(prediction):
+    """Pairs that mask L + 1 of 2 L positions: the same loss and gradient as with the head at all positions."""
     network = dataclasses.replace(NETWORK, prediction=prediction)
     params = random_params(network)
     x0 = jax.random.randint(jax.random.key(2), (B, L), 0, V)
@@ -107,21 +110,19 @@ def test_head_at_masked_positions_only(prediction):
     (value, gradient), (packed, packed_gradient) = both(params, False), both(params, True)
     np.testing.assert_allclose(packed, value, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), packed_gradient, gradient)
-    everywhere = (
-        f"f32[{B},{L},{network.process.num_states}]"  # the size of all log scores, which only the dense head has
-    )
-    assert everywhere in str(jax.make_jaxpr(lambda params: loss(params, False))(params))
-    assert everywhere not in str(jax.make_jaxpr(lambda params: loss(params, True))(params))
+    all_scores = f"f32[{B},{L},{network.process.num_states}]"
+    assert all_scores in str(jax.make_jaxpr(lambda params: loss(params, False))(params))
+    assert all_scores not in str(jax.make_jaxpr(lambda params: loss(params, True))(params))
 
 
 @pytest.mark.parametrize("process", [Absorbing(V), Uniform(V)], ids=["absorbing", "uniform"])
-def test_tightened_statistics_stand_behind_the_free_ones(noisy, process):
-    """In an axis in front. With the head at masked positions only, those masked in x0 too are not asked."""
+def test_tightened_statistics_follow_the_unnormalised_ones(noisy, process):
+    """Along a leading axis of size two. With the head at masked positions only, those masked in x0 too are left out."""
     (x, _, x0), sigma = noisy, jnp.array([0.2, 1.0, 2.0, 6.0])
     network = dataclasses.replace(NETWORK, process=process, prediction="score", layers=1)
     params, pairs = random_params(network), isinstance(process, Absorbing)
     x = jnp.minimum(x, process.num_states - 1)
-    if pairs:  # a text of nine tokens behind three that stay masked, in rows that mask k and 10 - k of it
+    if pairs:  # nine tokens after three that are masked in x0 too, in rows that mask k and 10 - k of them
         x0, masks = x0.at[:, :3].set(V), jnp.array([3, 7, 9, 1])
         x = jnp.where(jnp.arange(L) >= L - masks[:, None], V, x0)
 
@@ -129,36 +130,36 @@ def test_tightened_statistics_stand_behind_the_free_ones(noisy, process):
     def forms(params):
         log_score = network.log_score(params, x, sigma)
         by_hand = [score_stats(score, x, x0) for score in (log_score, process.tightened(log_score, sigma[:, None]))]
-        found = [network.stats(params, tightened=True, masked_pairs=way)(x, sigma, x0) for way in {False, pairs}]
-        return jax.tree.map(lambda *both: jnp.stack(both), *by_hand), found
+        actual = [network.stats(params, tightened=True, masked_pairs=way)(x, sigma, x0) for way in {False, pairs}]
+        return jax.tree.map(lambda *both: jnp.stack(both), *by_hand), actual
 
-    by_hand, found = forms(params)
-    asked = (x == V) & (x0 != V) if pairs else jnp.ones(x.shape, bool)
+    by_hand, actual = forms(params)
+    computed = (x == V) & (x0 != V) if pairs else jnp.ones(x.shape, bool)
 
     def agree(one, other):
         assert one.shape == (2, B, L)
-        np.testing.assert_allclose(one[:, asked], other[:, asked], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(one[:, computed], other[:, computed], rtol=1e-4, atol=1e-4)
 
-    for stats in found:
+    for stats in actual:
         jax.tree.map(agree, stats, by_hand)
-    assert np.abs(by_hand.log_sum[0] - by_hand.log_sum[1])[asked].max() > 0.1
+    assert np.abs(by_hand.log_sum[0] - by_hand.log_sum[1])[computed].max() > 0.1
 
 
-def test_what_lies_beyond_the_length_is_not_seen(noisy):
-    """Rows bound to a valid length are those of the shorter text by itself."""
+def test_positions_beyond_the_length_do_not_affect_valid_ones(noisy):
+    """A row with a valid length has the outputs of the shorter row alone."""
     x, sigma, _ = noisy
     params = random_params(NETWORK)
     lengths = jnp.array([5, 12, 5, 12])
-    whole = jax.jit(NETWORK.denoiser(params, lengths))(x, sigma, None)
-    unbound = jax.jit(NETWORK.denoiser(params))
+    batched = jax.jit(NETWORK.denoiser(params, lengths))(x, sigma, None)
+    without_lengths = jax.jit(NETWORK.denoiser(params))
     for row, length in enumerate(lengths):
-        alone = unbound(x[row : row + 1, :length], sigma[row : row + 1], None)
-        np.testing.assert_allclose(whole[row, :length], alone[0], rtol=1e-4, atol=1e-4)
-    assert not np.allclose(whole[0, :5], unbound(x, sigma, None)[0, :5], atol=1e-2)
+        alone = without_lengths(x[row : row + 1, :length], sigma[row : row + 1], None)
+        np.testing.assert_allclose(batched[row, :length], alone[0], rtol=1e-4, atol=1e-4)
+    assert not np.allclose(batched[0, :5], without_lengths(x, sigma, None)[0, :5], atol=1e-2)
 
 
-def test_padding_of_the_vocabulary_leaves_no_trace(noisy):
-    """Whatever stands in the padded rows and columns, nothing changes; they are stored to a multiple of 128."""
+def test_padding_of_the_vocabulary_does_not_affect_the_output(noisy):
+    """The output is independent of the padded rows and columns, which round sizes up to a multiple of 128."""
     x, sigma, _ = noisy
     params = random_params(NETWORK)
     assert params["trunk"]["embedding"].shape[0] == padded(V + 1) == 128
@@ -169,37 +170,37 @@ def test_padding_of_the_vocabulary_leaves_no_trace(noisy):
     np.testing.assert_array_equal(NETWORK.log_score(changed, x, sigma), NETWORK.log_score(params, x, sigma))
 
 
-def test_log_score_of_a_denoiser_is_that_of_the_process(noisy):
-    """Under masks: r_y / (e^sigma - 1), and 0 at the mask itself."""
+def test_log_score_of_a_denoiser_equals_that_of_the_process(noisy):
+    """At masked positions: r_y / (e^sigma - 1), and 0 in the log score of the mask itself."""
     x, sigma, _ = noisy
     params = random_params(NETWORK)
-    found = NETWORK.log_score(params, x, sigma)
+    actual = NETWORK.log_score(params, x, sigma)
     log_clean = NETWORK.denoiser(params)(x, sigma, None)
-    wanted = log_clean - jnp.log(jnp.expm1(sigma))[:, None, None]
+    expected = log_clean - jnp.log(jnp.expm1(sigma))[:, None, None]
     masked = np.asarray(x == V)
-    np.testing.assert_allclose(found[..., :V][masked], wanted[masked], rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(np.asarray(found[..., V])[masked], 0)
+    np.testing.assert_allclose(actual[..., :V][masked], expected[masked], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(actual[..., V])[masked], 0)
 
 
-def test_bfloat16_trunk_and_float32_head(noisy):
-    """bfloat16 reaches no parameter and no output, and moves the result by its own precision only."""
+def test_bfloat16_trunk_keeps_parameters_and_outputs_in_float32(noisy):
+    """The outputs differ from those of float32 by the precision of bfloat16."""
     x, sigma, _ = noisy
     params = random_params(NETWORK)
     half = dataclasses.replace(NETWORK, dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half.init(jax.random.key(0)))} == {"float32"}
-    found, wanted = half.log_score(params, x, sigma), NETWORK.log_score(params, x, sigma)
-    assert found.dtype == jnp.float32 and not np.array_equal(found, wanted)
-    assert np.abs(found - wanted).max() < 0.3 and np.abs(found - wanted).mean() < 0.03
+    actual, expected = half.log_score(params, x, sigma), NETWORK.log_score(params, x, sigma)
+    assert actual.dtype == jnp.float32 and not np.array_equal(actual, expected)
+    assert np.abs(actual - expected).max() < 0.3 and np.abs(actual - expected).mean() < 0.03
 
 
-def test_a_fresh_network_believes_in_the_uniform_law(noisy):
-    """The head starts from zero."""
+def test_initial_network_predicts_the_uniform_distribution(noisy):
+    """The head is initialised to zero."""
     x, sigma, _ = noisy
     log_clean = NETWORK.denoiser(NETWORK.init(jax.random.key(0)))(x, sigma, None)
     np.testing.assert_allclose(log_clean, -np.log(V), rtol=1e-6)
 
 
-def test_noise_told_is_clipped_to_the_trained_range(noisy):
+def test_sigma_is_clipped_to_the_range_of_training(noisy):
     x, _, _ = noisy
     denoiser = NETWORK.denoiser(random_params(NETWORK))
     at = [denoiser(x, jnp.full(B, sigma), None) for sigma in (0.0, 1e-3, 7.0, np.inf)]
@@ -209,35 +210,35 @@ def test_noise_told_is_clipped_to_the_trained_range(noisy):
 
 
 @pytest.mark.parametrize("change", [{"prediction": "noise"}, {"heads": 3}])
-def test_impossible_networks(change):
+def test_invalid_networks_are_refused(change):
     with pytest.raises(ValueError, match="network"):
         dataclasses.replace(NETWORK, **change)
 
 
 @pytest.mark.parametrize("shape", [(2, 128, 2, 64), pytest.param((1, 384, 2, 128), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("padded_rows", [False, True])
-def test_splash_attention_is_the_same_function(shape, padded_rows):
-    """Values and gradients on valid positions, interpreted; what lies beyond a row's length is not seen."""
+def test_splash_attention_equals_xla_attention(shape, padded_rows):
+    """Values and gradients at valid positions, interpreted; keys beyond the length of a row are masked."""
     q, k, v, weight = jax.random.normal(jax.random.key(0), (4, *shape))
     lengths = jnp.array([shape[1], 50][-shape[0] :]) if padded_rows else None
     valid = jnp.ones(shape[:2], bool) if lengths is None else jnp.arange(shape[1]) < lengths[:, None]
 
-    def weighed(how, q, k, v, lengths=lengths):
-        found = attend(how, q, k, v, lengths)
-        return jnp.sum(jnp.where(valid[..., None, None], found * weight, 0.0)), found
+    def weighted(implementation, q, k, v, lengths=lengths):
+        out = attend(implementation, q, k, v, lengths)
+        return jnp.sum(jnp.where(valid[..., None, None], out * weight, 0.0)), out
 
-    both = jax.jit(jax.value_and_grad(weighed, (1, 2, 3), has_aux=True), static_argnums=0)
-    ((_, found), gradient), ((_, wanted), wanted_gradient) = both("splash", q, k, v), both("xla", q, k, v)
-    np.testing.assert_allclose(found[valid], wanted[valid], rtol=1e-4, atol=1e-5)
-    for one, other in zip(gradient, wanted_gradient):
+    both = jax.jit(jax.value_and_grad(weighted, (1, 2, 3), has_aux=True), static_argnums=0)
+    ((_, actual), gradient), ((_, expected), expected_gradient) = both("splash", q, k, v), both("xla", q, k, v)
+    np.testing.assert_allclose(actual[valid], expected[valid], rtol=1e-4, atol=1e-5)
+    for one, other in zip(gradient, expected_gradient):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
     if padded_rows:  # the control
-        assert np.abs(attend("splash", q, k, v)[valid] - wanted[valid]).max() > 0.1
+        assert np.abs(attend("splash", q, k, v)[valid] - expected[valid]).max() > 0.1
 
 
 @pytest.mark.parametrize("head", [64, 128])
 def test_splash_attention_is_lowered_for_tpus(monkeypatch, head):
-    """Not interpreted: a kernel for the forward pass and two for the backward pass, made here, run nowhere here."""
+    """Lowers a kernel for the forward pass and two for the backward pass, and runs none of them."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     x, lengths = jax.ShapeDtypeStruct((2, 1024, 4, head), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
     gradient = jax.grad(lambda *args: jnp.sum(attend("splash", *args).astype(jnp.float32)), (0, 1, 2))
@@ -246,7 +247,7 @@ def test_splash_attention_is_lowered_for_tpus(monkeypatch, head):
 
 
 @pytest.mark.slow
-def test_a_network_with_splash_attention_in_recomputed_layers():
+def test_splash_attention_in_recomputed_layers_equals_xla_attention():
     network = dataclasses.replace(NETWORK, layers=2, scan=True, remat="dots")
     x, sigma = jax.random.randint(jax.random.key(2), (2, 128), 0, V), jnp.array([0.5, 2.0])
     params = random_params(network)
@@ -256,13 +257,13 @@ def test_a_network_with_splash_attention_in_recomputed_layers():
         return jnp.sum(jnp.where(jnp.arange(128) < 100, stats(jnp.full_like(x, V), sigma, x).target, 0.0))
 
     both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    (value, gradient), (wanted, wanted_gradient) = both(params, "splash"), both(params, "xla")
-    np.testing.assert_allclose(value, wanted, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2), gradient, wanted_gradient)
+    (value, gradient), (expected, expected_gradient) = both(params, "splash"), both(params, "xla")
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2), gradient, expected_gradient)
 
 
-def test_attention_that_does_not_run_here_is_refused(noisy):
-    """In a line, before anything is compiled; sizes that a kernel does not take likewise."""
+def test_unsupported_attention_is_refused(noisy):
+    """Platforms and sizes that an implementation does not support: one line, before compilation."""
     x, sigma, _ = noisy
     network = dataclasses.replace(NETWORK, attention="cudnn", dtype="bfloat16")
     with pytest.raises(UserError, match="attention=cudnn does not run on cpu devices; set network.attention=xla"):
@@ -270,34 +271,50 @@ def test_attention_that_does_not_run_here_is_refused(noisy):
     with pytest.raises(ValueError, match="a multiple of 128, not 12"):
         dataclasses.replace(NETWORK, attention="splash").log_score(random_params(NETWORK), x, sigma)
     check_sizes("cudnn", "bfloat16", 64, 100)
-    for how, dtype, head, length in [("cudnn", "float32", 64, 128), ("cudnn", "bfloat16", 260, 128)]:
+    for dtype, head in [("float32", 64), ("bfloat16", 260)]:
         with pytest.raises(ValueError, match="cudnn"):
-            check_sizes(how, dtype, head, length)
+            check_sizes("cudnn", dtype, head, 128)
 
 
-def test_queries_keys_and_values_have_an_axis_of_their_own():
-    """The fresh parameters are those of a matrix [D, 3 D] to the bit; the product and its gradients are JAX's."""
+def test_splash_attention_without_its_kernel_is_refused(monkeypatch):
+    """One line that says what to do, before compilation. Control: other implementations are unaffected."""
+    missing = "jax.experimental.pallas.ops.tpu.splash_attention"
+    for name in [missing, *(name for name in sys.modules if name.startswith(f"{missing}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    message = "needs the splash attention kernel, .* set network.attention=xla, or install a version of JAX that has it"
+    with pytest.raises(UserError, match=message) as error:
+        parallel.make_mesh(configs.override(configs.default(), ["network.attention=splash"]), jax.devices()[:1])
+    assert "\n" not in str(error.value)
+    q = jnp.ones((1, 128, 2, 16))
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(lambda q: attend("splash", q, q, q), q)
+    parallel.make_mesh(configs.default(), jax.devices()[:1])
+    np.testing.assert_allclose(attend("xla", q, q, q), q, rtol=1e-6)
+
+
+def test_qkv_kernel_with_three_axes_equals_one_matrix():
+    """The initial parameters equal those of a matrix [D, 3 D]; the product and its gradients equal JAX's."""
     x, weight = jax.random.normal(jax.random.key(0), (B, L, 16)), jax.random.normal(jax.random.key(1), (B, L, 48))
-    apart, flat = (Linear(features, use_bias=False) for features in ((3, 16), 48))
-    params, wanted = (layer.init(jax.random.key(2), x)["params"]["kernel"] for layer in (apart, flat))
-    np.testing.assert_array_equal(params.reshape(16, 48), wanted)
+    split, flat = (Linear(features, use_bias=False) for features in ((3, 16), 48))
+    params, matrix = (layer.init(jax.random.key(2), x)["params"]["kernel"] for layer in (split, flat))
+    np.testing.assert_array_equal(params.reshape(16, 48), matrix)
 
     @jax.jit
     def plain(x, kernel):
         return jnp.sum((x.reshape(-1, 16) @ kernel).reshape(B, L, 48) * weight)
 
     def ours(x, kernel):
-        return jnp.sum(apart.apply({"params": {"kernel": kernel}}, x).reshape(B, L, 48) * weight)
+        return jnp.sum(split.apply({"params": {"kernel": kernel}}, x).reshape(B, L, 48) * weight)
 
-    to_x, to_kernel = jax.jit(jax.grad(ours, (0, 1)))(x, params)
-    wanted_x, wanted_kernel = jax.grad(plain, (0, 1))(x, wanted)
-    np.testing.assert_allclose(ours(x, params), plain(x, wanted), rtol=1e-6)
-    np.testing.assert_allclose(to_x, wanted_x, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(to_kernel.reshape(16, 48), wanted_kernel, rtol=1e-5, atol=1e-6)
+    grad_x, grad_kernel = jax.jit(jax.grad(ours, (0, 1)))(x, params)
+    expected_x, expected_kernel = jax.grad(plain, (0, 1))(x, matrix)
+    np.testing.assert_allclose(ours(x, params), plain(x, matrix), rtol=1e-6)
+    np.testing.assert_allclose(grad_x, expected_x, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grad_kernel.reshape(16, 48), expected_kernel, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_of_weights_are_not_rounded_to_bfloat16():
-    """They are summed in float32, on a device and over devices, whatever the trunk computes in."""
+    """They are summed in float32, on each device and over devices, also if the trunk computes in bfloat16."""
     x, weight = (jax.random.normal(jax.random.key(0), shape, jnp.bfloat16) for shape in ((64, 16), (64, 3, 16)))
     layer = Linear((3, 16), dtype="bfloat16")
     params = layer.init(jax.random.key(1), x)

@@ -115,7 +115,7 @@ def eight_heads_alone(corpus):
 @pytest.fixture
 def all_split(monkeypatch):
     """As if all the arrays that the table names were large."""
-    monkeypatch.setattr(parallel, "WHOLE", 64)
+    monkeypatch.setattr(parallel, "MIN_SHARD_BYTES", 64)
 
 
 FEW = [(2, 2, 2)]

@@ -1,4 +1,4 @@
-"""Where arrays lie while a step runs: what the compiler makes of the production step, for eight devices."""
+"""Shardings and communication of the compiled training step on eight devices."""
 
 import math
 import re
@@ -26,15 +26,15 @@ VOCABULARY = 300  # padded to 384
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """As if all arrays were large; and nothing comes from the cache, which would keep the compiler's warnings."""
-    monkeypatch.setattr(parallel, "WHOLE", 64)
+    """Shards small arrays too, and disables the compilation cache, which would suppress the compiler's warnings."""
+    monkeypatch.setattr(parallel, "MIN_SHARD_BYTES", 64)
     jax.config.update("jax_enable_compilation_cache", False)
     yield
     jax.config.update("jax_enable_compilation_cache", True)
 
 
 def compiled(base, sizes, *settings, vocabulary=VOCABULARY):
-    """The production step as it is compiled for a mesh over the first devices; no array is made."""
+    """Compiles the training step for a mesh over the first devices; creates no arrays."""
     config = configs.override(base(), [*SHAPE, *settings])
     config.mesh.update(dict(zip(parallel.AXES, sizes)))
     _, schedule, network = configs.build(config, vocabulary)
@@ -47,7 +47,7 @@ def compiled(base, sizes, *settings, vocabulary=VOCABULARY):
 
 
 def exchanged(step):
-    """What devices send one another: (operation, numbers in the largest array that it gives)."""
+    """Yields each collective: (operation, number of elements of its largest output)."""
     kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
     for line in step.as_text().splitlines():
         if found := re.match(rf"\s*(?:ROOT )?\S+ = (.*?) ({kinds})(?:-start)?\(", line):
@@ -56,20 +56,20 @@ def exchanged(step):
 
 
 MORE = [(8, 1, 1), (1, 8, 1), (1, 4, 2), (4, 1, 2), (1, 1, 8)]
-BASES = [configs.paper, configs.default]  # noise by times and by counts, free scores and log r
+BASES = [configs.paper, configs.default]  # times and mask counts, unnormalised scores and log r
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), *(pytest.param(more, marks=pytest.mark.slow) for more in MORE)], ids=str)
 @pytest.mark.parametrize("base", BASES)
-def test_nothing_is_gathered_for_want_of_a_better_way(fresh, capfd, base, sizes):
-    """The compiler says "Involuntary full rematerialization" where it knows no way from one layout to the next."""
+def test_no_array_is_fully_rematerialised(fresh, capfd, base, sizes):
+    """The compiler prints "Involuntary full rematerialization" if it cannot convert one sharding to another."""
     compiled(base, sizes)
     assert "Involuntary" not in capfd.readouterr().err
 
 
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="later compilers know a way for the control too")
-def test_the_compiler_would_say_so(fresh, capfd, monkeypatch):
-    """The control: looking tokens up in an embedding whose width is split."""
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="later compilers convert the control too")
+def test_compiler_reports_full_rematerialisation(fresh, capfd, monkeypatch):
+    """The control: looking up tokens in an embedding whose width is sharded."""
 
     def constrain_all_but_the_embedding(x, *axes):
         return x if axes == (sharding.MODEL_AXIS,) else sharding.constrain_sharding(x, *axes)
@@ -82,27 +82,27 @@ def test_the_compiler_would_say_so(fresh, capfd, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("base", BASES)
-def test_devices_exchange_weights_and_no_logits(fresh, monkeypatch, base, sizes):
-    """Nothing is larger than the largest weight, and nothing is laid out anew: the batch stays where it is.
+def test_devices_exchange_weights_but_no_activations(fresh, monkeypatch, base, sizes):
+    """No collective is larger than the largest weight, and there is no all-to-all: the batch is not resharded.
 
-    The control: where the network sees no mesh, the same step moves activations, which are far larger here.
+    The control: without the network's constraints the same step moves activations, which are far larger here.
     """
     largest = 384 * 64
-    found = list(exchanged(compiled(base, sizes)))
-    assert {"all-gather", "all-reduce"} <= {kind for kind, _ in found}
-    assert "all-to-all" not in dict(found) and max(size for _, size in found) <= largest
+    collectives = list(exchanged(compiled(base, sizes)))
+    assert {"all-gather", "all-reduce"} <= {kind for kind, _ in collectives}
+    assert "all-to-all" not in dict(collectives) and max(size for _, size in collectives) <= largest
     monkeypatch.setattr(sharding, "has_mesh", lambda: False)
     assert max(size for _, size in exchanged(compiled(base, sizes))) > 2 * largest
 
 
-def test_pairs_of_rows_stay_where_they_are(fresh):
-    """With noise by counts, data parallel: gradients are summed, and of the rows only their losses are gathered."""
+def test_data_parallel_step_exchanges_only_gradients_and_losses(fresh):
+    """With mask counts: gradients are summed, and of the rows only the losses are gathered."""
     for kind, size in exchanged(compiled(configs.default, (8, 1, 1))):
         assert kind == "all-reduce" or (kind == "all-gather" and size <= 32), (kind, size)
 
 
-def test_a_mesh_of_other_axes_says_nothing():
-    """Outside of any mesh, under one that someone else has named, and mapped over devices, arrays stay as they are."""
+def test_no_constraints_without_the_axes_of_the_mesh():
+    """Without a mesh, under a mesh of other axes and under `jax.pmap`, arrays are not constrained."""
     x = jnp.ones((8, 4))
     assert sharding.constrain_sharding(x, sharding.BATCH_AXES) is x
     with jax.sharding.use_abstract_mesh(parallel.data_mesh(jax.devices()[:2]).abstract_mesh):
@@ -113,29 +113,29 @@ def test_a_mesh_of_other_axes_says_nothing():
     assert "sharding_constraint" not in str(mapped)
 
 
-def test_splash_attention_is_split_by_rows_and_heads():
-    """The kernel, which no compiler can split, runs on each device on its own; the result is that of XLA's."""
+def test_splash_attention_is_sharded_by_rows_and_heads():
+    """Each device runs the kernel on its own rows and heads; the result equals that of XLA attention."""
     mesh = parallel.make_mesh(configs.override(configs.default(), ["mesh.fsdp=2", "mesh.model=2"]))
     q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 128, 2, 16))
     lengths = jnp.array([128, 5, 64, 100])
-    place = NamedSharding(mesh, P(sharding.BATCH_AXES, None, sharding.MODEL_AXIS))
+    expected = NamedSharding(mesh, P(sharding.BATCH_AXES, None, sharding.MODEL_AXIS))
 
     def split(q, k, v, lengths):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return attend("splash", q, k, v, lengths)
 
-    step = jax.jit(split, in_shardings=(place, place, place, NamedSharding(mesh, P(sharding.BATCH_AXES))))
-    found = step(q, k, v, lengths)
-    assert found.sharding.is_equivalent_to(place, 4) and not list(exchanged(step.lower(q, k, v, lengths).compile()))
+    step = jax.jit(split, in_shardings=(expected, expected, expected, NamedSharding(mesh, P(sharding.BATCH_AXES))))
+    out = step(q, k, v, lengths)
+    assert out.sharding.is_equivalent_to(expected, 4) and not list(exchanged(step.lower(q, k, v, lengths).compile()))
     valid = np.arange(128) < lengths[:, None]
-    np.testing.assert_allclose(found[valid], attend("xla", q, k, v, lengths)[valid], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out[valid], attend("xla", q, k, v, lengths)[valid], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_the_papers_medium_network_shrinks_with_fsdp(capsys):
-    """Parameters and the state of the optimiser on a device fall as 1/n; printed for docs/scale.md.
+def test_state_of_the_medium_network_shrinks_with_fsdp(capsys):
+    """Parameters and optimiser state per device are 1/n of the total; printed for docs/scale.md.
 
-    A row a device: what else the step needs there falls to the activations of that row, and the weights of a layer.
+    With one row per device the other memory falls to the activations of that row and the weights of one layer.
     """
     settings = ("network.width=1024", "network.layers=24", "network.heads=16", "network.remat=full")
     settings += ("network.cond_dim=128", "network.dtype=bfloat16", "data.block_length=1024", "training.batch_size=8")

@@ -3,7 +3,7 @@
     model = sedd.load("runs/quickstart")
     model.infill("GREEK SMALL LETTER <blank:4> WITH TONOS").texts
 
-Importing this loads no data set or checkpoint library, initialises no device and parses no flags.
+Importing sedd loads no dataset or checkpoint library, initialises no device and parses no flags.
 """
 
 from sedd.data.corpus import Corpus, open_corpus

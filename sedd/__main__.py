@@ -1,4 +1,4 @@
-"""`python -m sedd` is the command `sedd`."""
+"""`python -m sedd` runs the command `sedd`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The default config, which is the quickstart's, and strict overrides of it. Files are read by `sedd.config_file`."""
+"""The default config, that of the quickstart, and its validated overrides. `sedd.config_file` reads config files."""
 
 import ast
 import difflib
@@ -17,7 +17,7 @@ from sedd.network.network import PREDICTIONS, Network
 from sedd.network.trunk import REMAT
 from sedd.seeds import check_seed
 
-FORMAT = 2  # of the config.json of runs and exported models; 0.1.0 wrote 1, without saying so
+FORMAT = 2  # of config.json of runs and exported models; version 0.1.0 wrote format 1 without the key
 PROCESSES: dict[str, type[Absorbing] | type[Uniform]] = {"absorbing": Absorbing, "uniform": Uniform}
 SCHEDULES = {
     "loglinear": lambda config: LogLinear(config.eps),
@@ -27,7 +27,7 @@ _DEFAULT = {
     "process": {"name": "absorbing"},
     "schedule": {
         "name": "loglinear",
-        "eps": 1e-3,  # loglinear: the share of tokens still untouched at t = 1
+        "eps": 1e-3,  # loglinear: the probability that a token is clean at t = 1
         "sigma_min": 1e-4,  # geometric
         "sigma_max": 20.0,  # geometric
     },
@@ -36,56 +36,56 @@ _DEFAULT = {
         "width": 128,
         "layers": 4,
         "heads": 4,
-        "cond_dim": 128,  # width of the condition on sigma
-        "embedding_std": 0.5,  # of the embedding at the start; the paper's is 1 / sqrt(3 width)
+        "cond_dim": 128,  # width of the embedding of sigma
+        "embedding_std": 0.5,  # at initialisation; in the paper 1 / sqrt(3 width)
         "dropout": 0.0,
-        "dtype": "float32",  # of the trunk's linear maps and attention; all else is float32
-        "scan": False,  # compile one layer and loop over it
-        "remat": "none",  # recompute in the backward pass nothing, "full" layers, or all of a layer but its "dots"
-        "attention": "xla",  # on GPUs also "cudnn", on TPUs "splash"
-        "given_embedding": False,  # uniform: a flag a position says which tokens are given, so that infilling is exact
+        "dtype": "float32",  # of the linear layers and attention of the trunk; the rest is float32
+        "scan": False,  # compile one layer and scan over the layers
+        "remat": "none",  # rematerialise nothing, "full" layers, or all of a layer but its "dots"
+        "attention": "xla",  # or "cudnn" on GPUs, "splash" on TPUs
+        "given_embedding": False,  # uniform: embed which tokens are given, so that infilling is exact
     },
     "data": {
         "corpus": "data/names",
         "block_length": 32,
-        "vocab_size": None,  # None: the corpus'; else checked against it
+        "vocab_size": None,  # None: that of the corpus; else it must equal that
     },
     "training": {
         "steps": 800,
-        "batch_size": 64,  # of one update, whatever the devices and the accumulation
-        "accumulation": 1,  # microbatches an update
+        "batch_size": 64,  # rows per update, over all devices and microbatches
+        "accumulation": 1,  # microbatches per update
         "seed": 0,
-        "ema_decay": 0.0,  # 0: no average of the parameters is kept
-        "noise_sampling": "mask_count",  # counts of masked tokens in antithetic pairs; or "time", as in the paper
-        "min_time": 1e-3,  # times: the earliest
-        "max_skipped_steps": 0,  # steps with a loss or gradient that is not finite; one more stops the run
+        "ema_decay": 0.0,  # 0: no EMA of the parameters
+        "noise_sampling": "mask_count",  # mask counts in antithetic pairs; or "time", as in the paper
+        "min_time": 1e-3,  # noise_sampling=time: the smallest time
+        "max_skipped_steps": 0,  # skipped updates with a non-finite loss or gradient; one more stops the run
     },
     "optimizer": {
-        "name": "muon",  # for the matrices of the trunk, Adam for the rest; or "adamw" for all, as in the paper
+        "name": "muon",  # for the matrices of the trunk, with Adam for the rest; or "adamw", as in the paper
         "learning_rate": 0.02,
-        "adam_learning_rate": 0.03,  # muon: of the parameters that are left to Adam
+        "adam_learning_rate": 0.03,  # muon: of the parameters that Adam updates
         "b1": 0.9,  # Adam
         "b2": 0.98,  # Adam
         "weight_decay": 0.0,
         "warmup_steps": 30,
         "decay": "linear",  # to 0 at the last step, or "constant"
-        "clip_norm": 32.0,  # of the gradient of the loss summed over positions and averaged over rows
+        "clip_norm": 32.0,  # largest gradient norm, of the loss summed over positions and averaged over rows
     },
-    "mesh": {"data": -1, "fsdp": 1, "model": 1},  # devices along each axis; -1: all that are left
+    "mesh": {"data": -1, "fsdp": 1, "model": 1},  # devices along each axis; -1: all remaining devices
     "checkpoint": {
         "every": 500,  # steps between checkpoints
-        "keep": 2,  # the newest that stay
-        "keep_every": 0,  # those of every so many steps stay too; 0: none
-        "keep_best": False,  # and the one with the best bound; each time there is one, a checkpoint is written
+        "keep": 2,  # number of newest checkpoints to keep
+        "keep_every": 0,  # also keep those at multiples of this step; 0: none
+        "keep_best": False,  # also keep the one with the best bound; a new best bound writes a checkpoint
     },
     "evaluation": {
-        "every": 0,  # steps between bounds on the validation split, and samples, during training; 0: none
-        "draws": 16,  # noise levels a block
-        "samples": 2,  # texts drawn each time during training
+        "every": 0,  # steps between validation bounds and samples during training; 0: none
+        "draws": 16,  # noise levels per block
+        "samples": 2,  # texts sampled each time during training
     },
     "metrics": {
-        "tensorboard": False,  # write event files for TensorBoard too (pip install 'sedd[tensorboard]')
-        "profile": 0,  # steps to trace, after the first ten, for the profiler's viewers; 0: none
+        "tensorboard": False,  # also write TensorBoard event files (pip install 'sedd[tensorboard]')
+        "profile": 0,  # steps to trace with the JAX profiler, after the first ten; 0: none
     },
 }
 _CHOICES = {
@@ -119,17 +119,17 @@ _NOT_NEGATIVE = (
 
 
 def default() -> ConfigDict:
-    """A fresh copy of the default config, locked: an unknown key is an error."""
+    """Returns a new copy of the default config, locked: setting an unknown key is an error."""
     return ConfigDict(_DEFAULT).lock()
 
 
 def paper() -> ConfigDict:
-    """The default with the SEDD paper's recipe and its small network: free log scores, noise by times, AdamW, an
-    average of the parameters, no decay.
+    """Returns the config of the SEDD paper for its small network: unnormalised scores, noise sampled by time, AdamW,
+    EMA, constant learning rate.
 
-    Section 5.1 and appendix C of the paper; the warm-up of 2,500 steps is the authors' settings', the paper says 2,000,
-    and 400,000 steps are what RADD (arXiv 2406.03736) reports of the published models. Whoever changes the width sets
-    `network.embedding_std` to 1 / sqrt(3 width) too.
+    Section 5.1 and appendix C of arXiv 2310.16834. The warm-up of 2,500 steps is that of the authors' code (the paper
+    has 2,000); 400,000 steps are those of the published models according to RADD (arXiv 2406.03736). With another width
+    also set `network.embedding_std` to 1 / sqrt(3 width).
     """
     config = default()
     config.network.update(prediction="score", width=768, layers=12, heads=12, dropout=0.1, dtype="bfloat16")
@@ -144,25 +144,28 @@ def paper() -> ConfigDict:
 
 
 def fingerprint(config: ConfigDict) -> str:
-    """A hash of all settings but the path of the corpus, which goes by its own; in hexadecimal."""
+    """Returns a hexadecimal hash of all settings but the corpus path; the corpus has a fingerprint of its own."""
     values = config.to_dict()
     values["data"] = {**values["data"], "corpus": None}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
-    """The default config with these values, nested as they are there; strict."""
+    """Returns the default config with the given nested values. UserError for an unknown key or an invalid value."""
     config = default()
     for group, members in values.items():
         if not isinstance(members, dict) or not (members or group in config):
-            raise UserError(f"config: {group} is no group of settings; there are {', '.join(config)}")
+            raise UserError(f"config: {group} is not a group of settings; there are {', '.join(config)}")
         for name, value in members.items():
             _set(config, f"{group}.{name}", value)
     return validate(config)
 
 
 def override(config: ConfigDict, settings: list[str]) -> ConfigDict:
-    """A copy of the config with settings such as "optimizer.learning_rate=1e-3"; strict."""
+    """Returns a copy of the config with overrides such as "optimizer.learning_rate=1e-3".
+
+    UserError for an unknown key or an invalid value.
+    """
     config = from_dict(config.to_dict())
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -173,9 +176,9 @@ def override(config: ConfigDict, settings: list[str]) -> ConfigDict:
 
 
 def _parsed(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
+    constants = {"true": True, "false": False, "none": None}
+    if text.lower() in constants:
+        return constants[text.lower()]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -183,11 +186,11 @@ def _parsed(text: str) -> Any:
 
 
 def _set(config: ConfigDict, key: str, value: Any):
-    """Sets one key to a value of its own type."""
+    """Sets one key, converting between int and float where that is exact. UserError for another type."""
     flat = {f"{group}.{name}" for group, members in config.items() for name in members}
     if key not in flat:
-        near = difflib.get_close_matches(key, flat, n=1, cutoff=0.0)[0]
-        raise UserError(f"config: there is no {key}; the nearest is {near}")
+        nearest = difflib.get_close_matches(key, flat, n=1, cutoff=0.0)[0]
+        raise UserError(f"config: there is no {key}; the nearest is {nearest}")
     group, name = key.split(".")
     kind = _OPTIONAL.get(key, type(config[group][name]))
     if kind is float and type(value) is int:
@@ -195,14 +198,14 @@ def _set(config: ConfigDict, key: str, value: Any):
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)  # 1e5
     if kind is str and value is None:
-        value = "none"  # the name of a choice, given as text
+        value = "none"  # a choice by that name, which `_parsed` reads as None
     if type(value) is not kind and not (value is None and key in _OPTIONAL):
         raise UserError(f"config: {key} must be of type {kind.__name__}, not {value!r}")
     config[group][name] = value
 
 
 def validate(config: ConfigDict) -> ConfigDict:
-    """The config itself, if its values make sense one by one and together; else a UserError."""
+    """Returns the config unchanged. UserError for an invalid value or combination of values."""
 
     def get(key):
         group, name = key.split(".")
@@ -234,7 +237,7 @@ def validate(config: ConfigDict) -> ConfigDict:
     if not 0 < training.min_time < 1:
         raise UserError(f"config: training.min_time must lie in (0, 1), not {training.min_time}")
     if config.checkpoint.keep_best and not config.evaluation.every:
-        raise UserError("config: checkpoint.keep_best needs bounds to choose by; set evaluation.every")
+        raise UserError("config: checkpoint.keep_best needs validation bounds; set evaluation.every")
     if training.batch_size % training.accumulation:
         raise UserError("config: training.batch_size must be a multiple of training.accumulation")
     if network.width % (2 * network.heads):
@@ -245,12 +248,12 @@ def validate(config: ConfigDict) -> ConfigDict:
         raise UserError(f"config: {error}, or choose xla") from None
     if network.given_embedding and config.process.name != "uniform":
         raise UserError(
-            "config: network.given_embedding is for process.name=uniform; the absorbing process needs none, as a given "
-            "token is one that is not masked"
+            "config: network.given_embedding is for process.name=uniform; the absorbing process needs none, since a "
+            "given token is one that is not masked"
         )
     if training.noise_sampling == "mask_count":
         if config.process.name != "absorbing":
-            raise UserError("config: training.noise_sampling=mask_count is for process.name=absorbing; choose times")
+            raise UserError("config: training.noise_sampling=mask_count is for process.name=absorbing; choose time")
         if training.batch_size // training.accumulation % 2:
             raise UserError(
                 "config: training.noise_sampling=mask_count needs an even number of rows in each microbatch"
@@ -259,16 +262,16 @@ def validate(config: ConfigDict) -> ConfigDict:
 
 
 def read_description(file: epath.Path) -> dict[str, Any]:
-    """The contents of a config.json: of a run or an exported model, or, as they are, of a published checkpoint.
+    """Returns the contents of the config.json of a run, an exported model or a published checkpoint.
 
-    UserError if the file is not JSON, describes no model, or was written by a version of sedd with another format.
+    UserError if the file is not a JSON object, or if its format is that of another version of sedd.
     """
     try:
         about = json.loads(file.read_text())
     except ValueError:
         raise UserError(f"{file} is damaged: it is not JSON; restore it, or choose another folder") from None
     if not isinstance(about, dict):
-        raise UserError(f"{file} describes no model; choose another folder")
+        raise UserError(f"{file} does not describe a model; choose another folder")
     if "config" in about and about.get("format") != FORMAT:
         raise UserError(
             f"{file} has format {about.get('format', 1)}, and this version of sedd reads format {FORMAT}; use the "
@@ -278,7 +281,7 @@ def read_description(file: epath.Path) -> dict[str, Any]:
 
 
 def build(config: ConfigDict, vocab_size: int) -> tuple[Absorbing | Uniform, Schedule, Network]:
-    """The parts that a config describes, for a vocabulary of V tokens."""
+    """Returns the process, schedule and network of a config, for a vocabulary of V tokens."""
     process = PROCESSES[config.process.name](vocab_size)
     schedule = SCHEDULES[config.schedule.name](config.schedule)
     sizes = config.network.to_dict()

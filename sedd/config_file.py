@@ -1,4 +1,4 @@
-"""Config files: Python that has a `get_config()`. What is wrong in one is said in one line, with its file and line."""
+"""Config files: Python with a `get_config()`. An error in one is reported as one line, with file and line number."""
 
 import ast
 import contextlib
@@ -19,15 +19,15 @@ from sedd.errors import UserError
 from sedd.runtime import disk
 
 _PACKAGE = Path(__file__).resolve().parent
-# How a ConfigDict names the key that it does not have.
+# The messages of a ConfigDict for a key that it does not have.
 _MISSING = re.compile(r'Key \\*"([^"\\]+)\\*" does not exist|Did you mean ".*" instead of "([^"]+)"')
 
 
 def load_config(path: str | Path) -> ConfigDict:
-    """The default config with what the file's `get_config()` returns: a ConfigDict, or a dict of groups of settings.
+    """Returns the default config, updated with what `get_config()` of the file returns: a ConfigDict or a nested dict.
 
-    The file runs as a script does: it can import the modules beside it. They are forgotten afterwards, so that those of
-    another config may have the same names. UserError if there is no such file, or no valid config in it.
+    The file runs like a script and can import modules of its folder. These are removed from sys.modules afterwards, so
+    that another config can have modules of the same names. UserError if the file does not exist or is not valid.
     """
     file = Path(disk.absolute(path))
     if not file.is_file():
@@ -38,11 +38,11 @@ def load_config(path: str | Path) -> ConfigDict:
         try:
             return configs.from_dict(_returned(file))
         except Exception as error:
-            raise UserError(f"{_place(error, file)}: {_said(error)}") from error
+            raise UserError(f"{_location(error, file)}: {_message(error)}") from error
 
 
 def _returned(file: Path) -> dict[str, Any]:
-    """What the file's get_config() returns, as nested dicts."""
+    """Returns the result of get_config() of the file, as nested dicts."""
     get_config = runpy.run_path(str(file)).get("get_config")
     if not callable(get_config):
         raise UserError("the file defines no get_config()")
@@ -51,20 +51,20 @@ def _returned(file: Path) -> dict[str, Any]:
         raise UserError("get_config() returns nothing; end it with: return config")
     if not isinstance(values, (ConfigDict, Mapping)):
         raise UserError(f"get_config() returns {type(values).__name__}, not a config or a dict of its groups")
-    return ConfigDict(values, allow_dotted_keys=True).to_dict()  # without references, at any depth
+    return ConfigDict(values, allow_dotted_keys=True).to_dict()  # resolves references, at any depth
 
 
 @contextlib.contextmanager
 def _modules_beside(file: Path) -> Iterator[None]:
-    """A block in which the modules and packages in the folder of a file can be imported, and after which none is."""
+    """Context in which modules of the folder of a file can be imported; they are unloaded at its end."""
     folder = file.resolve().parent
-    beside = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
-    beside -= sys.stdlib_module_names | {_PACKAGE.name}
+    names = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    names -= sys.stdlib_module_names | {_PACKAGE.name}
 
     def loaded():
-        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in beside}
+        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in names}
 
-    before = loaded()  # those of the same names from elsewhere, and those of this folder that are not the config's
+    before = loaded()  # modules of the same names, from elsewhere or imported earlier
     for name in before:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
@@ -79,8 +79,8 @@ def _modules_beside(file: Path) -> Iterator[None]:
         sys.modules.update(before)
 
 
-def _place(error: Exception, file: Path) -> str:
-    """Where in the user's files an error comes from: PATH, line NUMBER, as far as that can be said."""
+def _location(error: Exception, file: Path) -> str:
+    """Returns the origin of an error in the user's files: "PATH, line NUMBER", or PATH if the line is unknown."""
     if isinstance(error, SyntaxError) and error.lineno and _is_users(error.filename or "", file):
         return f"{error.filename}, line {error.lineno}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename, file)]
@@ -91,14 +91,14 @@ def _place(error: Exception, file: Path) -> str:
 
 
 def _is_users(name: str, file: Path) -> bool:
-    """Whether a module's file is the config, or lies in its folder and is no library's."""
+    """True if a module file is in the folder of the config, and not in sedd or site-packages."""
     path = Path(name).resolve()
     library = path.is_relative_to(_PACKAGE) or "site-packages" in path.parts
     return path.is_file() and path.is_relative_to(file.resolve().parent) and not library
 
 
 def _line(file: Path, keys: list[tuple[str, ...]]) -> int | None:
-    """The line that names the first key that is named, or where get_config begins."""
+    """Returns the first line of the file that names one of the keys, or the line of get_config."""
     try:
         nodes = list(ast.walk(ast.parse(file.read_bytes())))
     except (SyntaxError, ValueError):
@@ -106,14 +106,15 @@ def _line(file: Path, keys: list[tuple[str, ...]]) -> int | None:
     names = {"name": ast.FunctionDef, "attr": ast.Attribute, "arg": ast.keyword, "value": ast.Constant}
     for key in [*map("".join, keys), "get_config"]:
         for field, kind in names.items():
-            lines = [node.lineno for node in nodes if isinstance(node, kind) and getattr(node, field) == key]
+            found = (node for node in nodes if isinstance(node, kind) and getattr(node, field) == key)
+            lines = [node.lineno for node in found if isinstance(node, (ast.stmt, ast.expr, ast.keyword))]
             if lines:
                 return min(lines)
     return None
 
 
-def _said(error: Exception) -> str:
-    """What an error says, in one line."""
+def _message(error: Exception) -> str:
+    """Returns the message of an error, in one line."""
     text = str(error)
     if isinstance(error, UserError):
         return text.removeprefix("config: ")

@@ -1,4 +1,4 @@
-"""Models from folders: `load` reads a run, an exported model or a published SEDD checkpoint; `train` makes a run."""
+"""`load` reads a model from a run, an export or a published SEDD checkpoint; `train` trains or resumes a run."""
 
 import dataclasses
 from pathlib import Path
@@ -23,12 +23,12 @@ from sedd.training.fit import fit
 
 
 def load(path: str | Path, tokenizer: str | None = None) -> Model:
-    """A model from a run directory, an exported model or a published SEDD checkpoint directory.
+    """Loads a model from a run directory, an exported model or a published SEDD checkpoint.
 
-    path: a folder, or gs://BUCKET/FOLDER; of a run it means the newest checkpoint, and RUN/checkpoints/STEP that one.
-    The parameters are whole on each device; with several processes, all of them call it.
-    tokenizer: for a model that comes without, as a published one does; as `sedd prepare` takes it, "gpt2:FOLDER".
-    UserError if there is no model, if it is damaged, or if the tokenizer does not fit.
+    path: a folder or gs://BUCKET/FOLDER. A run loads its newest checkpoint, RUN/checkpoints/STEP that of a step.
+    tokenizer: for a model without one, such as a published checkpoint, in the form of `sedd prepare`: "gpt2:FOLDER".
+    The parameters are replicated on each device. With several processes all of them call it.
+    UserError if there is no model, if a file is damaged, or if the tokenizer does not fit the model.
     """
     model = _load(path)
     return model if tokenizer is None else with_tokenizer(model, tokenizer)
@@ -37,58 +37,59 @@ def load(path: str | Path, tokenizer: str | None = None) -> Model:
 def _load(path: str | Path) -> Model:
     directory, step = _run_and_step(storage.folder_of(path))
     if not directory.is_dir():
-        raise UserError(f"there is no folder {path}; train a model there, or give another")
+        raise UserError(f"there is no folder {path}; train a model there, or choose another folder")
     if not (directory / "config.json").is_file():
-        raise UserError(f"{path} holds no model: it has no config.json")
+        raise UserError(f"{path} is not a model: it has no config.json")
     about = configs.read_description(directory / "config.json")
     if pretrained.is_published(about):
         config, params = pretrained.load(directory)
-        return Model(config, _everywhere(params), None, *configs.build(config, config.data.vocab_size))
+        return Model(config, _replicated(params), None, *configs.build(config, config.data.vocab_size))
     if "config" not in about:
-        raise UserError(f"{directory} holds no model: its config.json has no config; choose another folder")
+        raise UserError(f"{directory} is not a model of sedd: its config.json has no config; choose another folder")
     config = configs.from_dict(about["config"])
-    config.network.attention = "xla"  # the same function, at any length and on any device
+    config.network.attention = "xla"  # computes the same function, at any length and on any device
     tokenizer = load_tokenizer(directory / "tokenizer") if (directory / "tokenizer").is_dir() else None
     process, schedule, network = configs.build(config, about["vocab_size"])
     like = jax.eval_shape(network.init, root_key(0))
     weights = directory / "weights.safetensors"
     params = _exported(weights, like) if weights.is_file() else _trained(directory, step, config, like)
     layout = Layout.from_json(about["layout"])
-    return Model(config, _everywhere(params), tokenizer, process, schedule, network, layout)
+    return Model(config, _replicated(params), tokenizer, process, schedule, network, layout)
 
 
 def _run_and_step(directory: epath.Path) -> tuple[epath.Path, int | None]:
-    """RUN/checkpoints/STEP taken apart; any other folder is itself."""
+    """Splits RUN/checkpoints/STEP into RUN and STEP; the step of any other folder is None."""
     if directory.parent.name == "checkpoints" and directory.name.isdigit() and directory.is_dir():
         return directory.parent.parent, int(directory.name)
     return directory, None
 
 
-def _everywhere(params: dict) -> dict:
-    """The parameters whole on each device: rows of evaluation and sampling are split, and their networks are not."""
+def _replicated(params: dict) -> dict:
+    """Replicates the parameters on each device: evaluation and sampling are data-parallel."""
     mesh = parallel.data_mesh()
     return parallel.put(params, parallel.shardings(mesh, params))
 
 
 def train(config: ConfigDict, workdir: str | Path, init_from: str | Path | None = None) -> Model:
-    """Trains, or continues the run that is in `workdir`, and returns its model. See `sedd.training.fit.fit`.
+    """Trains a model, or resumes the run in `workdir`. Returns the trained model. See `sedd.training.fit.fit`.
 
-    init_from: whatever `load` takes; a new run starts from its weights, and from nothing else of it.
+    init_from: a path of `load`, from whose weights a new run is initialised; nothing else of that model is used.
+    UserError for an invalid config, or if `workdir` holds another run.
     """
     weights = None if init_from is None else load(init_from).params
-    fit(config, workdir, weights, init_from and str(init_from))
+    fit(config, workdir, weights, None if init_from is None else str(init_from))
     return load(workdir)
 
 
 def with_tokenizer(model: Model, spec: str) -> Model:
-    """A model that has no tokenizer, with one. UserError if it has one, or if the vocabularies differ in size."""
+    """Adds a tokenizer to a model without one. UserError if it has one, or if the vocabulary sizes differ."""
     if model.tokenizer is not None:
         raise UserError(f"this model has a tokenizer of its own; leave out tokenizer={spec}")
     tokenizer = pretrained_tokenizer(spec)
     if tokenizer.vocab_size != model.process.vocab_size:
         raise UserError(
             f"the tokenizer {spec} has {tokenizer.vocab_size} tokens, the model {model.process.vocab_size}; give the "
-            "one it was trained with"
+            "tokenizer it was trained with"
         )
     return dataclasses.replace(model, tokenizer=tokenizer)
 

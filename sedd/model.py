@@ -1,11 +1,11 @@
-"""A model: parameters with their config and tokenizer, and what people do with them."""
+"""The Model: parameters with their config and tokenizer, to sample, infill, score and save."""
 
 import dataclasses
 import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +39,15 @@ from sedd.runtime import disk, processes, storage
 from sedd.runtime.settings import jax_defaults
 from sedd.seeds import check_seed
 
-MOST_DRAWS = 2**20
+MAX_DRAWS = 2**20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A trained model.
 
-    params: the EMA where the run keeps one; tokenizer: None where none is known; layout: how the documents lay in
-    blocks that it was trained on.
+    params: the EMA parameters if the run keeps them; tokenizer: None if unknown; layout: that of the training corpus,
+    packed or padded.
     """
 
     config: ConfigDict
@@ -60,7 +60,7 @@ class Model:
 
     @property
     def block_length(self) -> int:
-        """The length it was trained at, in tokens; the default of sampling and infilling."""
+        """Sequence length of training, in tokens; the default length of samples."""
         return self.config.data.block_length
 
     @jax_defaults()
@@ -71,36 +71,38 @@ class Model:
         lengths: jax.Array | None = None,
         given: jax.Array | None = None,
     ) -> jax.Array:
-        """The log concrete score, the mask's column too, 0 at the current token.
+        """Returns the log concrete score, Float32[B L S]: 0 at the current token, with a column for the mask.
 
-        tokens: Int[B L]; sigma: Float[B], the noise the network is told, unclipped; lengths: Int[B], the valid ones, of
-        a model of padded documents whose padding is ignored; given: Bool[B L], the clean tokens, of a model with
-        `network.given_embedding`. Returns Float32[B L S].
+        tokens: Int[B L]; sigma: Float[B], total noise that the network is conditioned on, not clipped; lengths: Int[B],
+        valid tokens per row, for a model of padded documents with ignored padding; given: Bool[B L], True at clean
+        tokens, for a model with `network.given_embedding`.
         """
-        told = (None if array is None else jnp.asarray(array) for array in (tokens, sigma, lengths, given))
-        return _log_score(self.network, self.params, *told)
+        arrays = (None if array is None else jnp.asarray(array) for array in (tokens, sigma, lengths, given))
+        return _log_score(self.network, self.params, *arrays)
 
     def denoiser(
         self, tokens: jax.Array | None = None, given: jax.Array | None = None, lengths: jax.Array | None = None
     ) -> Denoiser:
-        """A Denoiser, for samplers of your own. It holds the parameters: make it inside jit.
+        """Returns the Denoiser, for custom samplers. It closes over the parameters: call this inside jit.
 
-        tokens: Int[B L] with given: Bool[B L], what it sees at those positions wherever a sampler has got to, and what
-        a network with `network.given_embedding` is told to be given;
-        lengths: Int[B], the valid ones.
+        tokens: Int[B L] with given: Bool[B L], tokens that the denoiser sees clean at every step; a network with
+        `network.given_embedding` is also conditioned on `given`. lengths: Int[B], valid tokens per row.
+        UserError if only one of tokens and given is passed.
         """
         if (tokens is None) != (given is None):
-            raise UserError("denoiser: tokens and given go together")
+            raise UserError("denoiser: pass both tokens and given, or neither")
         flags = jnp.asarray(given) if self.network.given_embedding and given is not None else None
         denoiser = self.network.denoiser(self.params, lengths, flags)
         return denoiser if given is None else clamped(denoiser, jnp.asarray(tokens), ~jnp.asarray(given))
 
     def sample(self, num_samples: int = 1, length: int | None = None, **settings: Unpack[SamplingOptions]) -> Samples:
-        """Draws texts of `length` tokens, by default a whole block, or where documents were padded and their padding
-        ignored, as long as those are. Longer than a block they are drawn block after block, each with its first half
-        given, which only packed text can be; a uniform model then resamples on its way, as `infill` says.
+        """Samples texts unconditionally.
 
-        settings: `sedd.generation.Drawing`: steps, sampler, temperature, top_p, seed, batch_size, trace, watch.
+        length: tokens per text. The default is the block length, or for padded documents with ignored padding a length
+        drawn from those of the training corpus. A model of packed text samples texts longer than a block
+        semi-autoregressively, each block with its first half given; a uniform model then adds Gibbs corrector steps,
+        as in `infill`. settings: `sedd.generation.SamplingOptions`: steps, sampler, temperature, top_p, seed,
+        batch_size, trace, watch. UserError for an invalid argument, before compilation.
         """
         return self.generator.sample(num_samples, length, **settings)
 
@@ -116,27 +118,33 @@ class Model:
         num_samples: int = 1,
         **settings: Unpack[SamplingOptions],
     ) -> Samples:
-        """Fills in the free positions given the others, which stay as they are.
+        """Samples the free positions of texts, conditioned on the given tokens, which do not change.
 
-        What is given comes in one of three ways: a template or several, with blanks of so many tokens anywhere, as in
-        "The <blank:8> sat on the <blank:5>."; a prefix and a suffix in a text of `length` tokens (default: a block);
-        or arrays, tokens: Int[N L] or Int[L] with given: Bool of the same shape. Each row gets `num_samples` samples.
+        The input is one of three: one or several templates with blanks of n tokens anywhere, as in
+        "The <blank:8> sat on the <blank:5>."; a prefix and a suffix of a text of `length` tokens (default: the block
+        length); or arrays, tokens: Int[N L] or Int[L] with given: Bool of the same shape. Each row of input gets
+        `num_samples` samples.
 
-        With Absorbing the given tokens are part of what the model conditions on exactly, and with Uniform where it was
-        trained with `network.given_embedding`. Any other uniform model takes them for noise at high noise levels, so
-        that `euler`, `tweedie` and `trapezoidal` by name resample on their way, at one more call a step:
-        `sedd.diffusion.correctors` says what bias stays.
-        The texts end at the first end-of-text token after the last given one; a row of an array in which all is given
-        comes back as it is. settings: as of `sample`.
+        Conditioning is exact for Absorbing, and for Uniform trained with `network.given_embedding`. Any other uniform
+        model treats given tokens as noisy at high noise levels; the samplers `euler`, `tweedie` and `trapezoidal`, if
+        given by name, then add a Gibbs corrector with one more network call per step. `sedd.diffusion.correctors`
+        describes the remaining bias.
+
+        A text ends at the first end-of-text token after the last given token. A row of arrays without free positions
+        is returned unchanged. settings: as in `sample`. UserError for an invalid argument, before compilation.
         """
-        ways = [template is not None, prefix is not None or suffix is not None, tokens is not None or given is not None]
-        if sum(ways) != 1:
+        inputs = [
+            template is not None,
+            prefix is not None or suffix is not None,
+            not (tokens is None and given is None),
+        ]
+        if sum(inputs) != 1:
             raise UserError("infill takes a template, or a prefix and a suffix, or tokens with given")
-        if length is not None and not ways[1]:
+        if length is not None and not inputs[1]:
             raise UserError("length goes with a prefix and a suffix; a template or an array has its own")
         if num_samples < 1:
             raise UserError(f"the number of samples must be at least 1, not {num_samples}")
-        if ways[2]:
+        if inputs[2]:
             rows = prompts.of_arrays(tokens, given, self.process.vocab_size)
         else:
             texts = [template] if isinstance(template, str) else template
@@ -146,21 +154,23 @@ class Model:
         return self.generator.generate(rows, **settings)
 
     def perplexity(self, texts_or_corpus: str | Sequence[str] | Corpus | Source, **settings) -> Report:
-        """A bound on the negative log-likelihood of texts, one by one, of a corpus' split, or of a source.
+        """Estimates the NLL bound (negative ELBO) of texts, each a document, of a split of a corpus, or of a source.
 
-        split: of a corpus, by default "test", or what the protocol has; protocol: a name of
-        `sedd.evaluation.protocols`, by default "clean"; draws: noise levels a block, by default what the protocol says,
-        or `config.evaluation.draws`; seed: of the noise; batch_size: blocks at a time, which changes no number; out: a
-        folder that keeps what is scored and goes on from it; progress: whether to show it.
+        Returns a Report: bound, perplexity, bits per byte, with standard errors. settings: split, of a corpus (that of
+        the protocol, else "test"); protocol, a name in `sedd.evaluation.protocols` ("clean"); draws, noise levels per
+        block (that of the protocol, else `config.evaluation.draws`); seed, of the noise (0); batch_size, blocks per
+        batch, which does not change the result; out, a folder that keeps the scores, from which an interrupted
+        evaluation resumes; progress, True to show it.
 
-        UserError if there is nothing to score, or it was made with another tokenizer.
+        UserError if there is no text to score, or if the corpus has another tokenizer than the model.
         """
         return self._score(texts_or_corpus, **settings)[0]
 
     def compare(self, other: "Model", texts_or_corpus: str | Sequence[str] | Corpus | Source, **settings) -> Comparison:
-        """Both models' `perplexity` on the same rows with the same noise, and the difference with its own error.
+        """Compares the `perplexity` of two models on the same rows with the same noise.
 
-        UserError unless they have the same tokenizer, block length and layout.
+        Returns both reports and their difference with its standard error.
+        settings: as in `perplexity`. UserError unless the models have the same tokenizer, block length and layout.
         """
         if (self.block_length, self.layout.name) != (other.block_length, other.layout.name):
             raise UserError(
@@ -176,8 +186,9 @@ class Model:
         if settings.get("draws") is None:
             settings["draws"] = protocol.draws or self.config.evaluation.draws
         with storage.locked_by_first(out):
-            found = [model._score(texts_or_corpus, out=at, **settings) for model, at in zip((self, other), folders)]
-            comparison = make_comparison(*found)
+            models = zip((self, other), folders)
+            scores = [model._score(texts_or_corpus, out=folder, **settings) for model, folder in models]
+            comparison = make_comparison(*scores)
             if out is not None and processes.is_first():
                 with storage.user_errors(out, KEPT):
                     disk.write_json_atomic(out / "comparison.json", comparison.to_json() + "\n")
@@ -192,37 +203,42 @@ class Model:
         draws: int = 64,
         seed: int = 0,
     ) -> LogLikelihood | list[LogLikelihood]:
-        """log p(answer | given) in nats: exactly where that is affordable, else from below. A list gives a list.
+        """Returns log p(answer | given) in nats: exact if that is affordable, else a lower bound. A list for a list.
 
-        The tokens scored are those of given + answer beyond what they share with those of `given`. Answers in a list
-        share their noise. What would follow the answer is left open, but where documents were padded and their padding
-        ignored: there the text ends with the answer, as the model has to be told its length. See
-        `sedd.evaluation.conditional` for the methods. UserError for an empty answer, or more tokens than a block.
+        The scored tokens are those of given + answer after the common prefix with the tokens of `given`. Answers in a
+        list share their noise. The text after the answer is marginalised out; only a model of padded documents with
+        ignored padding is conditioned on the length, so that there the text ends with the answer. method, draws: see
+        `sedd.evaluation.conditional`. UserError for an empty answer, or for more tokens than a block.
         """
         check_draws(draws)
         texts = [answer] if isinstance(answer, str) else list(answer)
         answers = answers_to(given, texts, self._require_tokenizer(), self.process, self.block_length, self.layout)
-        found = log_likelihoods(self.network, self.schedule, self.params, answers, method, draws, seed)
-        return found[0] if isinstance(answer, str) else found
+        results = log_likelihoods(self.network, self.schedule, self.params, answers, method, draws, seed)
+        return results[0] if isinstance(answer, str) else results
 
     def score_texts(self, texts: Sequence[str]) -> ScoredTexts:
-        """What each text costs under this model, from above: a judge of the samples of others. An empty one is free."""
+        """Returns the NLL bound of each text in nats, and its number of tokens, to score samples of other models.
+
+        An empty text has 0 nats and 0 tokens.
+        """
         nats, counts = np.zeros(len(texts)), np.zeros(len(texts), int)
-        told = np.array([bool(text) for text in texts])
-        if told.any():
-            full = [text for text in texts if text]
-            scored = from_texts(full, self._require_tokenizer(), self.block_length, self.layout, has_eos_markers=True)
+        nonempty = np.array([bool(text) for text in texts])
+        if nonempty.any():
+            documents = [text for text in texts if text]
+            rows = from_texts(
+                documents, self._require_tokenizer(), self.block_length, self.layout, has_eos_markers=True
+            )
             draws = self.config.evaluation.draws
-            _, terms = perplexity(self.network, self.schedule, self.params, scored, num_draws=draws, progress=False)
-            nats[told] = np.bincount(terms.clusters, terms.rows)
-            counts[told] = np.bincount(terms.clusters, terms.counts)
+            _, terms = perplexity(self.network, self.schedule, self.params, rows, num_draws=draws, progress=False)
+            nats[nonempty] = np.bincount(terms.clusters, terms.rows)
+            counts[nonempty] = np.bincount(terms.clusters, terms.counts)
         return ScoredTexts(nats, counts)
 
     def save(self, directory: str | Path):
-        """Exports all that `load` needs: weights, config and tokenizer. UserError if the folder is not empty.
+        """Exports weights, config and tokenizer to a folder that `load` reads.
 
-        What cannot be written to its end leaves nothing. With several processes all of them call it, and process 0
-        writes.
+        Atomic: a write that fails leaves no file. With several processes all of them call it, and process 0 writes.
+        UserError if the folder is not empty.
         """
         directory = storage.folder_of(directory)
         with storage.locked_by_first(directory), processes.together():
@@ -240,7 +256,9 @@ class Model:
             "layout": self.layout.to_json(),
         }
         (directory / "weights.safetensors").write_bytes(save_arrays(named(jax.device_get(self.params))))
-        (directory / "config.json").write_text(json.dumps(about, indent=2) + "\n")  # last: with it, it is a model
+        (directory / "config.json").write_text(
+            json.dumps(about, indent=2) + "\n"
+        )  # written last: it marks a complete export
 
     def _score(
         self,
@@ -254,25 +272,26 @@ class Model:
         progress: bool = True,
     ) -> tuple[Report, Terms]:
         check_seed(seed)
-        protocol = get_protocol(protocol)
-        draws = draws if draws is not None else protocol.draws or self.config.evaluation.draws
+        rules = get_protocol(protocol)
+        draws = draws if draws is not None else rules.draws or self.config.evaluation.draws
         check_draws(draws)
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
-        text = [texts_or_corpus] if isinstance(texts_or_corpus, str) else texts_or_corpus
-        if split is not None and not isinstance(text, Corpus):
+        data = [texts_or_corpus] if isinstance(texts_or_corpus, str) else texts_or_corpus
+        if split is not None and not isinstance(data, Corpus):
             raise UserError(f"there is no split {split!r}: a corpus has splits, a source or a list of texts has none")
-        if isinstance(text, Corpus):
-            tokenizer = check_compatible(text, self.tokenizer, self.process.vocab_size, self.layout)
+        if isinstance(data, Corpus):
+            tokenizer = check_compatible(data, self.tokenizer, self.process.vocab_size, self.layout)
         else:
             tokenizer = self._require_tokenizer()
-        scored = scoring_rows(protocol, text, split or protocol.split, tokenizer, self.block_length, self.layout)
+        rows = scoring_rows(rules, data, split or rules.split, tokenizer, self.block_length, self.layout)
         about = {"model": fingerprint(self.params), "tokenizer": tokenizer.fingerprint, "config": self.config.to_dict()}
-        settings = dict(about=about, folder=out and storage.folder_of(out), batch_size=batch_size, progress=progress)
-        return perplexity(self.network, self.schedule, self.params, scored, protocol, draws, seed, **settings)
+        settings: dict[str, Any] = {"about": about, "folder": out and storage.folder_of(out)}
+        settings |= {"batch_size": batch_size, "progress": progress}
+        return perplexity(self.network, self.schedule, self.params, rows, rules, draws, seed, **settings)
 
     def _of_texts(self, templates: Sequence[str] | None, prefix: str, suffix: str, length: int | None) -> list[Prompt]:
-        """The prompts of templates, or of a prefix and a suffix, as documents of the corpus."""
+        """Returns prompts from templates, or from a prefix and a suffix, formatted like documents of training."""
         tokenizer = self._require_tokenizer()
         if templates is not None:
             rows = [prompts.of_template(text, tokenizer) for text in templates]
@@ -284,7 +303,7 @@ class Model:
 
     @property
     def generator(self) -> Generator:
-        """What draws its texts."""
+        """The Generator behind `sample` and `infill`."""
         return Generator(self.network, self.params, self.schedule, self.tokenizer, self.layout, self.block_length)
 
     def _require_tokenizer(self) -> Tokenizer:
@@ -294,9 +313,9 @@ class Model:
 
 
 def check_draws(draws: int):
-    """UserError, before they take any memory, for a number of draws that nothing can be estimated with."""
-    if not 1 <= draws <= MOST_DRAWS:
-        raise UserError(f"draws must be at least 1 and at most {MOST_DRAWS:,}, not {draws}")
+    """Raises UserError for a number of draws that is not in 1 .. MAX_DRAWS, before memory is allocated."""
+    if not 1 <= draws <= MAX_DRAWS:
+        raise UserError(f"draws must be at least 1 and at most {MAX_DRAWS:,}, not {draws}")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""Published SEDD checkpoints (PyTorch): a directory with config.json and model.safetensors, read without PyTorch."""
+"""Reads published SEDD checkpoints, config.json and model.safetensors, without PyTorch."""
 
 import json
 from pathlib import Path
@@ -14,26 +14,26 @@ from sedd.network.trunk import padded
 
 
 def is_published(about: dict) -> bool:
-    """Whether the contents of a config.json are those of a published checkpoint."""
+    """True if the contents of a config.json are those of a published checkpoint."""
     return {"graph", "noise", "model", "tokens"} <= about.keys()
 
 
 def load(directory: Path) -> tuple[ConfigDict, dict]:
-    """The config and the parameters of a published checkpoint. UserError if it cannot be read."""
+    """Returns the config and the parameters of a published checkpoint. UserError if it cannot be read."""
     config = _config(json.loads((directory / "config.json").read_text()), directory)
     file = directory / "model.safetensors"
     if not file.is_file():
-        raise UserError(f"there is no {file}; copy it there, beside its config.json")
+        raise UserError(f"there is no {file}; copy it to the folder of its config.json")
     try:
         tensors = load_file(file)
     except SafetensorError as error:
-        raise UserError(f"{file} is damaged ({error}); copy it there again") from None
+        raise UserError(f"{file} is damaged ({error}); copy it again") from None
     tensors.pop("rotary_emb.inv_freq", None)  # a constant
     return config, _params(tensors, config, directory)
 
 
 def _config(published: dict, directory: Path) -> ConfigDict:
-    """The published settings in the words of our config."""
+    """Translates the published settings to a config of sedd."""
     graph, noise, model = published["graph"], published["noise"], published["model"]
     if model["scale_by_sigma"] != (graph["type"] == "absorb"):
         raise UserError(f"{directory}: scale_by_sigma={model['scale_by_sigma']} with {graph['type']} is not supported")
@@ -60,9 +60,9 @@ def _config(published: dict, directory: Path) -> ConfigDict:
 
 
 def _params(tensors: dict[str, np.ndarray], config: ConfigDict, directory: Path) -> dict:
-    """The tensors under the names and shapes of our tree; every one is used, and none is missing."""
+    """Maps the tensors to the parameter tree. UserError if a tensor is missing or left over."""
     process, _, network = configs.build(config, config.data.vocab_size)
-    spare = padded(process.num_states) - process.num_states
+    padding = padded(process.num_states) - process.num_states
 
     def take(name):
         if name not in tensors:
@@ -73,7 +73,7 @@ def _params(tensors: dict[str, np.ndarray], config: ConfigDict, directory: Path)
         kernel = {"kernel": take(f"{name}.weight").T}
         return {**kernel, "bias": take(f"{name}.bias")} if bias else kernel
 
-    def heads(name):  # queries, keys and values, of which we keep an axis
+    def heads(name):  # queries, keys and values get an axis of their own
         return {"kernel": take(f"{name}.weight").T.reshape(network.width, 3, network.width)}
 
     def norm(name):
@@ -93,7 +93,7 @@ def _params(tensors: dict[str, np.ndarray], config: ConfigDict, directory: Path)
     out = linear("output_layer.linear")
     params = {
         "trunk": {
-            "embedding": np.pad(take("vocab_embed.embedding"), ((0, spare), (0, 0))),
+            "embedding": np.pad(take("vocab_embed.embedding"), ((0, padding), (0, 0))),
             "sigma_in": linear("sigma_map.mlp.0"),
             "sigma_out": linear("sigma_map.mlp.2"),
             **{f"block_{i}": block(f"blocks.{i}") for i in range(network.layers)},
@@ -101,9 +101,9 @@ def _params(tensors: dict[str, np.ndarray], config: ConfigDict, directory: Path)
         "head": {
             "modulation": linear("output_layer.adaLN_modulation"),
             "norm": norm("output_layer.norm_final"),
-            "out": {"kernel": np.pad(out["kernel"], ((0, 0), (0, spare))), "bias": np.pad(out["bias"], (0, spare))},
+            "out": {"kernel": np.pad(out["kernel"], ((0, 0), (0, padding))), "bias": np.pad(out["bias"], (0, padding))},
         },
     }
     if tensors:
-        raise UserError(f"{directory}: the checkpoint holds tensors that no part of the network has: {sorted(tensors)}")
+        raise UserError(f"{directory}: the checkpoint has tensors that the network does not have: {sorted(tensors)}")
     return params

@@ -1,4 +1,4 @@
-"""What is given and what is to be filled in: rows of tokens from templates, prefixes and suffixes, or arrays."""
+"""Prompts: rows of given and free tokens, from templates, from prefixes and suffixes, or from arrays."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,33 +11,34 @@ from sedd.data.tokenizers import WHOLE_TEXT, Ends, Tokenizer
 from sedd.diffusion.process import Absorbing, Process
 from sedd.errors import UserError
 
-# What begins as a blank does, the backslashes before it, and of a well-formed one its number.
+# Groups: the backslashes before "<blank", "<blank" itself in any spelling, and the size if it is well-formed.
 _BLANK = re.compile(r"(\\*)(<\s*blank)(?::([0-9]{1,18})>)?", re.IGNORECASE)
-MOST = 2**28  # tokens of all rows of a call: they take some ten gigabytes of memory
+MAX_TOKENS = 2**28  # per call, over all rows: they take about 10 GB of memory
 
 
 class Prompt(NamedTuple):
-    """One row, of any length."""
+    """One row of L tokens; L differs between rows."""
 
     tokens: np.ndarray  # Int32[L]
-    given: np.ndarray  # Bool[L], False where it is to be filled in
+    given: np.ndarray  # Bool[L], False at positions to fill in
 
 
 def blank(length: int) -> Prompt:
-    """Nothing given."""
+    """Returns a prompt of free positions only."""
     return Prompt(np.zeros(length, np.int32), np.zeros(length, bool))
 
 
 def of_text(text: str, tokenizer: Tokenizer, ends: Ends = WHOLE_TEXT) -> Prompt:
-    """All given. ends: whether the row begins and ends with it."""
+    """Returns a prompt of given tokens only. ends: True at an end of the text that is also an end of the row."""
     tokens = tokenizer.encode(text, ends)
     return Prompt(tokens, np.ones(len(tokens), bool))
 
 
 def before_blank(text: str, tokenizer: Tokenizer, ends: Ends = Ends(closes=False)) -> Prompt:
-    """All given, but for a space at the end where tokens begin with their space: that is left to the blank.
+    """Returns the text before a blank as a prompt of given tokens only.
 
-    Spelt out, such a space is a token that stands before no word in any text.
+    If the tokens of words begin with a space, a space at the end of the text is left out, so that the blank supplies
+    it: as a token of its own, it occurs before no word of the training text.
     """
 
     def size(part):
@@ -48,9 +49,9 @@ def before_blank(text: str, tokenizer: Tokenizer, ends: Ends = Ends(closes=False
 
 
 def around_blanks(texts: Sequence[str], tokenizer: Tokenizer) -> list[Prompt]:
-    """The texts between which there are blanks, encoded as parts of one text; all given but for spaces beside blanks.
+    """Encodes the texts around blanks as parts of one text. All tokens are given.
 
-    Where tokens end with their space, it is that behind a blank which is left to it.
+    A space next to a blank is left to the blank: the one before it, or the one after it if tokens end with a space.
     """
     last = len(texts) - 1
     ends = [Ends(number == 0, number == last) for number in range(len(texts))]
@@ -60,15 +61,15 @@ def around_blanks(texts: Sequence[str], tokenizer: Tokenizer) -> list[Prompt]:
 
 
 def joined(*parts: Prompt) -> Prompt:
-    """One after the other."""
+    """Concatenates prompts."""
     return Prompt(*map(np.concatenate, zip(*parts)))
 
 
 def parsed(template: str) -> tuple[list[str], list[int]]:
-    r"""The N + 1 texts around the N blanks of a template, and how many tokens each blank has.
+    r"""Parses a template. Returns the N + 1 texts around its N blanks, and the number of tokens of each blank.
 
-    `\<blank:8>` is the text `<blank:8>`, and `\\<blank:8>` a backslash before a blank: of the backslashes right before
-    `<blank` each pair is one. UserError for anything else that begins as a blank does, and where there is none.
+    `\<blank:8>` is the text `<blank:8>`, and `\\<blank:8>` is a backslash before a blank: directly before `<blank`,
+    two backslashes stand for one. UserError for a malformed blank, a blank of 0 tokens, or a template without blanks.
     """
     texts, sizes, end = [""], [], 0
     for mark in _BLANK.finditer(template):
@@ -79,101 +80,114 @@ def parsed(template: str) -> tuple[list[str], list[int]]:
         if escaped:
             texts[-1] += begins
         elif begins != "<blank" or size is None:
-            written = re.match(r"[^>\n]{,20}>?", template[mark.start(2) :])[0]
-            raise UserError(f"{written!r} is no blank; write <blank:8> for 8 tokens, or \\<blank for these letters")
+            start = mark.start(2)
+            tail = re.match(r"[^>\n]{,20}>?", template[start:])
+            assert tail is not None  # the pattern matches any text
+            raise UserError(f"{tail[0]!r} is not a blank; write <blank:8> for 8 tokens, or \\<blank for literal text")
         elif int(size) == 0:
-            raise UserError(f"the template {template!r} has a blank of 0 tokens; leave it out, or make it longer")
+            raise UserError(
+                f"the template {template!r} has a blank of 0 tokens; leave it out, or give it a size of at least 1"
+            )
         else:
             sizes.append(int(size))
             texts.append("")
     texts[-1] += template[end:]
     if not sizes:
-        raise UserError(f"the template {template!r} has no blank; write one such as <blank:8>")
+        raise UserError(f"the template {template!r} has no blank; add one, such as <blank:8>")
     check_size(1, sum(sizes))
     return texts, sizes
 
 
 def check_size(rows: int, length: int):
-    """UserError, before they take any memory, for rows of so many tokens that no call can hold them."""
-    if rows * length > MOST:
-        raise UserError(f"{rows:,} x {length:,} tokens are more than the {MOST:,} that one call draws; ask for fewer")
+    """Raises UserError for more than MAX_TOKENS tokens in all, before memory is allocated."""
+    if rows * length > MAX_TOKENS:
+        raise UserError(
+            f"{rows:,} x {length:,} tokens are more than the {MAX_TOKENS:,} of one call; sample fewer at a time"
+        )
 
 
 def of_template(template: str, tokenizer: Tokenizer) -> Prompt:
-    """Text with blanks of so many tokens, as in "The <blank:8> sat on the <blank:5>."; see `parsed`."""
+    """Returns the prompt of a template, as in "The <blank:8> sat on the <blank:5>."; see `parsed`."""
     pieces, sizes = parsed(template)
     texts, blanks = around_blanks(pieces, tokenizer), [blank(size) for size in sizes]
     return joined(texts[0], *(part for pair in zip(blanks, texts[1:]) for part in pair))
 
 
 def between(prefix: str, suffix: str, length: int, tokenizer: Tokenizer) -> Prompt:
-    """A blank between two texts, which makes them `length` tokens in all."""
+    """Returns a prompt of `length` tokens: a blank between two texts. UserError if no token is left for the blank."""
     check_size(1, length)
     before, after = around_blanks([prefix, suffix], tokenizer)
-    known = len(before.tokens) + len(after.tokens)
-    if known >= length:
+    num_given = len(before.tokens) + len(after.tokens)
+    if num_given >= length:
         raise UserError(
-            f"prefix and suffix take {known} tokens, which leaves none of the length of {length} to fill in; "
-            "shorten them, or make the length larger"
+            f"prefix and suffix have {num_given} tokens, which leaves none of the length of {length} to fill in; "
+            "shorten them, or increase the length"
         )
-    return joined(before, blank(length - known), after)
+    return joined(before, blank(length - num_given), after)
 
 
 def of_arrays(tokens: Any, given: Any, vocab_size: int) -> list[Prompt]:
-    """Rows of arrays. tokens: Int[N L], Int[L], or rows of any lengths, read where given: Bool of the same shape."""
+    """Returns prompts from arrays.
+
+    tokens: Int[N L], Int[L], or N rows of different lengths; given: Bool of the same shape, True at the tokens to keep.
+    UserError for other shapes or types, or for ids outside 0 .. vocab_size - 1.
+    """
     if tokens is None or given is None:
-        raise UserError("infill: tokens and given go together")
+        raise UserError("infill: pass both tokens and given")
     if len(tokens) and np.ndim(tokens[0]) == 0:
         tokens, given = [tokens], [given]
     if len(tokens) != len(given):
-        raise UserError(f"there are {len(tokens)} rows of tokens, and {len(given)} of what is given; give both of each")
+        raise UserError(
+            f"there are {len(tokens)} rows of tokens and {len(given)} rows of given; their numbers must be equal"
+        )
     return [_of_array(np.asarray(row), np.asarray(flags), vocab_size) for row, flags in zip(tokens, given)]
 
 
 def _of_array(tokens: np.ndarray, given: np.ndarray, vocab_size: int) -> Prompt:
     if tokens.ndim != 1 or tokens.shape != given.shape or (tokens.size and given.dtype != bool):
-        raise UserError(f"given must be a bool array of the shape of tokens, {tokens.shape}, and that of a row")
-    known = tokens[given.astype(bool)]
-    if known.size and not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(
+            f"given must be a bool array of the shape of tokens, {tokens.shape}, with one dimension per row"
+        )
+    ids = tokens[given.astype(bool)]
+    if ids.size and not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"given tokens must be integers, not {tokens.dtype}")
-    if known.size and not (0 <= known.min() and known.max() < vocab_size):
+    if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
         raise UserError(f"given tokens must be from 0 to {vocab_size - 1}")
     return Prompt(np.where(given, tokens, 0).astype(np.int32), given.astype(bool))
 
 
 def as_document(row: Prompt, layout: Layout, block: int, end_of_text: int | None) -> Prompt:
-    """A whole text as the model's corpus has it: of padded documents, its end is given too, and scored padding."""
+    """Formats a complete text like a training document: padded ones have an end-of-text token and scored padding."""
     if not layout.padded:
         return row
-    spare = max(1, block - len(row.tokens)) if layout.padding == "scored" else 1
-    return joined(row, Prompt(np.full(spare, end_of_text, np.int32), np.ones(spare, bool)))
+    count = max(1, block - len(row.tokens)) if layout.padding == "scored" else 1
+    return joined(row, Prompt(np.full(count, end_of_text, np.int32), np.ones(count, bool)))
 
 
 class PromptBatch(NamedTuple):
-    """Rows as the sampling loop takes them."""
+    """N prompts in arrays of one shape, for the sampling loop."""
 
-    tokens: np.ndarray  # Int32[N L], read where not free
+    tokens: np.ndarray  # Int32[N L], unspecified where free
     free: np.ndarray  # Bool[N L]
     lengths: np.ndarray  # Int32[N]
 
     @property
     def within(self) -> np.ndarray:
-        """Which positions are the rows', and do not follow their ends. Bool[N L]."""
+        """Bool[N L], True before the end of each row."""
         return np.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
 
 def collate(rows: list[Prompt], process: Process, block: int, layout: Layout) -> PromptBatch:
-    """Rows of any lengths.
+    """Collates rows of any lengths into a batch.
 
-    Where the network is told the lengths, what follows the end of a row is of no account. Else with Absorbing it is
-    held masked, and with Uniform the whole block is sampled, to be cut; either way the row has the model's exact
-    marginal law.
+    If the network is conditioned on the lengths, tokens after the end of a row have no effect. Otherwise Absorbing
+    keeps them masked, and Uniform samples the full block, to be cut; either way the row is sampled from its exact
+    marginal under the model.
     """
-    masks = isinstance(process, Absorbing)
-    cut = not masks and not layout.masks_padding
+    cut = not isinstance(process, Absorbing) and not layout.masks_padding
     lengths = np.array([len(row.tokens) for row in rows], np.int32)
     shape = (len(rows), max(int(lengths.max()), block if cut else 0))
-    tokens = np.full(shape, process.mask if masks else 0, np.int32)
+    tokens = np.full(shape, process.mask if isinstance(process, Absorbing) else 0, np.int32)
     free = np.zeros(shape, bool)
     for number, row in enumerate(rows):
         tokens[number, : lengths[number]] = row.tokens
@@ -183,7 +197,7 @@ def collate(rows: list[Prompt], process: Process, block: int, layout: Layout) ->
 
 
 def windows_of(batch: PromptBatch, block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The positions of each of the `windows`, and which of these are free and in none before. Int, Bool[N block]."""
+    """Yields, for each of the `windows`, its positions, Int[N block], and which are free in no window before, Bool."""
     free = batch.free.copy()
     for start in windows(batch.lengths, block):
         at = start[:, None] + np.arange(min(block, free.shape[1]))
@@ -192,9 +206,9 @@ def windows_of(batch: PromptBatch, block: int) -> Iterator[tuple[np.ndarray, np.
 
 
 def windows(lengths: np.ndarray, block: int) -> Iterator[np.ndarray]:
-    """Where each row's blocks begin, block after block: semi-autoregressively, the first half of a block given.
+    """Yields the start of each row's window, Int[B], for semi-autoregressive sampling. lengths: Int[B].
 
-    The last block of a row ends where the row ends; shorter rows repeat theirs. lengths: Int[B] -> Int[B] each.
+    Windows overlap by half a block. The last window of a row ends with the row; shorter rows repeat their last.
     """
     last = np.maximum(lengths - block, 0)
     stride = block - block // 2

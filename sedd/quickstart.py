@@ -1,4 +1,4 @@
-"""`sedd quickstart`: trains on text that every Python installation carries, evaluates, samples and infills."""
+"""`sedd quickstart`: trains on text of the Python standard library, evaluates, samples and infills."""
 
 import shlex
 import sys
@@ -11,7 +11,7 @@ from sedd.evaluation.baselines import baselines
 from sedd.evaluation.statistics import with_error
 from sedd.loading import train
 
-# What is filled in, for each corpus.
+# The template to infill, by corpus.
 _TEMPLATES = {
     "names": "GREEK SMALL LETTER<blank:1> WITH TONOS\nARABIC LETTER<blank:3> FINAL FORM\n",
     "functions": "def __init__(self,<blank:2>):\n    self.<blank:4>\n\n\n",
@@ -19,24 +19,32 @@ _TEMPLATES = {
 
 
 def quickstart(source: str, workdir: str, settings: Sequence[str]):
-    """Results go to stdout, progress to stderr. settings: of the config, as `sedd.config.override` takes them."""
+    """Runs the quickstart. Results go to stdout, progress to stderr.
+
+    source: "builtin:names" or "builtin:functions"; settings: config overrides, as in `sedd.config.override`.
+    """
     name = source.removeprefix("builtin:")
     print(f"1. preparing the corpus data/{name} ({source})", file=sys.stderr)
     corpus = prepare(source, "sentencepiece:1280", Path("data") / name)
     print(f"2. training a model in {workdir}", file=sys.stderr)
     config = configs.override(configs.default(), [f"data.corpus=data/{name}", *settings])
     model = train(config, workdir)
-    print("3. bounding the likelihood of the held-out text", file=sys.stderr)
+    print("3. evaluating the bound on the held-out text", file=sys.stderr)
     report = model.perplexity(corpus)
+    assert report.bits_per_byte is not None  # the corpus is text
     print(f"held-out text: {report.num_bytes:,} bytes of {name}, in bits per byte")
     print(f"  {'this model, a bound':22} {with_error(report.bits_per_byte, report.bits_per_byte_error, 3)}")
     for code, bits in baselines(corpus, "test").items():
         print(f"  {code:22} {bits:.3f}")
     print("4. sampling", file=sys.stderr)
-    for number, text in enumerate(model.sample(num_samples=2, top_p=0.9).texts):
+    samples = model.sample(num_samples=2, top_p=0.9)
+    assert samples.texts is not None  # the model has a tokenizer
+    for number, text in enumerate(samples.texts):
         print(f"\nsample {number + 1} of a block of {model.block_length} tokens, top_p 0.9\n{text}")
     template = _TEMPLATES[name]
-    print(f"\ninfilled from {template!r}\n{model.infill(template, top_p=0.9).texts[0]}")
+    infilled = model.infill(template, top_p=0.9)
+    assert infilled.texts is not None
+    print(f"\ninfilled from {template!r}\n{infilled.texts[0]}")
     print("\nnext:")
     flag = f"--model={shlex.quote(workdir)}"
     for line in (

@@ -1,16 +1,16 @@
-"""Samplers by name, as people ask for them: on the command line, in a sweep, in `model.sample`.
+"""Samplers by name, for the command line, sweeps and `Model.sample`.
 
-A new one is a line in `SAMPLERS`; one of your own is passed as an object.
+To add a named sampler, add a line to `SAMPLERS`; a custom Sampler can also be passed as an object.
 """
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from sedd.diffusion.correctors import Barker, Corrected, Gibbs, Renoise
 from sedd.diffusion.pickers import Entropy, EntropyBounded, Margin
-from sedd.diffusion.process import Process
+from sedd.diffusion.process import Absorbing, Process
 from sedd.diffusion.samplers import Euler, Sampler, Trapezoidal, Tweedie
 from sedd.diffusion.schedule import Schedule
 from sedd.diffusion.unmasking import Adaptive, Counts, FirstHitting, FixedCounts
@@ -20,29 +20,34 @@ from sedd.runtime.disk import absolute
 
 
 class SamplerContext(NamedTuple):
-    """What a sampler is made for."""
+    """The arguments of a named sampler. The sizes are those of the block with the most free tokens."""
 
     process: Process
     schedule: Schedule
     steps: int
-    tokens: int  # how many are to be filled in, where most are
-    known: int = 0  # how many are known there
-    length: int = 0  # of the text that the network is told of there; the others of it stay masked
-    ignores_given: bool = False  # tokens are given, and the network takes them for noisy ones
+    num_free: int  # tokens to fill in
+    num_given: int = 0  # tokens that are given
+    length: int = 0  # positions that the network sees; those past the text stay masked
+    ignores_given: bool = False  # True if there are given tokens that the network treats as noisy
 
 
 def _on_grid(kind):
-    """Goes down the grid of noises of the schedule in so many steps."""
+    """A sampler over a grid of `steps` noise levels of the schedule."""
     return lambda context: kind(context.process, context.schedule, context.steps)
 
 
+def _absorbing(context: SamplerContext) -> Absorbing:
+    """The process, for samplers that need Absorbing; they raise ValueError for another."""
+    return cast(Absorbing, context.process)
+
+
 def _with_gibbs_if_needed(make):
-    """Resamples on its way where the network is unaware of what is given."""
+    """Adds Gibbs corrector steps if the network treats given tokens as noisy."""
     return lambda context: _gibbs(make)(context) if context.ignores_given else make(context)
 
 
 def _gibbs(make):
-    return lambda context: Corrected(make(context), Gibbs(max(1, context.tokens // GIBBS_STRIDE)))
+    return lambda context: Corrected(make(context), Gibbs(max(1, context.num_free // GIBBS_STRIDE)))
 
 
 def _corrected(corrector):
@@ -50,21 +55,21 @@ def _corrected(corrector):
 
 
 def _adaptive(picker):
-    """Reveals as many tokens a call as it takes to be done after so many steps."""
-    return lambda context: Adaptive(context.process, picker(max(1, -(-context.tokens // context.steps))))
+    """Unmasks the same number of tokens in each call, so that all are unmasked after `steps` calls."""
+    return lambda context: Adaptive(context.process, picker(max(1, -(-context.num_free // context.steps))))
 
 
-_GAMMA = 0.1  # nats that entropy_bounded may lose in a call, roughly
-GIBBS_STRIDE = 8  # a round of Gibbs redraws one position of so many: neighbours redrawn together are worse than none
+_GAMMA = 0.1  # nats that entropy_bounded may lose in a call, approximately
+GIBBS_STRIDE = 8  # a Gibbs round redraws one position in 8: redrawing neighbours together is worse than none
 
 SAMPLERS: dict[str, Callable[[SamplerContext], Sampler]] = {
     "euler": _with_gibbs_if_needed(_on_grid(Euler)),
     "tweedie": _with_gibbs_if_needed(_on_grid(Tweedie)),
     "trapezoidal": _with_gibbs_if_needed(_on_grid(Trapezoidal)),
-    "first_hitting": lambda context: FirstHitting(context.process),
+    "first_hitting": lambda context: FirstHitting(_absorbing(context)),
     "counts": _on_grid(Counts),
-    "even": lambda context: FixedCounts(context.process, (1.0,) * context.steps),
-    "cosine": lambda context: FixedCounts(context.process, cosine_unmasking(context.steps)),
+    "even": lambda context: FixedCounts(_absorbing(context), (1.0,) * context.steps),
+    "cosine": lambda context: FixedCounts(_absorbing(context), cosine_unmasking(context.steps)),
     "margin": _adaptive(Margin),
     "entropy": _adaptive(Entropy),
     "entropy_bounded": _adaptive(lambda count: EntropyBounded(_GAMMA, count)),
@@ -72,18 +77,19 @@ SAMPLERS: dict[str, Callable[[SamplerContext], Sampler]] = {
     "renoise": _corrected(Renoise()),
     "barker": _corrected(Barker()),
 }
-MOST_STEPS = 2**20
-PLANNED = "planned:REPORT"  # and this one, from the information profile in a report of `sedd eval --out`
+MAX_STEPS = 2**20
+PLANNED = "planned:REPORT"  # planned from the information profile in a report of `sedd eval --out`
 
 
 def named_sampler(name: str, context: SamplerContext) -> Sampler:
-    """The sampler of a name. UserError if there is none, or it is not for this process."""
-    if not 1 <= context.steps <= MOST_STEPS:
-        raise UserError(f"steps must be at least 1 and at most {MOST_STEPS:,}, not {context.steps}")
+    """Returns the sampler of a name. UserError if there is none, or if it is not for this process."""
+    if not 1 <= context.steps <= MAX_STEPS:
+        raise UserError(f"steps must be at least 1 and at most {MAX_STEPS:,}, not {context.steps}")
+    make: Callable[[SamplerContext], Sampler]
     kind, _, report = name.partition(":")
     if kind == "planned":
         counts = _planned(context, report)
-        make = lambda context: FixedCounts(context.process, counts)  # noqa: E731
+        make = lambda context: FixedCounts(_absorbing(context), counts)  # noqa: E731 -- one of several ways to set `make`
     elif name in SAMPLERS:
         make = SAMPLERS[name]
     else:
@@ -103,13 +109,13 @@ def _makes(name: str, context: SamplerContext) -> bool:
 
 
 def _planned(context: SamplerContext, report: str) -> tuple[int, ...]:
-    """The counts that cost least by the information profile that an evaluation measured."""
+    """Returns the number of tokens per call with the least predicted loss, from the profile of an evaluation."""
     try:
         profile = json.loads(Path(absolute(report)).read_text(encoding="utf-8"))["profile"]
         costs = information(profile, max(1, context.length))
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"there is no profile in {report!r}; write {PLANNED}, the report.json that `sedd eval --out` leaves"
+            f"there is no profile in {report!r}; write {PLANNED}, a report.json of `sedd eval --out`"
         ) from None
-    costs = costs[context.known : context.known + max(1, context.tokens)]
+    costs = costs[context.num_given : context.num_given + max(1, context.num_free)]
     return plan_unmasking(costs, min(context.steps, len(costs))).counts

@@ -1,4 +1,4 @@
-"""The config: strict, with one clear line for each mistake."""
+"""The config: validated, with one line for each error."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_overrides_take_the_type_of_the_default():
         ("network.scan=1", "must be of type bool"),
         ("process.name=masking", "one of absorbing, uniform"),
         ("network.prediction=x0", "one of denoiser, score"),
-        ("process.name=uniform", "choose times"),
+        ("process.name=uniform", "choose time"),
         ("network.given_embedding=1", "must be of type bool"),
         (
             "network.given_embedding=true",
@@ -50,19 +50,19 @@ def test_overrides_take_the_type_of_the_default():
         ("evaluation.every=-1", "evaluation.every must not be negative"),
     ],
 )
-def test_mistakes(setting, message):
+def test_invalid_settings_are_one_line(setting, message):
     with pytest.raises(UserError, match=message) as caught:
         configs.override(configs.default(), [setting])
     assert "\n" not in str(caught.value)
 
 
-def test_json_round_trip():
+def test_json_round_trip_keeps_the_config():
     config = configs.override(configs.default(), ["training.steps=5"])
     assert configs.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()
 
 
-def test_older_configs_lack_keys():
-    """What was saved before there was a flag for given tokens is a network without it; and one with it is built so."""
+def test_config_without_given_embedding_builds_a_network_without_it():
+    """As saved by earlier versions."""
     saved = configs.override(configs.default(), ["process.name=uniform", "training.noise_sampling=time"]).to_dict()
     del saved["network"]["given_embedding"]
     config = configs.from_dict(saved)
@@ -71,7 +71,7 @@ def test_older_configs_lack_keys():
 
 
 def test_every_key_of_the_default_is_read():
-    """No flag that nothing reads: each key's name stands in the package's code outside of the config itself."""
+    """The name of each key occurs in the package outside of the default config."""
     package = Path(configs.__file__).parent
     code = "".join(file.read_text() for file in package.rglob("*.py"))
     for group, members in configs.default().items():
@@ -79,8 +79,7 @@ def test_every_key_of_the_default_is_read():
             assert code.count(name) > 1, f"{group}.{name}"
 
 
-def test_the_papers_recipe():
-    """Its networks have the sizes of the published ones, and its optimiser is theirs."""
+def test_paper_config_has_the_published_sizes_and_optimizer():
     config = configs.validate(configs.paper())
     assert configs.build(config, 50257)[2].num_parameters() == 169_627_218
     config.network.update(width=1024, layers=24, heads=16)

@@ -1,4 +1,4 @@
-"""Config files as people write them: what works, and one line with file and line for what does not."""
+"""Config files: valid forms, and one line with file and line number for each error."""
 
 import sys
 
@@ -13,7 +13,7 @@ BEGINS = "from sedd import config as configs\ndef get_config():\n    config = co
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """Writes a config into a folder of its own, and the modules beside it; its path."""
+    """Returns a function that writes a config and modules to a folder, and returns the path of the config."""
     monkeypatch.chdir(tmp_path)
 
     def write(text, folder="a", **modules):
@@ -37,14 +37,14 @@ def written(tmp_path, monkeypatch):
         "def get_config():\n    return FrozenConfigDict({'training': {'steps': 5}})",
     ],
 )
-def test_what_get_config_may_return(written, code):
+def test_get_config_returns_a_config_or_a_dict(written, code):
     """A ConfigDict of any kind or a dict, of all settings or of some."""
     expected = configs.override(configs.default(), ["training.steps=5"])
     assert load_config(written(code)).to_dict() == expected.to_dict()
 
 
-def test_modules_beside_a_config_are_its_own(written, monkeypatch):
-    """They are imported at any time, and are no other config's that has modules of the same names."""
+def test_config_imports_the_modules_of_its_own_folder(written, monkeypatch):
+    """Also within get_config(), and if another config or package has modules of the same names."""
     code = (
         "from base import STEPS\ndef get_config():\n    import more\n"
         "    return {'training': {'steps': STEPS + more.STEPS}}"
@@ -58,7 +58,7 @@ def test_modules_beside_a_config_are_its_own(written, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "code, place, said",
+    "code, location, message",
     [
         ("x = (\n", "mine.py, line 1", "SyntaxError: '(' was never closed"),
         ("x = 1\n  y = 2\n", "mine.py, line 2", "IndentationError: unexpected indent"),
@@ -81,27 +81,31 @@ def test_modules_beside_a_config_are_its_own(written, monkeypatch):
         (BEGINS + "    config['training']['zzz'] = 5", "mine.py, line 4", "no zzz; the nearest is"),
         (BEGINS + "    config.training = {'stepz': 5}\n    return config", "mine.py, line 4", "is training.steps"),
         ("def get_config():\n    return {'training': {\n    'stepz': 5}}", "mine.py, line 3", "is training.steps"),
-        ("def get_config():\n    return {\n    'trainig': dict()}", "mine.py, line 3", "trainig is no group"),
-        ("def get_config():\n    return {\n    'training.steps': 5}", "mine.py, line 1", "training.steps is no group"),
+        ("def get_config():\n    return {\n    'trainig': dict()}", "mine.py, line 3", "trainig is not a group"),
+        (
+            "def get_config():\n    return {\n    'training.steps': 5}",
+            "mine.py, line 1",
+            "training.steps is not a group",
+        ),
         (BEGINS + "    config.training.steps = 0\n    return config", "mine.py, line 4", "steps must be positive"),
         (BEGINS + "    config.training.steps = 'a'", "mine.py, line 4", "Could not override field 'steps'"),
         (BEGINS + "    configs.override(config, ['training.stepz=1'])", "mine.py, line 4", "no training.stepz"),
     ],
 )
-def test_mistakes(written, code, place, said):
-    """The innermost line of the user's files; nothing of a library's."""
+def test_errors_are_one_line_with_file_and_line_number(written, code, location, message):
+    """That of the innermost line in the user's files, not in a library."""
     file = written(code, broken="\nx = = 1", other="def half(x):\n    return x / 0")
     with pytest.raises(UserError) as caught:
         load_config(file)
     text = str(caught.value)
-    assert f"{place}: " in text and said in text.partition(": ")[2] and "\n" not in text, text
+    assert f"{location}: " in text and message in text.partition(": ")[2] and "\n" not in text, text
 
 
 @pytest.mark.parametrize(
-    "name, said",
+    "name, message",
     [("absent.py", "there is no such file"), (".", "it is a folder"), ("mine.json", "a config is a Python file")],
 )
-def test_what_is_no_config_file(tmp_path, name, said):
+def test_other_paths_are_refused(tmp_path, name, message):
     (tmp_path / "mine.json").write_text("{}")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_config(tmp_path / name)

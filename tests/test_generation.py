@@ -1,4 +1,4 @@
-"""Drawing beyond the block, from samplers by name, and what is shown on the way."""
+"""Sampling beyond the block, samplers by name, and the trace."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ BLOCK = 16
 
 
 def untrained(corpus, *settings):
-    """A small network that was never trained: what it says does not matter here."""
+    """A Generator with a small network at initialisation."""
     config = small_config(corpus, *settings)
     _, schedule, network = configs.build(config, corpus.vocab_size)
     return Generator(network, network.init(jax.random.key(0)), schedule, corpus.tokenizer, corpus.layout, BLOCK)
@@ -42,63 +42,62 @@ def uniform(corpus):
 
 
 def test_windows_cover_each_row_and_overlap_by_half_a_block():
-    """The last block of a row ends with it; a row that is done repeats it."""
-    found = np.array(list(windows(np.array([5, 16, 17, 24, 40]), 16))).T
-    assert found.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 8, 8, 8], [0, 8, 16, 24]]
+    """The last window of a row ends with the row; shorter rows repeat their last window."""
+    starts = np.array(list(windows(np.array([5, 16, 17, 24, 40]), 16))).T
+    assert starts.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 8, 8, 8], [0, 8, 16, 24]]
     assert [start.tolist() for start in windows(np.array([3, 9]), 16)] == [[0, 0]]
     assert np.array(list(windows(np.array([12]), 5))).T.tolist() == [[0, 3, 6, 7]]
 
 
 @pytest.mark.parametrize("of", ["generator", pytest.param("uniform", marks=pytest.mark.slow)])
-def test_longer_than_a_block(request, of):
-    """Block after block, the first a sample of a block; grouping rows changes nothing."""
+def test_text_longer_than_a_block_starts_with_a_sample_of_a_block(request, of):
+    """The samples are independent of the grouping of rows."""
     generator = request.getfixturevalue(of)
     settings = dict(steps=4, seed=2)
     long = generator.sample(3, length=37, trace=True, **settings)
     assert long.tokens.shape == (3, 37) and long.tokens.min() >= 0
     assert long.tokens.max() < generator.network.process.vocab_size
-    if of == "generator":  # the uniform one resamples, as it will have to where the half of a block is given
+    if of == "generator":  # the uniform one adds Gibbs steps for the given half of a block
         np.testing.assert_array_equal(long.tokens[:, :BLOCK], generator.sample(3, trace=True, **settings).tokens)
     grouped = generator.sample(3, length=37, batch_size=2, **settings)
     np.testing.assert_array_equal(grouped.tokens, long.tokens)
-    assert not np.array_equal(long.tokens[:, 8:16], long.tokens[:, 16:24])  # each block has noise of its own
+    assert not np.array_equal(long.tokens[:, 8:16], long.tokens[:, 16:24])  # blocks have independent noise
     np.testing.assert_array_equal(long.trace[-1], long.tokens)
-    nothing = generator.network.process.mask if of == "generator" else -1
-    assert np.all(long.trace[0][:, BLOCK:] == nothing)  # not begun
+    placeholder = generator.network.process.mask if of == "generator" else -1
+    assert np.all(long.trace[0][:, BLOCK:] == placeholder)  # later blocks
     assert len(long.trace) <= 4 * 4  # four blocks
     assert long.network_calls == len(long.trace) if of == "generator" else long.network_calls == 4 * 7
 
 
 def test_samples_use_all_64_bits_of_a_seed(generator):
     seeds = (2, 2 + 2**32, 2 + 2**63, 2**64 - 1)
-    drawn = {generator.sample(3, steps=4, seed=seed, trace=True).tokens.tobytes() for seed in seeds}
-    assert len(drawn) == len(seeds)
+    samples = {generator.sample(3, steps=4, seed=seed, trace=True).tokens.tobytes() for seed in seeds}
+    assert len(samples) == len(seeds)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows, split", [(19, True), (3, False)])
-def test_rows_over_devices(generator, rows, split):
-    """Many rows are split over the devices that hold the parameters, few are not; no sample depends on that."""
-    wanted = generator.sample(rows, steps=4, seed=2, trace=True)
+def test_samples_are_independent_of_devices(generator, rows, split):
+    """At least as many rows as devices are sharded over them; fewer rows are not."""
+    expected = generator.sample(rows, steps=4, seed=2, trace=True)
     mesh = parallel.data_mesh()
     params = parallel.put(generator.params, parallel.shardings(mesh, generator.params))
-    place_for_batch, where = parallel.place_for_batch(params, rows)
-    assert (where is not None) == split and parallel.num_batch_shards(params) == 8
-    assert all(len(leaf.devices()) == (8 if split else 1) for leaf in jax.tree.leaves(place_for_batch))
-    found = dataclasses.replace(generator, params=params).sample(rows, steps=4, seed=2, trace=True)
-    np.testing.assert_array_equal(found.tokens, wanted.tokens)
-    np.testing.assert_array_equal(found.trace, wanted.trace)
+    placed, sharding = parallel.place_for_batch(params, rows)
+    assert (sharding is not None) == split and parallel.num_batch_shards(params) == 8
+    assert all(len(leaf.devices()) == (8 if split else 1) for leaf in jax.tree.leaves(placed))
+    sharded = dataclasses.replace(generator, params=params).sample(rows, steps=4, seed=2, trace=True)
+    np.testing.assert_array_equal(sharded.tokens, expected.tokens)
+    np.testing.assert_array_equal(sharded.trace, expected.trace)
 
 
-def test_given_tokens_far_apart_in_rows_of_any_length(generator):
-    """They stay, in whichever block they come."""
+def test_given_tokens_stay_in_every_block_of_rows_of_any_length(generator):
     random, lengths = np.random.default_rng(0), (40, 3, 16, 29)
     rows = []
     for length in lengths:
         given = random.random(length) < 0.4
         rows.append(sedd.prompts.Prompt(random.integers(0, 20, length).astype(np.int32) * given, given))
-    drawn = generator.generate(rows, steps=3, batch_size=3)
-    for row, tokens, given in zip(rows, drawn.tokens, drawn.given):
+    samples = generator.generate(rows, steps=3, batch_size=3)
+    for row, tokens, given in zip(rows, samples.tokens, samples.given):
         size = len(row.tokens)
         assert np.all(tokens[size:] == -1) and np.all(tokens[:size] >= 0)
         np.testing.assert_array_equal(given[:size], row.given)
@@ -106,66 +105,68 @@ def test_given_tokens_far_apart_in_rows_of_any_length(generator):
         np.testing.assert_array_equal(tokens[:size][row.given], row.tokens[row.given])
 
 
-def test_what_is_watched_is_the_trace(generator):
-    """After each step, all of it: rows of any lengths, with what is given, and no copies that fill up a group."""
+def test_watch_is_called_with_the_trace(generator):
+    """After each step, with rows of any lengths and their given tokens, without the copies that fill a group."""
     rows = [sedd.prompts.blank(24), sedd.prompts.of_text("the 7", generator.tokenizer), sedd.prompts.blank(9)]
-    seen = []
-    watched = generator.generate(rows, steps=4, batch_size=2, watch=lambda *state: seen.append(state))
+    calls = []
+    watched = generator.generate(rows, steps=4, batch_size=2, watch=lambda *state: calls.append(state))
     traced = generator.generate(rows, steps=4, batch_size=2, trace=True)
     np.testing.assert_array_equal(watched.tokens, traced.tokens)
-    first = [(tokens, given, steps) for rows, tokens, given, steps in seen if rows.tolist() == [0, 1]]
-    last = [tokens for rows, tokens, _, _ in seen if rows.tolist() == [2]]
-    assert len(first) + len(last) == len(seen) and [steps for _, _, steps in first][:2] == [1, 2]
+    first = [(tokens, given, steps) for rows, tokens, given, steps in calls if rows.tolist() == [0, 1]]
+    last = [tokens for rows, tokens, _, _ in calls if rows.tolist() == [2]]
+    assert len(first) + len(last) == len(calls) and [steps for _, _, steps in first][:2] == [1, 2]
     np.testing.assert_array_equal([tokens for tokens, _, _ in first], traced.trace[: len(first), :2])
     np.testing.assert_array_equal([tokens for tokens in last], traced.trace[: len(last), 2:])
     assert all(np.array_equal(given, traced.given[:2]) for _, given, _ in first)
 
 
-def test_a_group_with_nothing_to_fill_in_has_a_trace_too(generator, uniform):
-    """It stands still while the others go on; alone it costs no call, whatever the process."""
+def test_group_without_free_positions_has_a_constant_trace(generator, uniform):
+    """Alone it takes no network call, for either process."""
     tokens, given = np.tile(np.arange(6), (2, 1)), np.array([[True] * 6, [True] * 5 + [False]])
     for which in (generator, uniform):
         rows = sedd.prompts.of_arrays(tokens, given, 20)
-        drawn = which.generate(rows, steps=2, batch_size=1, trace=True)
-        assert drawn.trace.dtype == np.int32 and np.all(drawn.trace[:, 0] == tokens[0]) and len(drawn.trace) > 0
+        samples = which.generate(rows, steps=2, batch_size=1, trace=True)
+        assert samples.trace.dtype == np.int32 and np.all(samples.trace[:, 0] == tokens[0]) and len(samples.trace) > 0
         alone = which.generate(rows[:1], steps=2, trace=True)
         assert alone.network_calls == 0 and alone.trace.shape == (0, 1, 6)
         np.testing.assert_array_equal(alone.tokens, tokens[:1])
 
 
-def test_a_sampler_is_made_for_the_block_with_the_most_blanks(generator, uniform):
-    """Also where the first block is given, and where a uniform model has to fill in all of its block."""
+def test_sampler_is_made_for_the_block_with_the_most_free_tokens(generator, uniform):
+    """Also if the first block is given, and for a uniform model, which fills in all of its block."""
     prefix = sedd.prompts.Prompt(np.zeros(40, np.int32), np.arange(40) < 16)
     block, process = generator.block_length, generator.network.process
 
     def batch(generator, row):
         return sedd.prompts.collate([row], generator.network.process, block, generator.layout)
 
-    assert generator._most(batch(generator, prefix)) == (8, 8, 16)
+    assert generator._largest_block(batch(generator, prefix)) == (8, 8, 16)
     assert generator.sampler("margin", 2, batch(generator, prefix)) == sedd.Adaptive(process, sedd.Margin(4))
-    assert generator._most(batch(generator, sedd.prompts.blank(3))) == (3, 0, 16)
+    assert generator._largest_block(batch(generator, sedd.prompts.blank(3))) == (3, 0, 16)
     gap = sedd.prompts.Prompt(np.zeros(10, np.int32), np.arange(10) < 8)
-    assert generator._most(batch(generator, gap)) == (2, 8, 16) and uniform._most(batch(uniform, gap)) == (8, 8, 16)
+    assert generator._largest_block(batch(generator, gap)) == (2, 8, 16) and uniform._largest_block(
+        batch(uniform, gap)
+    ) == (8, 8, 16)
     assert uniform.sampler("tweedie", 4, batch(uniform, gap)).corrector == sedd.Gibbs(1)
     assert isinstance(uniform.sampler("tweedie", 4, batch(uniform, sedd.prompts.blank(10))), sedd.Tweedie)
 
 
-def test_the_planned_counts_are_those_of_what_is_left(tmp_path):
-    """Of a short text in a block whose rest stays masked, not of the end of the block."""
+def test_planned_counts_are_those_of_the_free_tokens(tmp_path):
+    """For a short text in a block whose other positions stay masked, not those of the end of the block."""
     bins = [{"low": k / 8, "high": (k + 1) / 8, "nats_per_token": k**3 + 1, "error": None} for k in range(8)]
     (tmp_path / "report.json").write_text(json.dumps({"profile": bins}))
     costs = sedd.diffusion.unmasking_schedules.information(bins, 16)
 
-    def weights(tokens, known):
-        wanted = SamplerContext(sedd.Absorbing(9), sedd.LogLinear(), 3, tokens, known, 16)
-        return named_sampler(f"planned:{tmp_path}/report.json", wanted).weights
+    def weights(num_free, num_given):
+        context = SamplerContext(sedd.Absorbing(9), sedd.LogLinear(), 3, num_free, num_given, 16)
+        return named_sampler(f"planned:{tmp_path}/report.json", context).weights
 
     assert weights(10, 0) == sedd.plan_unmasking(costs[:10], 3).counts != weights(10, 6)
     assert weights(10, 6) == sedd.plan_unmasking(costs[6:], 3).counts
 
 
-def test_one_program_for_all_steps_and_groups(generator):
-    """The first step is not compiled for itself, nor the last group, nor another temperature."""
+def test_all_steps_and_groups_share_one_program(generator):
+    """The first step, the last group and another temperature compile nothing."""
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
@@ -176,8 +177,8 @@ def test_one_program_for_all_steps_and_groups(generator):
     assert len(compiled) == count > 0
 
 
-def test_text_ends_at_the_first_end_of_text_after_what_is_given(generator):
-    """In infilling, of packed text too; ids stay. A sample with nothing given shows all that is in its block."""
+def test_text_ends_at_the_first_end_of_text_after_the_last_given_token(generator):
+    """Also in infilling of packed text. An unconditional sample is the whole block."""
     end = generator.tokenizer.end_of_text
     assert end is not None
     ids = np.array([1, end, 2, end, 3, end])
@@ -187,8 +188,8 @@ def test_text_ends_at_the_first_end_of_text_after_what_is_given(generator):
     assert generator._length(row._replace(given=np.arange(6) == 4), ids) == 5
 
 
-def test_a_space_before_a_blank_is_left_to_the_blank():
-    """Where tokens begin with their space; where a space is a token like any other it stays."""
+def test_space_before_a_blank_is_left_to_the_blank():
+    """If tokens begin with a space; not if a space is a token of its own."""
     words = "if x in self or the value of a key is not in any list of names then return none"
     texts = [" ".join(np.random.default_rng(seed).permutation(words.split())) for seed in range(60)]
     spaced, plain = (make_tokenizer(spec, texts, end_of_text=True) for spec in ("sentencepiece:300", "bytes"))
@@ -200,28 +201,28 @@ def test_a_space_before_a_blank_is_left_to_the_blank():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("kind", ["absorbing", "uniform"])
-def test_every_sampler_by_name(name, kind):
-    """It is made for each process, or refused in one line that names those that can be used."""
+def test_named_sampler_is_made_or_refused_for_each_process(name, kind):
+    """The error is one line that names the usable samplers."""
     process = sedd.Absorbing(9) if kind == "absorbing" else sedd.Uniform(9)
-    wanted = SamplerContext(process, sedd.LogLinear(), 4, 10)
-    masks = ("first_hitting", "counts", "even", "cosine", "margin", "entropy", "entropy_bounded")
-    if (name in masks and kind == "uniform") or (name == "barker" and kind == "absorbing"):
+    context = SamplerContext(process, sedd.LogLinear(), 4, 10)
+    absorbing_only = ("first_hitting", "counts", "even", "cosine", "margin", "entropy", "entropy_bounded")
+    if (name in absorbing_only and kind == "uniform") or (name == "barker" and kind == "absorbing"):
         with pytest.raises(
             sedd.UserError, match=f"the sampler {name} is not for this model; use one of euler, t"
         ) as no:
-            named_sampler(name, wanted)
+            named_sampler(name, context)
         assert "\n" not in str(no.value) and f" {name}," not in str(no.value)
     else:
-        sampler = named_sampler(name, wanted)
-        assert sampler.process == process and hash(sampler) == hash(named_sampler(name, wanted))
+        sampler = named_sampler(name, context)
+        assert sampler.process == process and hash(sampler) == hash(named_sampler(name, context))
 
 
-def test_the_planned_sampler_reads_a_report(generator, tmp_path):
-    """Its calls add up to what is to be filled in. Mistakes are one line."""
+def test_planned_sampler_reads_a_report(generator, tmp_path):
+    """Its counts sum to the number of free tokens. An invalid report is an error of one line."""
     bins = [{"low": k / 8, "high": (k + 1) / 8, "nats_per_token": 1 + k**2 / 9, "error": None} for k in range(8)]
     (tmp_path / "report.json").write_text(json.dumps({"profile": bins}))
-    drawn = generator.sample(2, sampler=f"planned:{tmp_path}/report.json", steps=5)
-    assert drawn.network_calls == 5 and drawn.tokens.max() < generator.network.process.vocab_size
+    samples = generator.sample(2, sampler=f"planned:{tmp_path}/report.json", steps=5)
+    assert samples.network_calls == 5 and samples.tokens.max() < generator.network.process.vocab_size
     assert generator.sample(1, length=3, sampler=f"planned:{tmp_path}/report.json", steps=5).network_calls == 3
     (tmp_path / "odd.json").write_text('{"profile": [{"low": 0}]}')
     for name in (
@@ -234,11 +235,11 @@ def test_the_planned_sampler_reads_a_report(generator, tmp_path):
             generator.sample(1, sampler=name)
 
 
-def test_padded_documents_have_no_second_block(corpus):
-    """A model that knows documents in rows of their own has not seen a document go on."""
+def test_model_of_padded_documents_refuses_texts_longer_than_a_block(corpus):
+    """It was trained on one document per block."""
     layout = sedd.data.layout.Layout("padded", "scored")
     padded = Generator(
         *(getattr(untrained(corpus), name) for name in ("network", "params", "schedule", "tokenizer")), layout, BLOCK
     )
-    with pytest.raises(sedd.UserError, match="a text of 17 tokens cannot be drawn; it must have from 1 to the 16"):
+    with pytest.raises(sedd.UserError, match="cannot sample a text of 17 tokens; it must have 1 to 16 tokens"):
         padded.sample(1, length=17)

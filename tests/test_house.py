@@ -1,4 +1,4 @@
-"""The shape of the house: which way imports point, and what importing it does not do."""
+"""The architecture of the package: the order of imports, and no side effects of importing it."""
 
 import ast
 import subprocess
@@ -32,8 +32,8 @@ ROOMS = [
     "diffusion",
     "runtime",
 ]
-LEAVES = {"errors", "seeds", "version"}  # what anyone may import
-ALONE = {"data": {"runtime"}, "diffusion": set(), "runtime": set()}  # rooms that import no other, but for those
+LEAVES = {"errors", "seeds", "version"}  # any module may import these
+ALONE = {"data": {"runtime"}, "diffusion": set(), "runtime": set()}  # rooms that import only these others
 DIFFUSION = [
     "correctors",
     "unmasking_schedules",
@@ -62,23 +62,23 @@ def imports(file):
 
 
 def test_imports_point_downwards():
-    found = 0
+    num_imports = 0
     for file in PACKAGE.rglob("*.py"):
         room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
         if room in LEAVES | {"__init__"}:
             continue
         for module in imports(file):
             other = module.split(".")[0]
-            found += 1
+            num_imports += 1
             if other in LEAVES or other == room:
                 continue
             assert ROOMS.index(room) < ROOMS.index(other), f"{file.name} of {room} imports {module}"
             assert other in ALONE.get(room, {other}), f"{file.name} of {room} imports {module}"
-    assert found > 50
+    assert num_imports > 50
 
 
-def test_the_mathematics_knows_no_network():
-    """Within diffusion/ too the arrows point one way, and nothing of the trunk's library is there."""
+def test_diffusion_imports_no_network():
+    """Imports within diffusion/ have one direction too, and none of them is Flax."""
     for name in DIFFUSION:
         file = PACKAGE / "diffusion" / f"{name}.py"
         assert "flax" not in file.read_text()
@@ -88,18 +88,18 @@ def test_the_mathematics_knows_no_network():
                 assert DIFFUSION.index(name) < DIFFUSION.index(other), f"{name} imports {other}"
 
 
-def test_keys_are_made_in_one_place():
-    """Where their implementation is named: JAX's default may be one whose numbers depend on the batch."""
+def test_only_keyed_random_makes_random_keys():
+    """It names the generator: with the default of JAX the numbers can depend on the batch."""
     for file in PACKAGE.rglob("*.py"):
         calls = (node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
         names = {ast.unparse(function) for function in calls}
-        made = {name for name in names if name.split(".")[-1] in ("PRNGKey", "wrap_key_data", "default_rng")}
-        made |= names & {"jax.random.key", "random.key", "jax.random.fold_in", "random.fold_in"}
-        assert not made or file.name == "keyed_random.py", f"{file.name} calls {', '.join(made)}"
+        makers = {name for name in names if name.split(".")[-1] in ("PRNGKey", "wrap_key_data", "default_rng")}
+        makers |= names & {"jax.random.key", "random.key", "jax.random.fold_in", "random.fold_in"}
+        assert not makers or file.name == "keyed_random.py", f"{file.name} calls {', '.join(makers)}"
 
 
-def test_importing_does_nothing():
-    """No data set or checkpoint library, no torch, no device, no flag."""
+def test_import_has_no_side_effects():
+    """It loads no dataset or checkpoint library and no torch, initialises no device and parses no flags."""
     code = (
         "import sys, sedd; from jax._src import xla_bridge; from absl import flags\n"
         "heavy = {'tensorflow_datasets', 'tensorflow', 'orbax', 'grain', 'torch', 'scipy', 'matplotlib', 'lm_eval',\n"
@@ -114,8 +114,7 @@ def test_public_names_exist():
     assert all(hasattr(sedd, name) for name in sedd.__all__)
 
 
-def test_files_stay_readable():
-    """A file of one sitting, lines that fit."""
+def test_files_have_at_most_350_lines_of_120_columns():
     for file in PACKAGE.rglob("*.py"):
         lines = file.read_text().splitlines()
         assert len(lines) <= 350, file

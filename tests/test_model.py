@@ -1,4 +1,4 @@
-"""The model as people use it: load, save, sample, infill."""
+"""Model: load, save, sample, infill."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["absorbing", pytest.param("uniform", marks=pytest.mark.slow)])
 def run(request, corpus, tmp_path_factory):
-    """A run of a few steps with each process."""
+    """A run of 30 steps with each process."""
     workdir = tmp_path_factory.mktemp("runs") / request.param
     settings = [f"process.name={request.param}"] + ["training.noise_sampling=time"] * (request.param == "uniform")
     sedd.train(small_config(corpus, *settings, "training.steps=30"), workdir)
@@ -32,18 +32,18 @@ def model(run):
     return sedd.load(run)
 
 
-def test_exported_model_is_the_run(model, tmp_path):
+def test_exported_model_samples_as_the_run(model, tmp_path):
     model.save(tmp_path / "exported")
     other = sedd.load(tmp_path / "exported")
     assert other.config.to_dict() == model.config.to_dict()
-    wanted = model.sample(num_samples=3, steps=6, seed=4)
-    assert other.sample(num_samples=3, steps=6, seed=4).texts == wanted.texts
+    expected = model.sample(num_samples=3, steps=6, seed=4)
+    assert other.sample(num_samples=3, steps=6, seed=4).texts == expected.texts
     with pytest.raises(sedd.UserError, match="not empty"):
         model.save(tmp_path / "exported")
 
 
 def test_a_config_of_another_format_is_refused(run, corpus, tmp_path):
-    """That of 0.1.0 names none: loading such a model and resuming such a run are refused in a line."""
+    """That of version 0.1.0 has no format key. Loading and resuming fail with one line."""
     shutil.copytree(run, tmp_path / "old")
     about = json.loads((tmp_path / "old/config.json").read_text())
     config = configs.from_dict(about["config"])
@@ -54,7 +54,7 @@ def test_a_config_of_another_format_is_refused(run, corpus, tmp_path):
             action()
 
 
-def test_sample(model):
+def test_samples_have_the_block_length_and_a_trace(model):
     drawn = model.sample(num_samples=5, steps=8, seed=1, trace=True)
     assert drawn.tokens.shape == (5, 16) and len(drawn.texts) == 5 and 0 < drawn.network_calls <= 8
     assert drawn.trace.shape == (drawn.network_calls, 5, 16)
@@ -64,31 +64,31 @@ def test_sample(model):
     assert model.sample(num_samples=5, steps=8, seed=2).texts != drawn.texts
 
 
-def test_batch_size_changes_no_sample(model):
-    """Groups of two with one row left over, against all at once."""
-    whole = model.sample(num_samples=5, steps=8, seed=1)
-    np.testing.assert_array_equal(model.sample(num_samples=5, steps=8, seed=1, batch_size=2).tokens, whole.tokens)
+def test_samples_are_independent_of_batch_size(model):
+    """Groups of two rows, the last with one row, against one group of five."""
+    expected = model.sample(num_samples=5, steps=8, seed=1)
+    np.testing.assert_array_equal(model.sample(num_samples=5, steps=8, seed=1, batch_size=2).tokens, expected.tokens)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "tweedie"])
-def test_short_samples_and_samplers_by_name_or_object(model, sampler):
+def test_samplers_by_name_and_by_object_are_equal(model, sampler):
     short = model.sample(length=5, steps=4, sampler=sampler)
     assert short.tokens.shape == (1, 5)
     kind = {"euler": sedd.Euler, "tweedie": sedd.Tweedie}[sampler]
-    made = kind(model.process, model.schedule, 4)
-    np.testing.assert_array_equal(model.sample(length=5, sampler=made).tokens, short.tokens)
+    custom = kind(model.process, model.schedule, 4)
+    np.testing.assert_array_equal(model.sample(length=5, sampler=custom).tokens, short.tokens)
 
 
-def test_temperature_and_nucleus_sharpen(model):
-    """Near 0 both leave the likeliest token only, so that all rows agree on what is revealed first."""
+def test_temperature_and_top_p_near_0_leave_the_most_probable_token(model):
+    """All rows then have the same first unmasked token."""
     settings = dict(num_samples=16, steps=1, length=1)
     for sharp in (dict(temperature=1e-3), dict(top_p=1e-3)):
         assert len(set(model.sample(**settings, **sharp).texts)) < len(set(model.sample(**settings).texts))
         assert len(set(model.sample(**settings, **sharp).texts)) == 1 or isinstance(model.process, sedd.Uniform)
 
 
-def test_template(model):
-    """Text stays as it is, wherever the blanks are; samples of a template stand side by side."""
+def test_infill_keeps_the_text_of_templates(model):
+    """Blanks are anywhere; the samples of a template are adjacent."""
     template = ["<blank:3>times<blank:2>", "the <blank:4>"]
     drawn = model.infill(template, num_samples=3, steps=4)
     times, the = model.tokenizer.encode("times"), model.tokenizer.encode("the ")
@@ -97,13 +97,13 @@ def test_template(model):
     assert all("times" in text for text in drawn.texts[:3]) and all(text[:4] == "the " for text in drawn.texts[3:])
 
 
-def test_prefix_and_suffix(model):
+def test_infill_keeps_prefix_and_suffix(model):
     drawn = model.infill(prefix="the ", suffix="table", length=12, steps=4)
     assert drawn.texts[0].startswith("the ") and drawn.texts[0].endswith("table") and drawn.tokens.shape == (1, 12)
     assert model.infill(prefix="the ", steps=4).tokens.shape == (1, 16)
 
 
-def test_arrays_with_different_positions_in_each_row(model):
+def test_infill_keeps_given_tokens_at_different_positions_in_each_row(model):
     random = np.random.default_rng(0)
     tokens = random.integers(0, model.process.vocab_size, (6, 16))
     given = random.random((6, 16)) < np.linspace(0, 1, 6)[:, None]
@@ -117,7 +117,7 @@ def test_arrays_with_different_positions_in_each_row(model):
     assert ragged.tokens[0, [0, 2]].tolist() == [1, 3] and ragged.tokens[1, 1:].tolist() == [5, -1]
 
 
-def test_nothing_to_fill_in_needs_no_network(model):
+def test_infill_without_free_positions_returns_the_tokens(model):
     tokens = np.zeros(16, int)
     drawn = model.infill(tokens=tokens, given=np.ones(16, bool), steps=4)
     np.testing.assert_array_equal(drawn.tokens, [tokens])
@@ -125,8 +125,8 @@ def test_nothing_to_fill_in_needs_no_network(model):
         assert drawn.network_calls == 0
 
 
-def test_log_score_and_denoiser(model):
-    """The mask's column is there, the current token has 0; given tokens are seen wherever the state is."""
+def test_log_score_has_all_states_and_denoiser_clamps_given_tokens(model):
+    """The score of the current token is 0. The denoiser replaces the state at given positions."""
     states, tokens = model.process.num_states, np.zeros((2, 16), int)
     sigma = jnp.array([0.5, 2.0])
     score = model.log_score(tokens, sigma)
@@ -134,25 +134,25 @@ def test_log_score_and_denoiser(model):
     np.testing.assert_array_equal(score[..., 0], 0)
     given = np.arange(16) < 8
     state = np.where(given, 3, 0)[None].repeat(2, 0)
-    seen = jax.jit(model.denoiser(tokens, np.broadcast_to(given, (2, 16))))(state, sigma, None)
-    np.testing.assert_array_equal(seen, jax.jit(model.denoiser())(tokens, sigma, None))
+    clamped = jax.jit(model.denoiser(tokens, np.broadcast_to(given, (2, 16))))(state, sigma, None)
+    np.testing.assert_array_equal(clamped, jax.jit(model.denoiser())(tokens, sigma, None))
 
 
 @pytest.mark.parametrize(
-    "ask, message",
+    "call, message",
     [
         (lambda model: model.sample(num_samples=0), "number of samples must be at least 1"),
         (lambda model: model.sample(steps=0), "steps must be at least 1"),
-        (lambda model: model.sample(length=-5), "a text of -5 tokens cannot be drawn"),
+        (lambda model: model.sample(length=-5), "cannot sample a text of -5 tokens"),
         (lambda model: model.sample(sampler="tweedie:4"), "no sampler 'tweedie:4'"),
         (lambda model: model.sample(sampler=sedd.Tweedie), "a sampler is a name, or an object"),
         (lambda model: model.sample(seed=2**64), "seed must be a whole number from 0"),
         (lambda model: model.sample(temperature=float("inf")), "temperature must be positive"),
         (lambda model: model.infill([]), "nothing to fill in"),
-        (lambda model: model.infill(tokens=[[1], [2]], given=[[True]]), "2 rows of tokens, and 1"),
+        (lambda model: model.infill(tokens=[[1], [2]], given=[[True]]), "2 rows of tokens and 1"),
         (lambda model: model.infill(tokens=[[[1]]], given=[[[True]]]), "of the shape of tokens"),
         (lambda model: model.infill(tokens=[1.5, 2], given=[True, False]), "must be integers"),
-        (lambda model: model.sample(length=0), "a text of 0 tokens cannot be drawn; it must have at least 1"),
+        (lambda model: model.sample(length=0), "cannot sample a text of 0 tokens; it must have at least 1"),
         (lambda model: model.sample(sampler="best"), "no sampler 'best'; there are euler, tweedie"),
         (lambda model: model.sample(sampler=sedd.Tweedie(sedd.Absorbing(5), sedd.LogLinear(), 2)), "sampler is for"),
         (lambda model: model.sample(temperature=0), "temperature must be positive"),
@@ -164,22 +164,22 @@ def test_log_score_and_denoiser(model):
         (lambda model: model.infill("the <blank:2>", length=9), "length goes with a prefix"),
         (lambda model: model.infill(), "takes a template, or"),
         (lambda model: model.infill("<blank:1>", prefix="the"), "takes a template, or"),
-        (lambda model: model.infill(tokens=[1, 2]), "go together"),
+        (lambda model: model.infill(tokens=[1, 2]), "pass both tokens and given"),
         (lambda model: model.infill(tokens=[1, 2], given=[True]), "of the shape of tokens"),
         (lambda model: model.infill(tokens=[1, 2000], given=[False, True]), "given tokens must be from 0"),
-        (lambda model: model.denoiser(tokens=[[1]]), "go together"),
+        (lambda model: model.denoiser(tokens=[[1]]), "pass both tokens and given"),
         (lambda model: model.perplexity(["", "the"]), "text 1 of 2 is empty"),
         (lambda model: model.perplexity([]), "no texts"),
         (lambda model: model.perplexity(["the"], draws=0), "draws must be at least 1"),
     ],
 )
-def test_mistakes(model, ask, message):
+def test_invalid_arguments_are_one_line(model, call, message):
     with pytest.raises(sedd.UserError, match=message) as caught:
-        ask(model)
+        call(model)
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_model(tmp_path, model):
+def test_load_refuses_a_folder_without_a_model(tmp_path, model):
     with pytest.raises(sedd.UserError, match="no folder"):
         sedd.load(tmp_path / "absent")
     with pytest.raises(sedd.UserError, match="no config.json"):
@@ -196,7 +196,7 @@ def test_what_is_no_model(tmp_path, model):
         sedd.load(tmp_path)
 
 
-def test_weights_that_do_not_fit(tmp_path, model):
+def test_load_refuses_weights_that_do_not_fit(tmp_path, model):
     model.save(tmp_path / "exported")
     config = tmp_path / "exported/config.json"
     about = json.loads(config.read_text())

@@ -1,4 +1,4 @@
-"""States as text: what is read where, how it emerges in a terminal, and the page that plays it back in a browser."""
+"""The text of states, the display in a terminal, and the HTML page in a browser."""
 
 import io
 import json
@@ -40,15 +40,15 @@ def tokenizer(kind):
 
 
 def trace(ids, given, steps, mask, seed=0):
-    """Int[T L]: each token that is not given is uncovered at some step, one at the first and one at the last."""
+    """Int[T L]: each token that is not given is unmasked at a random step, one at the first and one at the last."""
     when = np.random.default_rng(seed).integers(1, steps + 1, len(ids))
     when[np.flatnonzero(~given)[[0, -1]]] = 1, steps
     return np.array([np.where(given | (when <= step), ids, mask) for step in range(1, steps + 1)])
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1])
-def test_runs_join_to_what_the_tokenizer_decodes(kind):
-    """However the tokens are grouped, and after an end of text too; a space that opens a text is dropped only there."""
+def test_runs_join_to_the_decoded_text(kind):
+    """For any grouping of tokens, also after an end of text. Only a space that opens a text is dropped."""
     made = tokenizer(kind)
     ids = np.concatenate([made.encode(TEXT), [made.end_of_text], made.encode("the cat"), made.encode("ü the")])
     read, rng = Reader(made, made.vocab_size), np.random.default_rng(0)
@@ -58,12 +58,12 @@ def test_runs_join_to_what_the_tokenizer_decodes(kind):
         assert all(run.kind != after.kind for run, after in zip(runs, runs[1:]))
     for cut in range(len(ids)):  # any tokens may open a row
         assert "".join(cell or "" for cell in read.cells(ids[cut:])) == made.decode(ids[cut:])
-    if kind == "dummy prefix":  # the control: decoded apart, the space is lost
+    if kind == "dummy prefix":  # control: decoded one by one, the tokens lose the space
         assert "".join(made.decode(ids[at : at + 1]) for at in range(len(ids))) != made.decode(ids)
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1])
-def test_any_ids_at_all_read_as_the_tokenizer_decodes_them(kind):
+def test_random_ids_join_to_the_decoded_text(kind):
     made = tokenizer(kind)
     read = Reader(made, None)
     for seed in range(30):
@@ -71,46 +71,46 @@ def test_any_ids_at_all_read_as_the_tokenizer_decodes_them(kind):
         assert "".join(cell or "" for cell in read.cells(ids)) == made.decode(ids)
 
 
-def test_kinds_of_text():
+def test_runs_are_given_new_unchanged_or_masked():
     made = tokenizer("characters")
     mask, ids = made.vocab_size, made.encode("the cat")
     state = np.array([*ids[:5], mask, mask, -1])
     before = np.array([*ids[:4], mask, mask, ids[6], -1])
     given = np.arange(8) < 3
     assert Reader(made, mask).runs(state, given, before) == [
-        ("the", "given"), (" ", "settled"), ("c", "new"), (2 * BLOCK, "hidden")
+        ("the", "given"), (" ", "unchanged"), ("c", "new"), (2 * BLOCK, "masked")
     ]  # fmt: skip
-    assert Reader(made, mask).runs(state, given)[1] == (" c", "new")  # before the first step all was masked
-    assert Reader(made, None).runs(ids, given[:7]) == [("the", "given"), (" cat", "settled")]  # or noise
-    assert Reader(None, 9).runs(np.array([4, 9, 5]), given[5:]) == [("4 ", "new"), (BLOCK, "hidden"), ("5 ", "new")]
+    assert Reader(made, mask).runs(state, given)[1] == (" c", "new")  # all was masked before the first step
+    assert Reader(made, None).runs(ids, given[:7]) == [("the", "given"), (" cat", "unchanged")]  # without a mask
+    assert Reader(None, 9).runs(np.array([4, 9, 5]), given[5:]) == [("4 ", "new"), (BLOCK, "masked"), ("5 ", "new")]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "dummy prefix", "byte level"])
-def test_a_character_split_between_tokens_is_broken_only_while_it_is_incomplete(kind):
+def test_split_character_is_replaced_only_until_it_is_complete(kind):
     made = tokenizer(kind)
     ids = made.encode("a😀b")
     mask, given = made.vocab_size, np.zeros(len(ids), bool)
-    given[: len(ids) - 3] = True  # the character's first bytes are given, the last two come
+    given[: len(ids) - 3] = True  # the first bytes of the character are given, the last two are not
     read = Reader(made, mask)
     half = np.where(np.arange(len(ids)) == len(ids) - 2, mask, ids)
     assert any(BROKEN in run.text for run in read.runs(half, given))
-    assert read.runs(ids, given, half) == [("a", "given"), ("😀", "new"), ("b", "settled")]
-    assert read.runs(ids, given, ids) == [("a", "given"), ("😀b", "settled")]
+    assert read.runs(ids, given, half) == [("a", "given"), ("😀", "new"), ("b", "unchanged")]
+    assert read.runs(ids, given, ids) == [("a", "given"), ("😀b", "unchanged")]
     assert sum(cell is None for cell in read.cells(ids)) == len("😀".encode()) - 1
 
 
-def test_bytes_that_never_were_a_character_stand_alone(monkeypatch):
+def test_invalid_bytes_are_replaced_one_by_one(monkeypatch):
     made = tokenizer("bytes")
     first, *others = "😀".encode()
     ids = np.array([first, first, *others, others[-1], ord("b")])
     cells = [BROKEN, "😀", None, None, None, BROKEN, "b"]
     assert Reader(made, None).cells(ids) == cells
-    monkeypatch.setattr(reader, "WINDOW", 2)  # characters split over more tokens than are looked at first
+    monkeypatch.setattr(reader, "WINDOW", 2)  # characters split over more tokens than the first window
     assert Reader(made, None).cells(ids) == cells
 
 
 class Screen(io.StringIO):
-    """A terminal that understands what is written to it, and refuses what it should not get."""
+    """An emulated terminal. It fails on sequences and characters that must not be written."""
 
     def __init__(self, columns=40, lines=12):
         super().__init__()
@@ -160,7 +160,7 @@ class Screen(io.StringIO):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """No pauses; `sizes` of the streams are their own."""
+    """No pauses; the size of a terminal is that of its Screen."""
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(terminal, "PAUSES", 0.0)
@@ -169,7 +169,7 @@ def quick(monkeypatch):
 
 
 def show(screen, states, given, made, texts=None):
-    """Int[T N L] to the screen, a group of the texts that there are."""
+    """Shows states, Int[T N L], as one group of texts."""
     rows = np.arange(states.shape[1])
     with Terminal(made, made.vocab_size, texts, screen) as watch:
         assert not screen.cursor
@@ -177,7 +177,7 @@ def show(screen, states, given, made, texts=None):
             watch(rows, tokens, given, step + 1)
 
 
-def test_the_terminal_ends_with_the_final_text(quick):
+def test_terminal_shows_the_final_text_last(quick):
     made, screen = tokenizer("sentencepiece"), Screen()
     ids = made.encode(TEXT)
     given = np.arange(len(ids)) < 5
@@ -188,10 +188,10 @@ def test_the_terminal_ends_with_the_final_text(quick):
     assert "\n".join(lines).split() == words
     assert max(map(len, lines)) < 40 and "" in lines  # the empty line of the text
     styles = {style for line in screen.cells[1:] for _, style in line}
-    assert styles == {"94", "1;32", ""}  # given, new, settled
+    assert styles == {"94", "1;32", ""}  # given, new, unchanged
 
 
-def test_the_terminal_keeps_to_its_lines_and_turns_to_where_something_happens(quick):
+def test_terminal_fits_the_screen_and_scrolls_to_changes(quick):
     made, screen = tokenizer("characters"), Screen(lines=9)
     ids = made.encode((TEXT * 4).replace("\n", " "))
     given = np.zeros((3, len(ids)), bool)
@@ -207,7 +207,7 @@ def test_the_terminal_keeps_to_its_lines_and_turns_to_where_something_happens(qu
     assert crowded.text()[-2] == "and 7 more"
 
 
-def test_no_text_steers_the_terminal(quick, monkeypatch):
+def test_control_characters_of_texts_are_replaced(quick, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     made, screen = make_tokenizer("bytes", [], end_of_text=False), Screen()
     ids = made.encode("a\x1b[2Jb\r\x07c\td\x9b\u202ee")
@@ -216,8 +216,8 @@ def test_no_text_steers_the_terminal(quick, monkeypatch):
     assert {style for line in screen.cells for _, style in line} == {""}
 
 
-def test_an_ascii_terminal_shows_what_it_has(quick):
-    """The rest as question marks, each of one column."""
+def test_ascii_terminal_shows_question_marks_for_other_characters(quick):
+    """Each takes one column."""
 
     class Ascii(Screen):
         encoding = "ascii"
@@ -232,7 +232,7 @@ def test_an_ascii_terminal_shows_what_it_has(quick):
     assert " ".join("\n".join(lines).split()) == "Gr??e, ?the cat? ? ?? and ?! Two spaces, the end.e?"
 
 
-def test_the_cursor_comes_back_after_an_interruption(quick):
+def test_cursor_is_restored_after_an_interruption(quick):
     made, screen = tokenizer("characters"), Screen()
     with pytest.raises(KeyboardInterrupt), Terminal(made, None, stream=screen) as watch:
         watch(np.arange(1), made.encode("the")[None], np.zeros((1, 3), bool), 1)
@@ -243,8 +243,8 @@ def test_the_cursor_comes_back_after_an_interruption(quick):
     assert watch._stream.cursor and watch._stream.text() == [""]
 
 
-def test_pauses_can_be_followed_and_end(quick, monkeypatch):
-    """Steps of a millisecond: the first are slow, thousands are not, and what is last is drawn."""
+def test_pauses_get_shorter_and_are_bounded(quick, monkeypatch):
+    """With steps of 1 ms the first frames are delayed, thousands are not, and the last state is shown."""
     now = [100.0]
     monkeypatch.setattr(terminal, "PAUSES", 8.0)
     monkeypatch.setattr(terminal, "SHORTEST", 0.015)
@@ -261,7 +261,7 @@ def test_pauses_can_be_followed_and_end(quick, monkeypatch):
     assert screen.frames < 1000 and screen.text()[0] == "step 5000"
 
 
-def test_what_is_no_terminal_is_refused(quick, monkeypatch):
+def test_stream_that_is_not_a_terminal_is_refused(quick, monkeypatch):
     made = tokenizer("characters")
     with pytest.raises(UserError, match="--watch needs a terminal; leave it out, or write a page with --html=FILE"):
         Terminal(made, None, stream=io.StringIO())
@@ -270,11 +270,11 @@ def test_what_is_no_terminal_is_refused(quick, monkeypatch):
         Terminal(made, None, stream=Screen())
 
 
-def test_a_real_terminal_is_measured(monkeypatch):
+def test_size_of_a_real_terminal_is_read(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     master, slave = os.openpty()
     with os.fdopen(slave, "w") as stream:
-        assert Terminal(None, None, stream=stream)._size() == (79, 24)  # it does not say its size
+        assert Terminal(None, None, stream=stream)._size() == (79, 24)  # the defaults: it has no size yet
         termios.tcsetwinsize(stream.fileno(), (30, 100))
         assert Terminal(None, None, stream=stream)._size() == (99, 30)
     os.close(master)
@@ -285,7 +285,7 @@ def embedded(written):
 
 
 def replayed(data):
-    """The texts of every frame that a page holds, as its script makes them."""
+    """Yields the step and texts of every frame of a page, computed like its script."""
     pieces, rows = data["pieces"], [list(row) for row in data["base"]]
     yield data["first"], ["".join(pieces[piece] for piece in row) for row in rows]
     for step, changes in data["frames"]:
@@ -297,7 +297,7 @@ def replayed(data):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("masked", [True, False])
-def test_a_page_holds_the_states_as_they_were(kind, masked):
+def test_page_has_the_text_of_every_state(kind, masked):
     made = None if kind == "ids" else tokenizer(kind)
     size = made.vocab_size if made else 300
     ids = np.arange(40) % size if made is None else made.encode(TEXT)
@@ -319,15 +319,15 @@ def test_a_page_holds_the_states_as_they_were(kind, masked):
     assert (0 in frames) == masked
 
 
-def test_a_token_is_new_even_where_it_reads_the_same():
+def test_token_is_new_even_if_its_text_is_equal():
     made = tokenizer("sentencepiece")
     ids = np.array([[made.encode("xt")[-1]], [made.backend._processor.piece_to_id("<0x74>")]])
     data = embedded(page(ids[:, None], np.zeros((1, 1), bool), made, None, {}))
     assert ids[0] != ids[1] and data["frames"] == [[2, [[0, *data["base"][0]]]]]
 
 
-def test_a_page_is_small_and_the_same_each_time():
-    """A few bytes a token that changes: all of 4 rows of 256 tokens are uncovered in 256 steps."""
+def test_page_is_small_and_deterministic():
+    """Less than 16 bytes per changed token: all of 4 rows of 256 tokens are unmasked in 256 steps."""
     made = tokenizer("characters")
     ids = np.resize(made.encode(TEXT), 256)
     states = np.stack([trace(ids, np.zeros(256, bool), 256, made.vocab_size, seed) for seed in range(4)], axis=1)
@@ -340,7 +340,7 @@ def test_a_page_is_small_and_the_same_each_time():
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium without a screen or a network; the driver is the one beside it, and nothing is looked for elsewhere."""
+    """Headless Chromium without a network, with the installed driver."""
     selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
@@ -350,15 +350,15 @@ def browser():
     for argument in ("headless=new", "no-sandbox", "disable-gpu", "host-resolver-rules=MAP * ~NOTFOUND"):
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = selenium.Chrome(service=selenium.ChromeService(driver), options=options)
-    yield found
-    found.quit()
+    chrome = selenium.Chrome(service=selenium.ChromeService(driver), options=options)
+    yield chrome
+    chrome.quit()
 
 
 EVIL = "</script><b>no</b> <!-- & \"'\u2028 {{data}} {{final}}"
 
 
-def test_a_page_plays_pauses_and_steps_in_a_browser(browser, tmp_path):
+def test_page_plays_pauses_and_steps_in_a_browser(browser, tmp_path):
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
@@ -387,7 +387,7 @@ def test_a_page_plays_pauses_and_steps_in_a_browser(browser, tmp_path):
     def reached():
         return int(step.text.split()[1])
 
-    wait.until(lambda _: reached() > 1)  # it plays by itself
+    wait.until(lambda _: reached() > 1)  # it starts to play by itself
     play.click()
     paused = reached()
     assert 1 < paused < 30 and play.get_attribute("aria-label") == "Play" and texts() == expected(paused)

@@ -1,4 +1,4 @@
-r"""Templates: what is a blank, what is text, and what is refused before it takes memory."""
+"""Templates: blanks, escapes, and errors before memory is allocated."""
 
 import numpy as np
 import pytest
@@ -20,8 +20,8 @@ from sedd.errors import UserError
         (r"\<blank \<blank:3> \n <b> <blank:4>", [r"<blank <blank:3> \n <b> ", ""], [4]),
     ],
 )
-def test_a_template_is_texts_and_blanks(template, texts, sizes):
-    """A backslash before `<blank` makes it text; elsewhere it stands for itself."""
+def test_template_is_parsed_into_texts_and_blanks(template, texts, sizes):
+    """A backslash before `<blank` escapes it; elsewhere it is a literal backslash."""
     assert prompts.parsed(template) == (texts, sizes)
 
 
@@ -32,25 +32,27 @@ def test_a_template_is_texts_and_blanks(template, texts, sizes):
         *("<blank:1.5>", "<blank:1e3>", "<blank:\u0663>", "<blanks:3>", "<blank 3>", "<blank=3>", "<blank:", "<blank"),
     ],
 )
-def test_a_misspelt_blank_is_an_error(mark):
-    """Beside one that is right, and alone. The line says how to write it."""
+def test_malformed_blank_is_an_error(mark):
+    """With a valid blank in the template, and alone. The message has the right form."""
     for template in (f"the {mark} of <blank:2>", mark):
-        with pytest.raises(UserError, match="is no blank; write <blank:8> for 8 tokens, or .<blank for these letters"):
+        with pytest.raises(
+            UserError, match="is not a blank; write <blank:8> for 8 tokens, or .<blank for literal text"
+        ):
             prompts.parsed(template)
 
 
 @pytest.mark.parametrize("size", ["999999999999", "9" * 18, "9" * 30, "9" * 5000])
-def test_an_absurd_blank_takes_no_memory(size):
-    with pytest.raises(UserError, match="tokens are more than the|is no blank") as caught:
+def test_huge_blank_allocates_no_memory(size):
+    with pytest.raises(UserError, match="tokens are more than the|is not a blank") as caught:
         prompts.parsed(f"a <blank:{size}>")
     assert len(str(caught.value)) < 200
 
 
-def test_an_absurd_length_takes_no_memory():
+def test_huge_length_allocates_no_memory():
     with pytest.raises(UserError, match="1,000,000,000,000 tokens are more than the 268,435,456"):
         prompts.between("the", "", 10**12, pretrained_tokenizer("bytes"))
 
 
-def test_what_is_escaped_is_encoded_as_it_reads():
+def test_escaped_blank_is_encoded_as_text():
     row = prompts.of_template(r"a\<blank:3><blank:2>", pretrained_tokenizer("bytes"))
     assert bytes(row.tokens[row.given].astype(np.uint8)) == b"a<blank:3>" and np.sum(~row.given) == 2

@@ -1,4 +1,4 @@
-"""The states of a sampler as people read them: live in a terminal, or played back by a page that is one file."""
+"""The states of a sampler as text: live in a terminal, or in a self-contained HTML page."""
 
 from sedd.playback.page import page
 from sedd.playback.reader import Reader, Run

@@ -1,4 +1,4 @@
-"""A page that plays back how texts emerged: one file, which needs no network."""
+"""A self-contained HTML page that plays the steps of sampling. It loads nothing from the network."""
 
 import html
 import json
@@ -19,25 +19,23 @@ def page(
     mask: int | None,
     about: Mapping[str, object],
 ) -> str:
-    """A page of HTML, complete in itself, that plays the states of a sampler.
+    """Returns a self-contained HTML page that plays the states of a sampler.
 
-    It holds the pieces of text once, and of each state only what differs from the one before. States in which nothing
-    changed are passed over.
+    states: Int[T N L], the state after each step, -1 where there is no token: `Samples.trace`; given: Bool[N L];
+    tokenizer: None shows ids; mask: the id of the mask, at which free positions start, or None for a process without
+    one; about: names and values for the head of the page, such as {"sampler": "tweedie", "seed": 0}.
 
-    Args:
-      states: Int[T N L], the states after each step, -1 where there is no token: `Samples.trace`.
-      given: Bool[N L], the tokens that were given.
-      tokenizer: None shows the ids.
-      mask: the id of the mask, from which everything starts that is not given; None where there is none.
-      about: what is said of them, by name, such as {"sampler": "tweedie", "seed": 0}.
+    The page stores each distinct piece of text once, and each state as its differences from the one before. States
+    without a change are left out.
     """
     states, given = np.asarray(states), np.asarray(given)
-    first = 1
+    first = 1  # the number of the first state: 0 is the masked state before the first step
     if mask is not None and len(states):
         first = 0
         start = np.where(given | (states[0] < 0), states[0], mask)
         states = np.concatenate([start[None], states])
-    reader, pieces = Reader(tokenizer, mask), {None: 0, "": 1}
+    reader = Reader(tokenizer, mask)
+    pieces: dict[str | None, int] = {None: 0, "": 1}
     played = [_changes(states[:, row], reader, pieces) for row in range(len(given))] if len(states) else []
     last = len(states) - 1
     shown = [step for step in range(1, last + 1) if step == last or any(row[step] for row in played)]
@@ -51,21 +49,25 @@ def page(
         "frames": [[step + first, [row[step] for row in played]] for step in shown],
     }
     final = ["".join(cell or "" for cell in reader.cells(tokens)) for tokens in states[-1]] if len(states) else []
-    holes = {
-        "{{data}}": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),  # no text can end the script
+    values = {
+        "{{data}}": json.dumps(data, separators=(",", ":")).replace(
+            "<", "\\u003c"
+        ),  # so that no text ends the script element
         "{{final}}": "".join(f"<pre>{html.escape(text)}</pre>" for text in final),
     }
     template = resources.files("sedd.playback").joinpath("page.html").read_text(encoding="utf-8")
-    return re.sub("{{data}}|{{final}}", lambda hole: holes[hole[0]], template)
+    return re.sub("{{data}}|{{final}}", lambda name: values[name[0]], template)
 
 
 def _changes(states: np.ndarray, reader: Reader, pieces: dict[str | None, int]) -> list[list[int]]:
-    """Of a row, Int[T L]: the first state as pieces, then of each one position, piece, position, piece of what changed.
+    """Encodes the states of a row, Int[T L]: the first as piece numbers, each other as position, piece, position, ...
 
-    pieces: the number of each text, with new ones added; None is the mask's. The tokens of a character that is split
-    between them have their text at the first, and nothing after it.
+    pieces: the number of each piece of text, extended in place; None is that of the mask. Of the tokens of a split
+    character, the first has its text and the others have the empty piece.
     """
-    changes, before, shown = [], None, None
+    changes: list[list[int]] = []
+    before: np.ndarray | None = None
+    shown = np.zeros(0, np.int64)
     for tokens in states:
         if before is not None and np.array_equal(tokens, before):
             changes.append([])

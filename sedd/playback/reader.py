@@ -1,4 +1,4 @@
-"""States as text: what each token reads where it stands, and which of it is new."""
+"""The text of each token in a state, and which tokens are new."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -8,22 +8,22 @@ import numpy as np
 
 from sedd.data.tokenizers import END_OF_TEXT, Tokenizer
 
-BLOCK = "\u2591"  # how a masked token is shown, a light shade
-BROKEN = "\ufffd"  # what bytes read that are no whole character
-WINDOW = 8  # tokens in which a character that is split between tokens ends; more are looked at where it does not
+BLOCK = "\u2591"  # shown for a masked token: a light shade
+BROKEN = "\ufffd"  # shown for bytes that are not a complete character
+WINDOW = 8  # tokens to decode at first for a character that is split between tokens
 
 
 class Run(NamedTuple):
     """Consecutive tokens of one kind."""
 
     text: str
-    kind: str  # "given", "new" (changed in this step), "settled" or "hidden" (masked)
+    kind: str  # "given", "new" (changed in this step), "unchanged" or "masked"
 
 
 class Reader:
-    """The text of a state's tokens, each where it stands, reading as the tokenizer decodes the whole.
+    """Decodes the tokens of a state one by one; joined, their texts are what the tokenizer decodes from all of them.
 
-    tokenizer: None shows the ids. mask: the id of the mask, None where there is none.
+    tokenizer: None shows ids; mask: the id of the mask, None for a process without one.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, mask: int | None):
@@ -33,40 +33,41 @@ class Reader:
         self._plain: dict[int, str | None] = {}
 
     def cells(self, tokens: np.ndarray) -> list[str | None]:
-        """The text of each token of a row, Int[L], -1 where there is none.
+        """Returns the text of each token of a row. tokens: Int[L], -1 where there is no token.
 
-        None: the token is part of the character, or characters, that the tokens before it began. Masked, a token reads
-        U+2591. Bytes that are no whole character (not yet, or never) read U+FFFD.
+        None marks a token whose characters began in a token before it. The text of a mask is U+2591, that of bytes that
+        are not a complete character U+FFFD.
         """
-        ids, cells = np.asarray(tokens).tolist(), []
+        ids = np.asarray(tokens).tolist()
+        cells: list[str | None] = []
         for token in set(ids) - self._plain.keys():
             self._plain[token] = self._plain_text(token)
-        opening = True  # nothing is before this token; some tokenizers drop a space there
+        opening = True  # no text is before this token; some tokenizers drop a space there
         while len(cells) < len(ids):
             text, count = self._plain[ids[len(cells)]], 1
             if opening or text is None:
                 text, count = self._next(ids, len(cells), opening)
                 opening = text == END_OF_TEXT or (opening and not text)
-            cells.append(text)
-            cells += [None] * (count - 1)
+            cells += [text, *[None] * (count - 1)]
         return cells
 
     def _plain_text(self, token: int) -> str | None:
-        """The text of a token that has the same one wherever it stands but at the opening, else None."""
+        """Returns the text of a token if it is the same everywhere but at the opening, else None."""
         text, _ = self._next([token], 0, False)
         return None if BROKEN in text or text == END_OF_TEXT else text
 
     def runs(self, tokens: np.ndarray, given: np.ndarray, before: np.ndarray | None = None) -> list[Run]:
-        """A row of a state, Int[L], as text of different kinds.
+        """Returns a row of a state as runs of text of one kind.
 
-        given: Bool[L]. before: the state before, Int[L]; None for the first, in which all is new that was masked
-        before. A character that is split between tokens is new if one of them is, and given if all are.
+        tokens: Int[L]; given: Bool[L]; before: Int[L], the state before, or None for the first, in which all unmasked
+        tokens are new. A character that is split between tokens is new if one of them is, and given if all are.
         """
         kinds = self._kinds(np.asarray(tokens), np.asarray(given), before)
-        runs, at = [], 0
+        runs: list[Run] = []
+        at = 0
         for text, size in _grouped(self.cells(tokens)):
             group = set(kinds[at : at + size])
-            kind = next(kind for kind in ("new", "hidden", "settled", "given") if kind in group)
+            kind = next(kind for kind in ("new", "masked", "unchanged", "given") if kind in group)
             at += size
             if runs and runs[-1].kind == kind:
                 runs[-1] = Run(runs[-1].text + text, kind)
@@ -75,12 +76,12 @@ class Reader:
         return runs
 
     def _kinds(self, tokens, given, before) -> list[str]:
-        hidden = tokens == self.mask if self.mask is not None else np.zeros(tokens.shape, bool)
+        masked = tokens == self.mask if self.mask is not None else np.zeros(tokens.shape, bool)
         changed = ~given & (self.mask is not None) if before is None else tokens != before
-        return np.select([hidden, changed, given], ["hidden", "new", "given"], "settled").tolist()
+        return np.select([masked, changed, given], ["masked", "new", "given"], "unchanged").tolist()
 
     def _next(self, ids: list[int], start: int, opening: bool) -> tuple[str, int]:
-        """The text and the number of the tokens from `start` that no character is split after."""
+        """Returns the text and number of tokens from `start` up to the first end of a character."""
         if ids[start] < 0:
             return "", 1
         if ids[start] == self.mask:
@@ -100,24 +101,25 @@ class Reader:
             width += WINDOW
 
     def _first_of(self, ids: tuple[int, ...], opening: bool) -> tuple[str, int]:
-        """The fewest tokens that can be decoded apart from those after them: their text and number."""
-        whole = self._text(ids, opening)
+        """Returns the text and number of the shortest prefix that decodes independently of the tokens after it."""
+        joint = self._text(ids, opening)
         for count in range(1, len(ids)):
             text = self._text(ids[:count], opening)
-            if text + self._text(ids[count:], False) == whole:
+            if text + self._text(ids[count:], False) == joint:
                 return text, count
-        return whole, len(ids)
+        return joint, len(ids)
 
     def _decoded(self, ids: tuple[int, ...], opening: bool) -> str:
-        """The text of tokens at the opening of a text, or else as it reads after other text, which is cut off."""
+        """Decodes tokens at the opening of a text, or else after a context token, whose text is removed."""
         if self.tokenizer is None:
             return "".join(f"{token} " for token in ids)
-        before, known = ((), "") if opening else self._before
-        return self.tokenizer.decode(np.array([*before, *ids]))[len(known) :]
+        context, text = ((), "") if opening else self._context
+        return self.tokenizer.decode(np.array([*context, *ids]))[len(text) :]
 
     @functools.cached_property
-    def _before(self) -> tuple[tuple[int, ...], str]:
-        """Other text: the first token that is letters or digits, and what it reads. None is needed if there is none."""
+    def _context(self) -> tuple[tuple[int, ...], str]:
+        """The first token of letters or digits, and its text; empty if the vocabulary has none."""
+        assert self.tokenizer is not None
         for token in range(self.tokenizer.vocab_size):
             text = self.tokenizer.decode(np.array([token]))
             if text.isalnum():
@@ -126,11 +128,11 @@ class Reader:
 
 
 def _grouped(cells: Sequence[str | None]) -> Iterator[tuple[str, int]]:
-    """The text of tokens that make characters together, and their number."""
+    """Yields the text and number of tokens that form characters together."""
     at = 0
     while at < len(cells):
         size = 1
         while at + size < len(cells) and cells[at + size] is None:
             size += 1
-        yield cells[at], size
+        yield cells[at] or "", size
         at += size

@@ -1,4 +1,4 @@
-"""Texts that emerge live in a terminal."""
+"""Shows sampling live in a terminal."""
 
 import functools
 import os
@@ -14,24 +14,24 @@ from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.playback.reader import BROKEN, Reader, Run
 
-# What is put before a kind of text: given blue, new bold green, hidden faint.
-COLOURS = {"given": "\x1b[94m", "new": "\x1b[1;32m", "settled": "", "hidden": "\x1b[2m"}
+# Escape sequences by kind of text: given blue, new bold green, masked faint.
+COLOURS = {"given": "\x1b[94m", "new": "\x1b[1;32m", "unchanged": "", "masked": "\x1b[2m"}
 PLAIN = "\x1b[0m"
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 WAITING = "waiting for the first step"
-PAUSE = 0.03  # seconds between frames that can be followed
-PAUSES = 8.0  # seconds that pauses may add to a run, however many steps it has
-DECAY = PAUSE / PAUSES  # the share of what is left of them that a pause may take: they get shorter, and never end
-SHORTEST = 0.015  # seconds; a frame that comes sooner after the one before is not drawn
+PAUSE = 0.03  # seconds between frames at first
+PAUSES = 8.0  # seconds that all pauses add to a run at most
+DECAY = PAUSE / PAUSES  # fraction of the remaining seconds that one pause takes at most
+SHORTEST = 0.015  # seconds; a frame that follows sooner is skipped
 
 
 class Terminal:
-    """Draws texts in a terminal as they emerge: a `Watch`, used in a `with` statement.
+    """Shows the state after each step in a terminal: a `Watch`, used in a `with` statement.
 
-    Frames are slowed down so that they can be followed, by 30 ms at first and in all by 8 s at most. What is drawn last
-    stays. Colours are left out where the environment has NO_COLOR. What the stream's encoding lacks is shown as "?".
+    Frames are delayed to be readable, by 30 ms at first and by 8 s in all at most. The last frame stays on the screen.
+    There are no colours if NO_COLOR is set. Characters that the encoding of the stream lacks are shown as "?".
 
-    texts: how many there are in all, where they come in groups. UserError if `stream` (stderr) is no terminal.
+    texts: number of texts over all groups; stream: stderr by default. UserError if it is not a terminal.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class Terminal:
         self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
         self._reader, self._texts = Reader(tokenizer, mask), texts
         self._colours = {} if os.environ.get("NO_COLOR") else COLOURS
-        self._before: dict[int, np.ndarray] = {}  # of each row, what is on the screen
-        self._tops: dict[int, int] = {}  # of each row, the first of its lines that is on the screen
-        self._pending = None  # a frame that came too soon
-        self._drawn = 0  # lines on the screen
+        self._before: dict[int, np.ndarray] = {}  # by row, the tokens on the screen
+        self._tops: dict[int, int] = {}  # by row, the first of its lines on the screen
+        self._pending: tuple[np.ndarray, np.ndarray, np.ndarray, int] | None = None  # a skipped frame
+        self._num_lines = 0  # on the screen
         self._last, self._pauses = 0.0, PAUSES
 
     def __enter__(self) -> "Terminal":
-        self._stream.write(HIDE_CURSOR + self._coloured([("hidden", WAITING)]))  # while the loop is compiled
+        self._stream.write(HIDE_CURSOR + self._coloured([("masked", WAITING)]))  # until the loop is compiled
         self._stream.flush()
         return self
 
@@ -59,18 +59,18 @@ class Terminal:
             if self._pending is not None:
                 self._draw(*self._pending)
         finally:
-            self._stream.write(PLAIN + ("\n" if self._drawn else "\r\x1b[J") + SHOW_CURSOR)
+            self._stream.write(PLAIN + ("\n" if self._num_lines else "\r\x1b[J") + SHOW_CURSOR)
             self._stream.flush()
 
     def __call__(self, rows: np.ndarray, tokens: np.ndarray, given: np.ndarray, steps: int) -> None:
-        """Shows a state. rows: Int[B], their numbers among all. tokens, given: [B L]. steps: so many are done."""
-        self._pending = rows, tokens.copy(), given.copy(), steps
+        """Shows a state. rows: Int[B], numbers of the texts; tokens: Int[B L]; given: Bool[B L]; steps: number done."""
+        frame = self._pending = rows, tokens.copy(), given.copy(), steps
         pause = min(PAUSE, self._pauses * DECAY) - (time.monotonic() - self._last)
         if pause > 0:
             self._pauses -= pause
             time.sleep(pause)
         if time.monotonic() - self._last >= SHORTEST:
-            self._draw(*self._pending)
+            self._draw(*frame)
             self._pending, self._last = None, time.monotonic()
 
     def _draw(self, rows, tokens, given, steps) -> None:
@@ -88,16 +88,16 @@ class Terminal:
         for row, text, share in zip(rows.tolist(), texts, shares):
             for number, line in enumerate(self._window(row, text, share)):
                 label = f"{row + 1 if number == 0 else '':>{margin - 2}}  " if many else ""
-                lines.append(self._coloured([("hidden", label), *line]))
+                lines.append(self._coloured([("masked", label), *line]))
         if left := len(texts) - len(shares):
-            lines.append(self._coloured([("hidden", f"and {left} more"[:columns])]))
-        up = f"\x1b[{self._drawn - 1}A" if self._drawn > 1 else ""
+            lines.append(self._coloured([("masked", f"and {left} more"[:columns])]))
+        up = f"\x1b[{self._num_lines - 1}A" if self._num_lines > 1 else ""
         self._stream.write(f"\r{up}" + "\n".join(f"{line}\x1b[K" for line in lines[: height - 1]) + "\x1b[J")
         self._stream.flush()
-        self._drawn = min(len(lines), height - 1)
+        self._num_lines = min(len(lines), height - 1)
 
     def _size(self) -> tuple[int, int]:
-        """Columns and lines; the last column is left free, for what happens after it differs between terminals."""
+        """Returns columns and lines. The last column stays free, since terminals differ in when they wrap."""
         try:
             columns, height = os.get_terminal_size(self._stream.fileno())
         except (OSError, ValueError):
@@ -108,12 +108,12 @@ class Terminal:
         which = f"text {rows[0] + 1}" if len(rows) == 1 else f"texts {rows[0] + 1} to {rows[-1] + 1}"
         of = f" of {self._texts}" if self._texts and self._texts > len(rows) else ""
         words = f"step {steps}" + (f", {which}{of}" if many else "")
-        return self._coloured([("hidden", words[: self._size()[0]])])
+        return self._coloured([("masked", words[: self._size()[0]])])
 
     def _window(self, row: int, lines: list[list[tuple[str, str]]], share: int) -> list[list[tuple[str, str]]]:
-        """The lines of a text that are shown. It is turned on when nothing happens in those that are."""
+        """Returns `share` lines of a text. Scrolls to the first change if no visible line changes."""
         top = self._tops.get(row, 0)
-        busy = [number for number, line in enumerate(lines) if any(kind in ("new", "hidden") for kind, _ in line)]
+        busy = [number for number, line in enumerate(lines) if any(kind in ("new", "masked") for kind, _ in line)]
         if busy and not any(top <= number < top + share for number in busy):
             top = busy[0]
         self._tops[row] = top = max(0, min(top, len(lines) - share))
@@ -125,17 +125,19 @@ class Terminal:
 
 
 def wrapped(runs: Sequence[Run], columns: int, encoding: str = "utf-8") -> list[list[tuple[str, str]]]:
-    """Lines of (kind, text) that take at most `columns` of a terminal, broken between words where that is possible."""
-    lines, line, width = [], [], 0  # of the line so far: (kind, character, columns), and its columns
+    """Wraps runs into lines of (kind, text) of at most `columns`, between words if possible."""
+    lines: list[list[tuple[str, str, int]]] = []  # of (kind, character, columns)
+    line: list[tuple[str, str, int]] = []  # the current one
+    width = 0  # columns of the current line
     for text, kind in runs:
         for character in (_visible(character, encoding) for character in text):
             size = _columns(character)
             if character == "\n" or width + size > columns:
-                alone = character in "\n " or kind == "hidden" or size == 2
-                kept = [] if alone else _after_last_break(line)
+                breaks = character in "\n " or kind == "masked" or size == 2
+                kept = [] if breaks else _after_last_break(line)
                 lines.append(line[: len(line) - len(kept)])
                 line, width = kept, sum(size for *_, size in kept)
-                if character in "\n ":  # a space that does not fit is the end of the line
+                if character in "\n ":  # a space at the end of a line is dropped
                     continue
             line.append((kind, character, size))
             width += size
@@ -143,16 +145,16 @@ def wrapped(runs: Sequence[Run], columns: int, encoding: str = "utf-8") -> list[
 
 
 def _after_last_break(line: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-    """What goes to the next line: the last word, unless it is all there is."""
+    """Returns the part of a line to move to the next one: its last word, or nothing if it has one word."""
     for at in range(len(line), 0, -1):
         kind, character, size = line[at - 1]
-        if character == " " or kind == "hidden" or size == 2:
+        if character == " " or kind == "masked" or size == 2:
             return line[at:]
     return []
 
 
 def _merged(line: list[tuple[str, str, int]]) -> list[tuple[str, str]]:
-    merged = []
+    merged: list[tuple[str, str]] = []
     for kind, character, _ in line:
         if merged and merged[-1][0] == kind:
             merged[-1] = kind, merged[-1][1] + character
@@ -163,7 +165,7 @@ def _merged(line: list[tuple[str, str, int]]) -> list[tuple[str, str]]:
 
 @functools.lru_cache(2**16)
 def _visible(character: str, encoding: str) -> str:
-    """A character as a terminal may have it: one that the encoding has, and that takes as many columns as it says."""
+    """Replaces a character that the terminal cannot show by one of the same number of columns."""
     shown = _harmless(character)
     try:
         shown.encode(encoding)
@@ -173,7 +175,7 @@ def _visible(character: str, encoding: str) -> str:
 
 
 def _harmless(character: str) -> str:
-    """A character that does not move the cursor, nor turn the text round."""
+    """Replaces a character that would move the cursor or change the direction of the text."""
     category = unicodedata.category(character)
     if character == "\n":
         return character
@@ -191,10 +193,10 @@ def _columns(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def _shares(wanted: Sequence[int], lines: int) -> list[int]:
-    """Lines for each text, in order, until there are none: short ones have what they want, long ones equal parts."""
-    wanted = list(wanted[:lines])
-    shares = [0] * len(wanted)
-    for left, number in enumerate(sorted(range(len(wanted)), key=wanted.__getitem__)):
-        shares[number] = min(wanted[number], (lines - sum(shares)) // (len(wanted) - left))
+def _shares(lengths: Sequence[int], lines: int) -> list[int]:
+    """Divides the lines of the screen between texts: short texts are shown in full, long ones get equal shares."""
+    lengths = list(lengths[:lines])
+    shares = [0] * len(lengths)
+    for done, number in enumerate(sorted(range(len(lengths)), key=lengths.__getitem__)):
+        shares[number] = min(lengths[number], (lines - sum(shares)) // (len(lengths) - done))
     return shares

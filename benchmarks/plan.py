@@ -3,8 +3,8 @@
     python benchmarks/plan.py
     python benchmarks/plan.py --models=large --chips=64,256,1024 --rows=2048
 
-For each model, kind of chip and number of them it looks for the mesh, the microbatches and the recomputation that take
-the least time of all that fit, and prints them as a table. What it assumes is printed below the table.
+For each model, kind of chip and number of chips it finds the mesh, the microbatches and the recomputation with the
+shortest step time of all that fit, and prints a table. The assumptions are printed below the table.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from sedd.training.chips import CHIPS, Chip
 from sedd.training.estimate import activation_bytes, estimate, step_flops
 
 MODELS = {"small": (768, 12, 12), "medium": (1024, 24, 16), "large": (2048, 24, 32)}  # width, layers, heads
-# How many chips the links join, and what each has to those beyond, bytes a second: TPUs by the same pages as
-# sedd/training/chips.py (the pod's data-centre network over its chips), GPUs with a network card each, of 200 or 400
-# Gbit/s.
+# Number of chips that links connect, and bandwidth of each chip to chips beyond, in bytes a second: TPUs from the pages
+# cited in sedd/training/chips.py (the pod's data-centre network divided by its chips), GPUs with a network card each,
+# of 200 or 400 Gbit/s.
 KINDS = {
     "TPU v5 lite": (256, 3.1e9),
     "TPU v5p": (6144, 6.2e9),
@@ -32,18 +32,18 @@ KINDS = {
     "NVIDIA B200": (8, 50e9),
 }
 VOCABULARY, LENGTH, STEPS = 50257, 1024, 400_000
-FULL = 0.6  # of the memory, at most: an estimate is good to a factor of two, and compilers need some too
+MAX_MEMORY_SHARE = 0.6  # an estimate is within a factor of two, and the compiler needs some memory too
 NOTE = """
-Updates of {rows} rows of {length} tokens, {vocabulary} of them in the vocabulary; the paper's recipe, attention by
-{attention}, layers scanned. Milliseconds: computing at {utilisation:.0%} of the peak; gathering weights and summing
-their gradients at {links:.0%} of the rate of links and network, while the layer before computes; sums of activations,
-which are waited for. What a collective takes to begin is left out. Hours: of {steps:,} updates. GiB: on each chip, an
-estimate; at most {full:.0%} of its memory is planned for."""
+Updates of {rows} rows of {length} tokens, vocabulary of {vocabulary}; the paper's recipe, attention by {attention},
+layers scanned. Milliseconds: computing at {mfu:.0%} of the peak; gathering weights and summing their gradients at
+{links:.0%} of the rate of links and network, while the previous layer computes; sums of activations, which block. The
+latency of collectives is not included. Hours: of {steps:,} updates. GiB: on each chip, an estimate; a plan uses at most
+{memory_share:.0%} of its memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A way to lay a step out, and what it takes on each device."""
+    """Mesh, microbatches and recomputation of a step, and its times on each device."""
 
     mesh: tuple[int, int, int]
     accumulation: int
@@ -54,12 +54,12 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Weights travel while the layer before computes; sums are waited for."""
+        """Seconds of a step: weights are sent while the previous layer computes; sums block."""
         return max(self.compute, self.weights) + self.sums
 
 
 def config_of(model: str, args: argparse.Namespace):
-    """The paper's recipe with the sizes of the model."""
+    """Returns the paper's recipe with the sizes of the model."""
     config = configs.paper()
     config.network.width, config.network.layers, config.network.heads = MODELS[model]
     config.network.update(scan=True, attention=args.attention)
@@ -68,7 +68,7 @@ def config_of(model: str, args: argparse.Namespace):
 
 
 def plans(model: str, kind: str, chips: int, args: argparse.Namespace) -> Iterator[Plan]:
-    """All that fit, by closed forms; fsdp and model stay within what the links join."""
+    """Yields all plans that fit. fsdp and model stay within the chips that links connect."""
     _, _, network = configs.build(config_of(model, args), VOCABULARY)
     powers, reach = [2**k for k in range(11)], min(KINDS[kind][0], chips)
     for fsdp, split, accumulation in itertools.product(powers, powers, powers):
@@ -84,28 +84,31 @@ def plans(model: str, kind: str, chips: int, args: argparse.Namespace) -> Iterat
 def plan_of(
     network: Network, kind: str, mesh: tuple[int, int, int], accumulation: int, args: argparse.Namespace
 ) -> Plan | None:
-    """What a layout takes; None if it does not fit."""
+    """Returns the plan for a mesh and a number of microbatches; None if it does not fit into the memory."""
     chip, (data, fsdp, split) = CHIPS[kind], mesh
     rows = args.rows // (accumulation * data * fsdp)
     inner = 12 * network.layers * network.width * (network.width + network.cond_dim // 2)
     outer = 2 * padded(network.process.num_states) * network.width
-    copies = 4 + (1 if accumulation == 1 else 2)  # parameters, average, two moments; gradients, and their sum
-    held = 4 * copies * (inner + outer) / (fsdp * split)
-    if held + activation_bytes(network, rows, LENGTH, False, split) > FULL * chip.memory:
+    copies = 4 + (1 if accumulation == 1 else 2)  # parameters, EMA, two moments; gradients, and their sum
+    state_bytes = 4 * copies * (inner + outer) / (fsdp * split)
+    if state_bytes + activation_bytes(network, rows, LENGTH, False, split) > MAX_MEMORY_SHARE * chip.memory:
         return None
     return Plan(
         mesh,
         accumulation,
         network.remat,
         compute=step_flops(network, args.rows, LENGTH, False) / (math.prod(mesh) * args.mfu * chip.flops),
-        weights=accumulation * of_weights(kind, inner, outer, mesh, args.links),
-        sums=accumulation * of_activations(chip, network, rows, split, args.links),
+        weights=accumulation * weight_seconds(kind, inner, outer, mesh, args.links),
+        sums=accumulation * activation_seconds(chip, network, rows, split, args.links),
     )
 
 
-def of_weights(kind: str, inner: int, outer: int, mesh: tuple[int, int, int], share: float) -> float:
-    """Seconds for one microbatch: weights gathered over fsdp for the forward and the backward pass, the trunk's in
-    bfloat16; gradients in float32 scattered over it, and summed over data, first as far as the links reach."""
+def weight_seconds(kind: str, inner: int, outer: int, mesh: tuple[int, int, int], share: float) -> float:
+    """Returns the seconds of a microbatch for weights and gradients.
+
+    Weights are gathered over fsdp for the forward and the backward pass, the trunk's in bfloat16. Gradients in float32
+    are scattered over fsdp and summed over data, first among chips that links connect. share: of the link rate.
+    """
     chip, (joined, network), (data, fsdp, split) = CHIPS[kind], KINDS[kind], mesh
     gathered = 2 * (2 * inner + 4 * outer) + 4 * (inner + outer)
     inside = min(data, max(1, joined // (fsdp * split)))
@@ -114,8 +117,8 @@ def of_weights(kind: str, inner: int, outer: int, mesh: tuple[int, int, int], sh
     return links / (share * chip.links) + slice_ / inside * (1 - inside / data) / (share * network)
 
 
-def of_activations(chip: Chip, network: Network, rows: int, split: int, share: float) -> float:
-    """Seconds for one microbatch: in each layer two sums forward and two backward, two more where it is recomputed."""
+def activation_seconds(chip: Chip, network: Network, rows: int, split: int, share: float) -> float:
+    """Returns the seconds of a microbatch for sums over model: 2 forward, 2 backward, 2 of recomputation in a layer."""
     sums = network.layers * (6 if network.remat == "full" else 4)
     return sums * 2 * rows * LENGTH * network.width * 2 * (1 - 1 / split) / (share * chip.links)
 
@@ -125,21 +128,21 @@ def main():
     parser.add_argument("--models", default="small,medium", help=", ".join(MODELS))
     parser.add_argument("--kinds", default="TPU v5 lite,TPU v6 lite,NVIDIA H100 80GB HBM3", help=", ".join(KINDS))
     parser.add_argument("--chips", default="8,64,256")
-    parser.add_argument("--rows", type=int, default=512, help="of one update; the paper's")
+    parser.add_argument("--rows", type=int, default=512, help="rows of an update (the paper's)")
     parser.add_argument("--attention", default="xla")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="of the peak, while computing")
-    parser.add_argument("--links", type=float, default=0.5, help="of the links' and the network's rate, while sending")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak FLOPs while computing")
+    parser.add_argument("--links", type=float, default=0.5, help="share of the rate of links and network")
     args = parser.parse_args()
     heads = ["model", "chips", "data fsdp model", "rows x times", "remat", "GiB"]
     heads += ["compute", "weights", "sums", "step", "hours"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for model, kind, chips in itertools.product(args.models.split(","), args.kinds.split(","), args.chips.split(",")):
         print(row_of(model, kind, int(chips), args), flush=True)
-    print(NOTE.format(length=LENGTH, vocabulary=VOCABULARY, steps=STEPS, full=FULL, **vars(args)))
+    print(NOTE.format(length=LENGTH, vocabulary=VOCABULARY, steps=STEPS, memory_share=MAX_MEMORY_SHARE, **vars(args)))
 
 
 def row_of(model: str, kind: str, chips: int, args: argparse.Namespace) -> str:
-    """The quickest plan as a row of the table; its memory as `sedd train --dry_run` estimates it."""
+    """Returns the fastest plan as a row of the table, with the memory that `sedd train --dry_run` estimates."""
     name = f"| {model} | {chips} {kind.removeprefix('NVIDIA ')} |"
     best = min(plans(model, kind, chips, args), key=lambda plan: (plan.seconds, plan.mesh[1:]), default=None)
     if best is None:
@@ -147,12 +150,12 @@ def row_of(model: str, kind: str, chips: int, args: argparse.Namespace) -> str:
     config = config_of(model, args)
     config.network.remat, config.training.accumulation = best.remat, best.accumulation
     config.mesh.update(dict(zip(("data", "fsdp", "model"), best.mesh)))
-    found = estimate(config, VOCABULARY, chips)
+    memory = estimate(config, VOCABULARY, chips).total_bytes
     rows = args.rows // best.accumulation // best.mesh[0] // best.mesh[1]
     times = " | ".join(f"{1e3 * part:,.1f}" for part in (best.compute, best.weights, best.sums, best.seconds))
     return (
         f"{name} {' '.join(map(str, best.mesh))} | {rows} x {best.accumulation} | {best.remat} | "
-        f"{found.total_bytes / 2**30:.1f} | {times} | {best.seconds * STEPS / 3600:,.0f} |"
+        f"{memory / 2**30:.1f} | {times} | {best.seconds * STEPS / 3600:,.0f} |"
     )
 
 

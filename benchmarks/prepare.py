@@ -1,10 +1,10 @@
-"""How fast `sedd prepare` is, how much memory it takes, and whether an interruption changes anything.
+"""Speed and memory of `sedd prepare`, and its result after an interruption.
 
     python benchmarks/prepare.py --megabytes=200
 
-Generates text in a temporary folder, prepares it with one thread and with one a core, kills a third preparation
-half-way (SIGKILL) and starts it again. Prints seconds, megabytes of text a second and peak memory of each, and compares
-the corpora by their hashes.
+Generates text in a temporary folder, prepares it with one thread and with one thread per core, kills a third
+preparation half-way (SIGKILL) and resumes it. Prints seconds, megabytes of text a second and peak memory of each, and
+compares the hashes of the corpora.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 import sedd
 from sedd.data.sources import open_source
 
-WORDS = 30_000  # of a law like Zipf's
+WORDS = 30_000  # number of words; the distribution is Zipf's
 FILE = 10_000_000  # characters
 
 
@@ -46,7 +46,7 @@ def main():
         report("killed half-way", killed_after, memory, None)
         seconds, memory = measured(command(folder, out, args.tokenizer, os.cpu_count()))
         hashes.add(sedd.open_corpus(out).hash)
-        report("started again", seconds, memory, None)
+        report("resumed", seconds, memory, None)
         print("the corpora are identical" if len(hashes) == 1 else f"THE CORPORA DIFFER: {hashes}")
 
 
@@ -56,10 +56,10 @@ def generate(folder: Path, megabytes: int) -> int:
     random = np.random.default_rng(0)
     names = sorted({word.lower() for piece in open_source("builtin:names") for word in piece.text.split()})
     words = np.array([*names, *("".join(pair) for pair in random.choice(names, (WORDS, 2)))][:WORDS])
-    share = 1 / np.arange(2, WORDS + 2)
+    weights = 1 / np.arange(2, WORDS + 2)
     size = 0
     for number in range(megabytes * 1_000_000 // FILE):
-        text = " ".join(random.choice(words, FILE // 6, p=share / share.sum()))[:FILE]
+        text = " ".join(random.choice(words, FILE // 6, p=weights / weights.sum()))[:FILE]
         with open(folder / f"{number:04}.jsonl", "w") as file:
             for start in range(0, len(text), 1000):
                 file.write(json.dumps({"text": text[start : start + 1000]}) + "\n")
@@ -76,7 +76,7 @@ def command(folder: Path, out: Path, tokenizer: str, workers: int) -> list[str]:
 
 
 def measured(argv: list[str], until: float | None = None) -> tuple[float, int]:
-    """Seconds, and the most bytes of memory (Linux), of a process that is killed after a while, or not."""
+    """Returns seconds and peak bytes of memory (Linux) of a process, which is killed after `until` seconds."""
     start, memory = time.monotonic(), 0
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and (until is None or time.monotonic() - start < until):
@@ -91,9 +91,9 @@ def measured(argv: list[str], until: float | None = None) -> tuple[float, int]:
     return time.monotonic() - start, memory
 
 
-def report(what: str, seconds: float, memory: int, size: int | None):
+def report(label: str, seconds: float, memory: int, size: int | None):
     rate = "" if size is None else f"{size / 1e6 / seconds:6.2f} MB of text a second"
-    print(f"{what:16} {seconds:6.1f} s  {memory / 1e6:6.0f} MB of memory at most  {rate}", flush=True)
+    print(f"{label:16} {seconds:6.1f} s  {memory / 1e6:6.0f} MB of memory at peak  {rate}", flush=True)
 
 
 if __name__ == "__main__":

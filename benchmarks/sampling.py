@@ -1,18 +1,18 @@
-"""How fast whole samplers are, draws included, against their floor and against the reference's analytic sampler.
+"""Speed of samplers, relative to a lower bound and to the analytic sampler of the reference.
 
     git clone https://github.com/louaaron/Score-Entropy-Discrete-Diffusion reference
     pip install torch einops omegaconf huggingface_hub
     python benchmarks/sampling.py --reference=reference                # random weights, three sizes, both programs
     python benchmarks/sampling.py --sizes= --model=runs/quickstart     # a trained model; no torch, no checkout
 
-The first writes random weights in the published format, which both programs read, checks that their log scores agree,
-and draws with each from nothing given: absorbing process, log-linear noise, float32, all cores. The reference needs
-flash attention, which only GPUs have: torch's scaled_dot_product_attention stands in for it. Without --reference only
-this package runs. The second compares reveal samplers with Tweedie in as many steps as --steps says.
+The first writes random weights in the published format, which both programs read, compares their log scores, and
+samples with each unconditionally: absorbing process, log-linear noise, float32, all cores. The reference needs flash
+attention, which requires a GPU: torch's scaled_dot_product_attention replaces it. Without --reference only this package
+runs. The second compares unmasking samplers with Tweedie in --steps steps.
 
-The floor of a sampler is its network calls times the time of one bare call, trunk and head at as many positions as the
-sampler asks. Compilation is left out, each of our figures is the median of --repeats; the reference runs once, after a
-few steps to warm up.
+The floor of a sampler is its number of network calls times the time of one call, trunk and head at the positions that
+the sampler evaluates. Compilation is excluded. Our times are the median of --repeats; the reference runs once, after
+three warm-up steps.
 """
 
 import argparse
@@ -42,14 +42,13 @@ from sedd.diffusion.samplers import Sampler, Tweedie
 from sedd.diffusion.unmasking import Counts, FirstHitting
 
 SIZES = "8x128x128x3x1024:128 8x128x128x3x1024:1024 4x256x256x4x32000:64"
-CONDITION, FREQUENCIES = 128, 256  # of the published models, as is a head of 64
-HEAD = 64
+COND_DIM, FREQUENCIES, HEAD_DIM = 128, 256, 64  # of the published models
 COLUMNS = "sampler          calls   seconds  tokens/s  floor, s  of floor"
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What is drawn with what, as in 8x128x128x3x1024:128."""
+    """Sizes of a batch, a network and a sampler, as in 8x128x128x3x1024:128."""
 
     batch: int
     length: int
@@ -63,7 +62,7 @@ class Size:
         return cls(*map(int, text.replace(":", "x").split("x")))
 
     def config(self) -> dict:
-        """The config.json of a published model of this size."""
+        """Returns the config.json of a published model of this size."""
         return {
             "tokens": self.vocab_size,
             "graph": {"type": "absorb"},
@@ -71,17 +70,17 @@ class Size:
             "training": {"ema": 0.9999},
             "model": {
                 "hidden_size": self.width,
-                "cond_dim": CONDITION,
+                "cond_dim": COND_DIM,
                 "length": self.length,
                 "n_blocks": self.layers,
-                "n_heads": self.width // HEAD,
+                "n_heads": self.width // HEAD_DIM,
                 "scale_by_sigma": True,
                 "dropout": 0.0,
             },
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors of such a model."""
+        """Returns the shapes of the tensors of such a model by name."""
         width, states = self.width, self.vocab_size + 1
         shapes = {"vocab_embed.embedding": (states, width)}
 
@@ -90,28 +89,28 @@ class Size:
             if bias:
                 shapes[f"{name}.bias"] = (out,)
 
-        linear("sigma_map.mlp.0", FREQUENCIES, CONDITION)
-        linear("sigma_map.mlp.2", CONDITION, CONDITION)
+        linear("sigma_map.mlp.0", FREQUENCIES, COND_DIM)
+        linear("sigma_map.mlp.2", COND_DIM, COND_DIM)
         for block in (f"blocks.{layer}" for layer in range(self.layers)):
             shapes |= {f"{block}.norm1.weight": (width,), f"{block}.norm2.weight": (width,)}
             linear(f"{block}.attn_qkv", width, 3 * width, bias=False)
             linear(f"{block}.attn_out", width, width, bias=False)
             linear(f"{block}.mlp.0", width, 4 * width)
             linear(f"{block}.mlp.2", 4 * width, width)
-            linear(f"{block}.adaLN_modulation", CONDITION, 6 * width)
+            linear(f"{block}.adaLN_modulation", COND_DIM, 6 * width)
         shapes["output_layer.norm_final.weight"] = (width,)
         linear("output_layer.linear", width, states)
-        linear("output_layer.adaLN_modulation", CONDITION, 2 * width)
+        linear("output_layer.adaLN_modulation", COND_DIM, 2 * width)
         return shapes
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, help="checkout of louaaron/Score-Entropy-Discrete-Diffusion")
-    parser.add_argument("--sizes", default=SIZES, help="rows x tokens x width x layers x vocabulary : steps, each")
+    parser.add_argument("--sizes", default=SIZES, help="each rows x tokens x width x layers x vocabulary : steps")
     parser.add_argument("--model", help="a trained model (absorbing process)")
-    parser.add_argument("--steps", type=int, default=1024, help="of Tweedie with --model")
-    parser.add_argument("--batch", type=int, default=8, help="rows drawn at once with --model")
+    parser.add_argument("--steps", type=int, default=1024, help="number of Tweedie steps, with --model")
+    parser.add_argument("--batch", type=int, default=8, help="rows of a batch, with --model")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     print(f"Python {platform.python_version()}, JAX {jax.__version__}, {cores()} cores, {jax.devices()[0].device_kind}")
@@ -132,7 +131,7 @@ def cores() -> int:
 
 
 def random_weights(size: Size, reference: Path | None, repeats: int):
-    """One size, in both programs."""
+    """Compares the programs on random weights of one size."""
     print(
         f"\n{size.batch} x {size.length} tokens, width {size.width}, {size.layers} layers, V {size.vocab_size}, "
         f"T {size.steps}",
@@ -147,7 +146,7 @@ def random_weights(size: Size, reference: Path | None, repeats: int):
         (Path(folder) / "config.json").write_text(json.dumps(size.config()))
         save_file(weights, Path(folder) / "model.safetensors")
         model = sedd.load(folder)
-    known = {}
+    peers = {}
     if reference:
         peer = Reference(reference, size, weights)
         tokens = random.integers(0, size.vocab_size + 1, (size.batch, size.length))
@@ -155,17 +154,17 @@ def random_weights(size: Size, reference: Path | None, repeats: int):
         ours, theirs = np.asarray(model.log_score(tokens, sigma)), peer.log_score(tokens, sigma)
         difference = np.max(np.abs(ours - theirs))
         print(f"log scores of the two programs differ by {difference:.1e} at most, of {np.max(np.abs(theirs)):.1f}")
-        known["reference"] = (size.steps + 1, peer.seconds())  # it takes the final denoising step on top
-    compare(model, size.batch, size.steps, repeats, known)
+        peers["reference"] = (size.steps + 1, peer.seconds())  # with its final denoising step
+    compare(model, size.batch, size.steps, repeats, peers)
 
 
-def compare(model: sedd.Model, batch: int, steps: int, repeats: int, known: dict[str, tuple[int, float]]):
-    """Prints a table of our samplers. known: calls and seconds of others; the first row is what speeds relate to."""
+def compare(model: sedd.Model, batch: int, steps: int, repeats: int, peers: dict[str, tuple[int, float]]):
+    """Prints a table of our samplers. peers: calls and seconds of others; speeds are relative to the first row."""
     process, length = model.process, model.block_length
     tweedie, counts = (kind(process, model.schedule, steps) for kind in (Tweedie, Counts))
     ours = {
-        f"tweedie {steps}": (tweedie, tweedie.few(length)),
-        f"counts {steps}": (counts, counts.few(length)),
+        f"tweedie {steps}": (tweedie, tweedie.head_width(length)),
+        f"counts {steps}": (counts, counts.head_width(length)),
         "first_hitting": (FirstHitting(process), 1),
     }
     first = None
@@ -178,24 +177,24 @@ def compare(model: sedd.Model, batch: int, steps: int, repeats: int, known: dict
         print(f"{line}  {first[1] / seconds:6.2f} x {first[0]}", flush=True)
 
     print(COLUMNS)
-    for name, (calls, seconds) in known.items():
+    for name, (calls, seconds) in peers.items():
         row(name, calls, seconds, None)
     blank = jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool)
     for name, (sampler, width) in ours.items():
-        run = functools.partial(_draw, model.network, model.params, root_key(0), sampler, *blank)
+        run = functools.partial(_sample, model.network, model.params, root_key(0), sampler, *blank)
         calls, seconds = int(run().calls), timed(run, repeats)
         row(name, calls, seconds, calls * bare_call(model, batch, length, width, repeats))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _draw(network, params, key, sampler: Sampler, tokens, free) -> samplers.Sampled:
+def _sample(network, params, key, sampler: Sampler, tokens, free) -> samplers.Sampled:
     return samplers.sample(key, network.denoiser(params), sampler, tokens, free)
 
 
 def bare_call(model: sedd.Model, batch: int, length: int, width: int, repeats: int) -> float:
-    """Seconds of one network call, from tokens to logits at so many positions of each row.
+    """Returns the seconds of one network call, from tokens to logits at `width` positions of each row.
 
-    A loop calls it a few times, as samplers do: a single call would also wait for memory to put its logits in.
+    Averages over a loop, as in samplers: a single call would also include the allocation of its logits.
     """
     calls = 4
     tokens = jnp.full((batch, length), model.process.mask, jnp.int32)
@@ -213,14 +212,14 @@ def _calls(network, params, tokens, positions, calls: int):
         if positions is not None:
             hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
         logits = network.head.apply({"params": params["head"]}, hidden, condition[:, None])
-        logits = jax.lax.optimization_barrier(logits)  # all of them, though only one is read
+        logits = jax.lax.optimization_barrier(logits)  # all are computed, though only one is read
         return jnp.where(jnp.isnan(logits[0, 0, 0]), 0, tokens)
 
     return jax.lax.fori_loop(0, calls, body, tokens)
 
 
 def timed(run: Callable, repeats: int) -> float:
-    """The median of so many times, in seconds."""
+    """Returns the median of `repeats` run times, in seconds."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -233,12 +232,12 @@ class Reference:
     """The reference's network and analytic sampler, with these weights, on the CPU."""
 
     def __init__(self, checkout: Path, size: Size, weights: dict[str, np.ndarray]):
-        warnings.filterwarnings("ignore", module="torch|model|graph_lib")  # of the names that it uses
+        warnings.filterwarnings("ignore", module="torch|model|graph_lib")  # deprecated names in the reference
         warnings.filterwarnings("ignore", message=".*autocast.*")
         import torch
 
         torch.set_num_threads(cores())
-        stand_in_for_flash_attention(torch)
+        install_fake_flash_attention(torch)
         if str(checkout) not in sys.path:
             sys.path.insert(0, str(checkout))
         import graph_lib
@@ -258,7 +257,7 @@ class Reference:
             return self.network(self.torch.from_numpy(tokens), self.torch.from_numpy(sigma)).numpy()
 
     def seconds(self) -> float:
-        """Of one batch of samples."""
+        """Returns the seconds of sampling one batch."""
         self._sample(3)
         start = time.perf_counter()
         self._sample(self.size.steps)
@@ -271,8 +270,8 @@ class Reference:
         return sampling.get_pc_sampler(self.graph, self.noise, shape, "analytic", steps)(self.network)
 
 
-def stand_in_for_flash_attention(torch):
-    """The two functions of flash_attn that the reference calls, in torch's own words; all sequences are as long."""
+def install_fake_flash_attention(torch):
+    """Installs torch versions of the two functions of flash_attn that the reference calls, for equal lengths."""
 
     def attention(qkv, bounds, length, dropout, causal):
         """qkv: Float[B*L 3 H K] -> Float[B*L H K]."""

@@ -1,9 +1,9 @@
-"""How to score a text shorter than the block: at its own length, or in a full block whose other positions stay masked.
+"""Bounds of a text shorter than the block: at its own length, or in a full block whose other positions stay masked.
 
     python benchmarks/short_texts.py --model=runs/mine --lengths=4,8,16,32,64
 
-Cuts the test split of the model's corpus, which must be packed, into texts of so many tokens, and bounds them both ways
-with the same noise. Prints nats per token, and the mean difference with its standard error over texts.
+Cuts the test split of the model's corpus, which must be packed, into texts of --lengths tokens, and bounds them both
+ways with the same noise. Prints nats per token, and the mean difference with its standard error over texts.
 """
 
 import argparse
@@ -15,14 +15,14 @@ from sedd.data.layout import Layout
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import ScoringRows
 
-OWN_LENGTH = Layout("padded", "ignored")  # what is not valid is not seen
+OWN_LENGTH = Layout("padded", "ignored")  # attention excludes the padding
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--lengths", default="4,8,16,32")
-    parser.add_argument("--texts", type=int, default=512, help="of each length")
+    parser.add_argument("--texts", type=int, default=512, help="number of texts of each length")
     parser.add_argument("--draws", type=int, default=16)
     args = parser.parse_args()
     model = sedd.load(args.model)
@@ -39,13 +39,13 @@ def main():
         )
 
 
-def nats_per_token(model: sedd.Model, texts: np.ndarray, layout: Layout, draws: int) -> np.ndarray:
-    """The bound of each text, Float[N]."""
+def nats_per_token(model: sedd.Model, texts: np.ndarray, layout: Layout, num_draws: int) -> np.ndarray:
+    """Returns the bound of each text in nats per token, Float[N]. texts: Int[N n]."""
     count, length = texts.shape
-    rows = np.pad(texts, ((0, 0), (0, model.block_length - length))).astype(np.int32)
+    tokens = np.pad(texts, ((0, 0), (0, model.block_length - length))).astype(np.int32)
     lengths = np.full(count, length, np.int32)
-    scored = ScoringRows(rows, lengths, lengths, np.arange(count), None, None, layout, {}, count)
-    _, terms = perplexity(model.network, model.schedule, model.params, scored, num_draws=draws, progress=False)
+    rows = ScoringRows(tokens, lengths, lengths, np.arange(count), None, None, layout, {}, count)
+    _, terms = perplexity(model.network, model.schedule, model.params, rows, num_draws=num_draws, progress=False)
     return terms.rows / length
 
 

@@ -103,7 +103,7 @@ def categorical(keys: jax.Array, log_weights: jax.Array) -> jax.Array:
 
     Key[...], Float[... V] -> Int32[...]. Two Gumbel-max draws: a block of states by its mass, then a state within it.
     With blocks of about sqrt(V) states, 128 at most, that takes at most V/128 + 128 random numbers instead of V, and no
-    cumulative sum, which would round rare states away. Its cost is measured in benchmarks/draws.py.
+    cumulative sum, which would round rare states away. Its cost is measured in benchmarks/categorical.py.
     """
     states = log_weights.shape[-1]
     size = min(BLOCK, 2 ** (states.bit_length() // 2))

@@ -1,4 +1,4 @@
-r"""One Billion Words, a sentence a row, uniform process: the paper's small network.
+r"""One Billion Words, one sentence per row, uniform process: the paper's small network.
 
 Data       as in lm1b_absorb.py.
 Commands   sedd prepare --train='lines:data/raw/lm1b/training-monolingual.tokenized.shuffled/news.en-*' \
@@ -14,7 +14,7 @@ Launch     python tpu_launch/launch.py up --name=lm1b-uniform --zone=us-central1
 Hardware   8 devices of 24 GB: --dry_run estimates 12 GiB each. On fewer, --config.training.accumulation=2, 4, ...
 Time       not run here. 4.4e19 FLOPs with the padding, as --dry_run counts them: 12 hours at 1e15 a second, which
            is 40% of the peak of 8 A100s.
-Result     to compare with, and not the same protocol for sure (see lm1b_absorb.py): a perplexity of at most 40.25
+Result     to compare with, though the protocol may differ (see lm1b_absorb.py): a perplexity of at most 40.25
            (SEDD, arXiv 2310.16834, table 3).
 """
 
@@ -22,10 +22,10 @@ from sedd import config as configs
 
 
 def get_config():
-    """The paper's recipe on sentences in rows of 128."""
+    """Returns the paper's recipe on sentences in rows of 128 tokens."""
     config = configs.paper()
     config.process.name, config.schedule.name = "uniform", "geometric"
     config.data.update(corpus="data/lm1b", block_length=128, vocab_size=30522)
     config.training.steps = 1_000_000
-    config.evaluation.draws = 1  # a row: there are tens of thousands of them
+    config.evaluation.draws = 1  # per row: there are tens of thousands of rows
     return config

@@ -9,7 +9,7 @@ Launch     python tpu_launch/launch.py up --name=owt-medium-absorb --zone=us-cen
                --push=gs://BUCKET/data/openwebtext -- sedd train --config=experiments/openwebtext_medium_absorb.py \
                --config.mesh.fsdp=8 --workdir=gs://BUCKET/runs/openwebtext_medium_absorb
 Hardware   8 devices of 80 GB: --dry_run estimates 57 GiB each. The paper has 8 A100s of 80 GB, or 16 of 40 GB. On
-           many, --config.mesh.fsdp=2, 4, ... splits the parameters too.
+           more devices, --config.mesh.fsdp=2, 4, ... splits the parameters too.
 Time       not run here. 5.1e20 FLOPs, as --dry_run counts them: 6 days at 1e15 a second, which is 40% of the peak
            of 8 A100s.
 Result     to compare with: a perplexity of at most 42.77 on LAMBADA, 31.04 on WikiText2 and 29.98 on WikiText103
@@ -20,10 +20,10 @@ from sedd import config as configs
 
 
 def get_config():
-    """The paper's recipe with the sizes of GPT-2 medium; layers are scanned, which compiles faster."""
+    """Returns the paper's recipe with the sizes of GPT-2 medium; layers are scanned, which compiles faster."""
     config = configs.paper()
     config.data.update(corpus="data/openwebtext", vocab_size=50257)
     config.network.update(width=1024, layers=24, heads=16, embedding_std=1024**-0.5 / 3**0.5, scan=True)
     config.training.accumulation = 8
-    config.evaluation.draws = 1  # a row: there are a hundred thousand of them
+    config.evaluation.draws = 1  # per row: there are a hundred thousand rows
     return config

@@ -10,23 +10,23 @@ Commands   sedd prepare --source='parquet:data/raw/openwebtext/*.parquet:text' -
 Launch     python tpu_launch/launch.py up --name=owt-small-absorb --zone=us-central1-a --type=v5litepod-64 --spot \
                --push=gs://BUCKET/data/openwebtext -- sedd train --config=experiments/openwebtext_small_absorb.py \
                --workdir=gs://BUCKET/runs/openwebtext_small_absorb
-Hardware   8 devices of 80 GB: --dry_run estimates 45 GiB each. On other ones choose --config.training.accumulation=8,
+Hardware   8 devices of 80 GB: --dry_run estimates 45 GiB each. On others set --config.training.accumulation=8,
            2, ... The paper has 8 A100s of 80 GB, or 16 of 40 GB.
 Time       not run here. 1.8e20 FLOPs, as --dry_run counts them: 50 hours at 1e15 a second, which is 40% of the
            peak of 8 A100s.
 Result     to compare with: a validation perplexity of at most 24.1 (Duo, arXiv 2506.10892, table 1, which retrained
-           it, for a million steps). The paper itself reports other texts: at most 50.92 on LAMBADA, 41.84 on WikiText2
+           it, for a million steps). The paper itself reports other data sets: at most 50.92 on LAMBADA, 41.84 on WikiText2
            and 40.62 on WikiText103 (SEDD, arXiv 2310.16834, table 1). It does not say for how many steps: RADD (arXiv
-           2406.03736, section 4.1) takes 400,000 to be its number, the authors' released settings have 1,300,000.
+           2406.03736, section 4.1) assumes 400,000; the authors' released settings have 1,300,000.
 """
 
 from sedd import config as configs
 
 
 def get_config():
-    """The paper's recipe as it is, in four microbatches for the sake of memory."""
+    """Returns the paper's recipe unchanged, in four microbatches to reduce memory."""
     config = configs.paper()
     config.data.update(corpus="data/openwebtext", vocab_size=50257)
     config.training.accumulation = 4
-    config.evaluation.draws = 1  # a row: there are a hundred thousand of them
+    config.evaluation.draws = 1  # per row: there are a hundred thousand rows
     return config

@@ -4,11 +4,11 @@ Data       builtin:names, 26,540 names, 724 kB; every Python installation carrie
 Commands   sedd prepare --source=builtin:names --tokenizer=sentencepiece:1280 --out=data/names
            sedd train --config=experiments/quickstart.py --workdir=runs/quickstart
            sedd eval --model=runs/quickstart
-           (`sedd quickstart` does all of it, then samples and infills)
+           (`sedd quickstart` runs all of them, then samples and infills)
 Launch     python tpu_launch/launch.py up --name=quickstart --zone=us-central1-a --type=v5litepod-4 --spot \
                --push=data/names -- sedd train --config=experiments/quickstart.py \
                --workdir=gs://BUCKET/runs/quickstart
-           (the smallest there is, and too large for this: a rehearsal)
+           (the smallest slice, larger than needed: a rehearsal)
 Hardware   two CPU cores.
 Time       three to four and a half minutes for everything, measured.
 Result     a bound of 1.316 ± 0.015 bits per byte of the test split (36,253 bytes), as `sedd quickstart` printed it; the
@@ -19,5 +19,5 @@ from sedd import config as configs
 
 
 def get_config():
-    """The default config: it is this experiment's. It takes any vocabulary, since people put their own text into it."""
+    """Returns the default config, which is for this experiment. It accepts any vocabulary, for users' own text."""
     return configs.default()

@@ -13,16 +13,16 @@ Hardware   8 devices of 40 GB: --dry_run estimates 17 GiB each. On fewer, --conf
 Time       not run here. 7.1e19 FLOPs, as --dry_run counts them: 20 hours at 1e15 a second, which is 40% of the
            peak of 8 A100s.
 Result     to compare with: at most 1.39 bits per character (SEDD, arXiv 2310.16834, table 2); MD4's at most 1.37
-           (arXiv 2406.04329, table 2). Here bits per byte are bits per character. The paper names neither schedule nor
-           steps for text8: log-linear is what it says helps, and a million steps is D3PM's (arXiv 2107.03006, appendix
-           B.2), whose network and split it follows.
+           (arXiv 2406.04329, table 2). Here bits per byte are bits per character. The paper gives neither schedule nor
+           steps for text8: it recommends log-linear, and a million steps is D3PM's number (arXiv 2107.03006, appendix
+           B.2), whose network and split it uses.
 """
 
 from sedd import config as configs
 
 
 def get_config():
-    """The paper's recipe on 27 characters in blocks of 256."""
+    """Returns the paper's recipe on 27 characters in blocks of 256."""
     config = configs.paper()
     config.data.update(corpus="data/text8", block_length=256, vocab_size=27)
     config.training.steps = 1_000_000

@@ -18,7 +18,7 @@ from sedd import config as configs
 
 
 def get_config():
-    """The paper's recipe on 27 characters in blocks of 256."""
+    """Returns the paper's recipe on 27 characters in blocks of 256."""
     config = configs.paper()
     config.process.name, config.schedule.name = "uniform", "geometric"
     config.data.update(corpus="data/text8", block_length=256, vocab_size=27)

@@ -1,4 +1,4 @@
-r"""WikiText-2, absorbing process, for one GPU or a patient CPU: a network of 10 M parameters.
+r"""WikiText-2, absorbing process, for one GPU, or half a day on a CPU: a network of 10 M parameters.
 
 Data       wikitext-2-v1.zip (Merity et al., arXiv 1609.07843), unpacked to data/raw/wikitext-2: wiki.train.tokens (some
            10.8 MB), wiki.valid.tokens (1,121,681 bytes) and wiki.test.tokens (1,256,449 bytes), with SHA-1
@@ -15,15 +15,15 @@ Launch     python tpu_launch/launch.py up --name=wikitext2 --zone=us-central1-a 
 Hardware   one GPU of 8 GB or less, or two CPU cores: --dry_run estimates 2 GiB.
 Time       not run here. 3.0e15 FLOPs, as --dry_run counts them: minutes on a GPU; on two CPU cores half a day at
            7e10 a second, about what the quickstart reaches there.
-Result     none is known to compare with: published diffusion numbers on this text are of models that were trained on
-           OpenWebText, and cannot be held against a model that has seen two million words.
+Result     no published number is comparable: those of diffusion models on this text are of models trained on
+           OpenWebText, not on these two million words.
 """
 
 from sedd import config as configs
 
 
 def get_config():
-    """The default's recipe on a wider and deeper network, with dropout: thirty epochs of a small text."""
+    """Returns the default recipe for a wider and deeper network with dropout: thirty epochs of a small text."""
     config = configs.default()
     config.data.update(corpus="data/wikitext2", block_length=128, vocab_size=8000)
     config.network.update(width=256, layers=6, dropout=0.1)

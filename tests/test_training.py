@@ -1,4 +1,4 @@
-"""Training: the objective's noise, the optimisers, the sharded step, checkpoints and exact resume."""
+"""The noise levels and the loss of the objective, the optimisers and the EMA."""
 
 import dataclasses
 
@@ -22,8 +22,8 @@ def corpus(tmp_path_factory):
     return small_corpus(tmp_path_factory.mktemp("small"))
 
 
-def test_levels(corpus):
-    """Times: one in each stratum. Counts: antithetic mates that mask L + 1 of 2 L, first ones stratified."""
+def test_noise_levels_are_stratified_and_mask_counts_antithetic(corpus):
+    """Times: one in each stratum. Mask counts: the rows of a pair mask L + 1 of 2 L, the even rows stratified."""
     config = small_config(corpus)
     objective, _, _ = parts(config, corpus)
     rows, length = jnp.arange(64), 16
@@ -37,21 +37,21 @@ def test_levels(corpus):
 
 
 @pytest.mark.slow
-def test_noise_does_not_depend_on_the_batch_around_a_row(corpus):
-    """Any slice of the batch, told its global rows, has the losses that it has in the whole."""
+def test_loss_of_a_row_is_independent_of_the_batch(corpus):
+    """Any slice of the batch, with its global row indices, has the losses that it has in the full batch."""
     for noise_sampling in ("mask_count", "time"):
         config = small_config(corpus, f"training.noise_sampling={noise_sampling}", "network.dropout=0.3")
         objective, _, _ = parts(config, corpus)
         params = jax.jit(objective.network.init)(jax.random.key(1))
         tokens, key = batch(corpus, 16, 8, 0, 0).tokens, jax.random.key(5)
         loss = jax.jit(objective)
-        whole = loss(params, tokens, jnp.arange(8), key)
+        full = loss(params, tokens, jnp.arange(8), key)
         part = loss(params, tokens[4:6], jnp.arange(4, 6), key)
-        np.testing.assert_allclose(part, whole[4:6], rtol=1e-5)
+        np.testing.assert_allclose(part, full[4:6], rtol=1e-5)
 
 
 class Same:
-    """A stand-in for a network: it knows that all the tokens of a row are the same, one of two. Its bound is log 2."""
+    """A stand-in for a network that knows that the tokens of a row are equal, 0 or 1. Its bound is log 2."""
 
     dropout, process, given_embedding = 0.0, sedd.Absorbing(2), False
 
@@ -59,18 +59,18 @@ class Same:
         assert given is None
 
         def denoiser(x, sigma, positions):
-            seen = (jnp.arange(x.shape[1]) < lengths[:, None]) & (x != self.process.mask)
-            ones = jnp.sum(seen & (x == 1), axis=1) + 1e-9
-            zeros = jnp.sum(seen & (x == 0), axis=1) + 1e-9
-            law = jnp.stack([zeros, ones], axis=-1) / (zeros + ones)[:, None]
-            return jnp.broadcast_to(jnp.log(law)[:, None], (*x.shape, 2))
+            unmasked = (jnp.arange(x.shape[1]) < lengths[:, None]) & (x != self.process.mask)
+            ones = jnp.sum(unmasked & (x == 1), axis=1) + 1e-9
+            zeros = jnp.sum(unmasked & (x == 0), axis=1) + 1e-9
+            posterior = jnp.stack([zeros, ones], axis=-1) / (zeros + ones)[:, None]
+            return jnp.broadcast_to(jnp.log(posterior)[:, None], (*x.shape, 2))
 
         return stats_from(self.process, denoiser)
 
 
-def test_ragged_rows_have_their_own_bound():
-    """In pairs of 5 and of 3 tokens in a block of 8: the mean over the levels is log 2 for each. As if all rows had
-    8, the control, it is not: then most levels mask the whole of a row."""
+def test_loss_of_ragged_rows_is_unbiased_for_each_length():
+    """Pairs of rows of 5 and of 3 tokens in a block of 8: the mean over the noise levels is log 2 for each. Control:
+    with mask counts for 8 tokens it is not, since most of them mask every token of a row."""
     count, length = 30, 8
     objective = Objective(Same(), None, count, "mask_count")
     lengths = jnp.tile(jnp.array([5, 3]), count // 2)
@@ -83,8 +83,9 @@ def test_ragged_rows_have_their_own_bound():
     assert wrong[::2].mean() > 1.3 * np.log(2) and wrong[1::2].mean() > 1.3 * np.log(2)
 
 
-def test_a_pair_of_ragged_rows_fits_the_head():
-    """It masks L + 1 tokens at most, each row one at least and all of its own at most; whole rows as before."""
+def test_pair_of_ragged_rows_masks_at_most_one_more_than_the_block_length():
+    """Each row masks at least one and at most all of its tokens; full rows have the counts of a batch without lengths.
+    Control: independent counts mask more than L + 1 tokens of a pair."""
     length, count = 37, 4096
     objective = Objective(Same(), None, count, "mask_count")
     random, rows, key = np.random.default_rng(0), jnp.arange(count), jax.random.key(1)
@@ -92,16 +93,16 @@ def test_a_pair_of_ragged_rows_fits_the_head():
     counts = np.asarray(objective.counts(rows, key, jnp.asarray(lengths)))
     assert (counts >= 1).all() and (counts <= lengths).all()
     assert counts.reshape(-1, 2).sum(1).max() <= length + 1
-    drawn_alone = 1 + np.floor(random.random(count) * lengths).astype(int)  # the control: mates that know of no other
-    assert drawn_alone.reshape(-1, 2).sum(1).max() > length + 1
-    whole = objective.counts(rows, key, jnp.full(count, length))
-    np.testing.assert_array_equal(whole, objective.counts(rows, key, length))
-    assert (np.asarray(whole).reshape(-1, 2).sum(1) == length + 1).all()
+    independent = 1 + np.floor(random.random(count) * lengths).astype(int)
+    assert independent.reshape(-1, 2).sum(1).max() > length + 1
+    full = objective.counts(rows, key, jnp.full(count, length))
+    np.testing.assert_array_equal(full, objective.counts(rows, key, length))
+    assert (np.asarray(full).reshape(-1, 2).sum(1) == length + 1).all()
 
 
 @pytest.mark.parametrize("noise_sampling", ["time", pytest.param("mask_count", marks=pytest.mark.slow)])
-def test_padding_is_neither_seen_nor_scored(corpus, noise_sampling):
-    """Whatever stands there, a row's loss is the same, and that of the row cut to its tokens; seen, it differs."""
+def test_padding_does_not_affect_the_loss(corpus, noise_sampling):
+    """Other padding gives the same loss, as does the row without its padding. Control: without lengths it differs."""
     objective, _, _ = parts(small_config(corpus, f"training.noise_sampling={noise_sampling}"), corpus)
     params = jax.jit(objective.network.init)(jax.random.key(1))
     params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape), params)
@@ -109,18 +110,18 @@ def test_padding_is_neither_seen_nor_scored(corpus, noise_sampling):
     lengths = jnp.array([9, 9, 4, 9, 1, 9, 9, 2])
     other = jnp.where(jnp.arange(16) < lengths[:, None], tokens, (tokens + 1) % corpus.vocab_size)
     loss = jax.jit(objective)
-    wanted = loss(params, tokens, rows, key, lengths)
-    np.testing.assert_array_equal(loss(params, other, rows, key, lengths), wanted)
-    assert np.sum(wanted) > 0
+    expected = loss(params, tokens, rows, key, lengths)
+    np.testing.assert_array_equal(loss(params, other, rows, key, lengths), expected)
+    assert np.sum(expected) > 0
     if noise_sampling == "mask_count":
-        np.testing.assert_allclose(loss(params, tokens[:, :9], rows, key, lengths), wanted, rtol=1e-4)
+        np.testing.assert_allclose(loss(params, tokens[:, :9], rows, key, lengths), expected, rtol=1e-4)
         difference = loss(params, other, rows, key) - loss(params, tokens, rows, key)
         assert np.abs(difference).max() > 0.01
 
 
 @pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_muon_takes_the_matrices_of_the_trunk(corpus, scan):
-    """Scanned or not: orthogonal updates for trunk kernels, Adam for embedding, head, norms and biases."""
+def test_muon_updates_the_matrices_of_the_trunk(corpus, scan):
+    """Scanned or unrolled: orthogonal updates of the trunk's kernels; Adam for embedding, head, norms and biases."""
     constant = ("optimizer.warmup_steps=1", "optimizer.decay=constant")
     config = small_config(corpus, *MUON, *constant, f"network.scan={scan}")
     objective, optimizer, _ = parts(config, corpus)
@@ -132,13 +133,15 @@ def test_muon_takes_the_matrices_of_the_trunk(corpus, scan):
     singular = np.linalg.svd(kernel, compute_uv=False) / config.optimizer.learning_rate
     assert singular.min() > 0.5 and singular.max() < 1.5
     for leaf in (trunk["embedding"], updates["head"]["out"]["kernel"], updates["head"]["norm"]["scale"]):
-        np.testing.assert_allclose(np.abs(leaf), np.abs(leaf).mean(), rtol=1e-2)  # of one size, as Adam's first are
+        np.testing.assert_allclose(
+            np.abs(leaf), np.abs(leaf).mean(), rtol=1e-2
+        )  # the first updates of Adam have equal magnitudes
         assert np.abs(leaf).mean() > config.optimizer.adam_learning_rate
 
 
 @pytest.mark.parametrize("layers", [(), (2,)], ids=["unrolled", "scanned"])
-def test_muon_takes_queries_keys_and_values_as_one_matrix(layers):
-    """Stored with an axis of their own, they get the update of the same numbers stored as [W, 3 W]."""
+def test_muon_updates_the_qkv_kernel_as_one_matrix(layers):
+    """Stored as [W, 3, W], it gets the update of the same numbers stored as [W, 3 W]."""
     optimizer = make_optimizer(configs.default().optimizer, 100)
 
     def update(name, shape):
@@ -146,12 +149,12 @@ def test_muon_takes_queries_keys_and_values_as_one_matrix(layers):
         params, gradient = ({"block": {name: {"kernel": array}}} for array in (kernel, gradient))
         return optimizer.update(gradient, optimizer.init(params), params)[0]["block"][name]["kernel"]
 
-    found, wanted = update("qkv", (8, 3, 8)), update("up", (8, 24))
-    np.testing.assert_array_equal(found.reshape(wanted.shape), wanted)
+    qkv, matrix = update("qkv", (8, 3, 8)), update("up", (8, 24))
+    np.testing.assert_array_equal(qkv.reshape(matrix.shape), matrix)
 
 
-def test_learning_rate():
-    """The first update takes 1/warmup of the peak; the decay ends above 0 at the last update."""
+def test_learning_rate_warms_up_and_decays():
+    """The first update has 1/warmup of the peak; the decay is above 0 at the last update."""
     config = configs.default().optimizer
     rate = learning_rate(config, 1.0, 100)
     np.testing.assert_allclose([rate(0), rate(1), rate(29)], [1 / 30, 2 / 30, 1], rtol=1e-6)
@@ -160,8 +163,8 @@ def test_learning_rate():
     assert learning_rate(config, 1.0, 100)(99) == 1
 
 
-def test_average_of_parameters():
-    """The reference's warm-up: min(decay, (1 + n) / (10 + n)) at update n."""
+def test_ema_has_the_warmup_of_the_reference():
+    """Decay min(decay, (1 + n) / (10 + n)) at update n."""
     ema = update_ema({"w": jnp.float32(1.0)}, {"w": jnp.float32(0.0)}, 1, 0.9999)
     np.testing.assert_allclose(ema["w"], 2 / 11, rtol=1e-6)
     ema = update_ema({"w": jnp.float32(1.0)}, {"w": jnp.float32(0.0)}, 10**6, 0.9999)

@@ -1,4 +1,4 @@
-"""The estimate of a run: exact where it says so, within a factor of two elsewhere, and made of shapes alone."""
+"""The estimate of a run: exact parameters, state and FLOPs, memory within a factor of two, from shapes alone."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ def config_of(*settings, base=configs.default):
 
 
 def parts(config):
-    """The objective, and the functions of a step over as many devices as the mesh needs."""
+    """Returns the objective and the result of `make_step`, on as many devices as the mesh needs."""
     _, schedule, network = configs.build(config, VOCABULARY)
     training = config.training
     objective = Objective(network, schedule, training.batch_size, training.noise_sampling, training.min_time)
@@ -41,23 +41,25 @@ def parts(config):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_estimated_bytes_of_the_state_equal_those_of_arrays(optimizer):
-    """On each of eight devices, split over fsdp and model; the whole state is larger."""
+    """On each of eight devices, sharded over fsdp and model. Control: the full state is larger."""
     config = config_of(f"optimizer.name={optimizer}", "network.width=512", "training.ema_decay=0.9")
     config.mesh.update(fsdp=2, model=2)
     _, (init, _, _) = parts(config)
-    state, found = init(), estimate(config, VOCABULARY, 8)
+    state, estimated = init(), estimate(config, VOCABULARY, 8)
     for device in jax.devices():
         for name in ("params", "ema", "optimizer"):
             shards = [shard for leaf in jax.tree.leaves(getattr(state, name)) for shard in leaf.addressable_shards]
             assert sum(shard.data.nbytes for shard in shards if shard.device == device) == getattr(
-                found, f"{name}_bytes"
+                estimated, f"{name}_bytes"
             )
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > 2 * found.state_bytes
-    assert sum(size for _, size in found.layout.values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > 2 * estimated.state_bytes
+    assert sum(size for _, size in estimated.layout.values()) == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(state.params)
+    )
 
 
 def traced_flops(objective, length):
-    """Of the gradient of an unrolled network, by the compiler, who counts what is done element by element too."""
+    """FLOPs of the gradient of an unrolled network, as the compiler counts them: elementwise operations included."""
     rows, key = jnp.arange(8), jax.random.key(0)
     params = jax.eval_shape(objective.network.init, key)
     tokens = jax.ShapeDtypeStruct((8, length), jnp.int32)
@@ -70,19 +72,19 @@ def test_estimated_flops_match_the_traced_gradient(setting):
     config = config_of(setting)
     objective, _ = parts(config)
     assert estimate(config, VOCABULARY, 1).step_flops == pytest.approx(traced_flops(objective, 64), rel=0.15)
-    twice = estimate(config_of(setting, "training.accumulation=2"), VOCABULARY, 1)
-    assert twice.step_flops == estimate(config, VOCABULARY, 1).step_flops
+    accumulated = estimate(config_of(setting, "training.accumulation=2"), VOCABULARY, 1)
+    assert accumulated.step_flops == estimate(config, VOCABULARY, 1).step_flops
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_estimated_flops_of_recomputation_match_the_traced_gradient(remat):
-    """What the traced gradient has more than without recomputation; the model's own FLOPs are without."""
+    """The difference between the traced gradients with and without recomputation; model FLOPs exclude it."""
     config = config_of("data.block_length=256")
     plain, _ = parts(config)
     network = dataclasses.replace(plain.network, remat=remat)
-    more = traced_flops(dataclasses.replace(plain, network=network), 256) - traced_flops(plain, 256)
-    found = step_flops(network, 8, 256, True) - step_flops(plain.network, 8, 256, True)
-    assert found == pytest.approx(more, rel=0.15)
+    traced = traced_flops(dataclasses.replace(plain, network=network), 256) - traced_flops(plain, 256)
+    estimated = step_flops(network, 8, 256, True) - step_flops(plain.network, 8, 256, True)
+    assert estimated == pytest.approx(traced, rel=0.15)
     assert step_flops(network, 8, 256, True, recomputed=False) == step_flops(plain.network, 8, 256, True)
 
 
@@ -103,53 +105,52 @@ def test_estimated_flops_of_recomputation_match_the_traced_gradient(remat):
     ids=["scan", "remat", "dots", "accumulation"],
 )
 def test_estimated_memory_is_within_a_factor_of_two(settings):
-    """Of what the compiled step needs; without recomputation the second would be far out."""
+    """Of the memory of the compiled step. Control: estimates that ignore recomputation are not."""
     config = config_of("optimizer.name=adamw", *settings)
     _, (init, step, _) = parts(config)
     tokens = jax.ShapeDtypeStruct((config.training.batch_size, config.data.block_length), jnp.int32)
     lowered = step.lower(jax.eval_shape(init), Batch(tokens, None))
-    needs = lowered.compile().memory_analysis()
-    total = needs.argument_size_in_bytes + needs.temp_size_in_bytes
-    found = estimate(config, VOCABULARY, 1)
-    assert 0.5 < found.total_bytes / total < 2
+    memory = lowered.compile().memory_analysis()
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    assert 0.5 < estimate(config, VOCABULARY, 1).total_bytes / total < 2
     if config.network.remat != "none":
         config.network.remat = "none"
         assert estimate(config, VOCABULARY, 1).total_bytes > 2 * total
 
 
 def test_estimate_of_the_medium_network_compiles_nothing():
-    """Nothing is compiled and nothing lies on a device; the numbers that are known come out."""
+    """It creates no arrays, and has the known numbers of the paper's medium network."""
     config = configs.paper()
     config.network.update(width=1024, layers=24, heads=16, remat="full")
     config.mesh.fsdp = 8
-    held, begin = len(jax.live_arrays()), time.monotonic()
-    found = estimate(config, 50257, 64)
-    assert time.monotonic() - begin < 15 and len(jax.live_arrays()) == held
-    assert found.parameters == 424_477_010 and round(found.inner_parameters, -5) == 321_500_000
-    assert found.mesh == {"data": 8, "fsdp": 8, "model": 1} and found.tokens_per_step == 512 * 1024
-    assert found.run_flops == 400_000 * found.step_flops
-    assert 0.9 < found.step_flops / (8 * 321e6 * 512 * 1024) < 1.5  # eight a parameter and token, attention and head
-    assert found.params_bytes < 4 * 424_571_264 / 7
-    text = str(found)
+    num_arrays, begin = len(jax.live_arrays()), time.monotonic()
+    estimated = estimate(config, 50257, 64)
+    assert time.monotonic() - begin < 15 and len(jax.live_arrays()) == num_arrays
+    assert estimated.parameters == 424_477_010 and round(estimated.inner_parameters, -5) == 321_500_000
+    assert estimated.mesh == {"data": 8, "fsdp": 8, "model": 1} and estimated.tokens_per_step == 512 * 1024
+    assert estimated.run_flops == 400_000 * estimated.step_flops
+    assert 0.9 < estimated.step_flops / (8 * 321e6 * 512 * 1024) < 1.5  # 8 per parameter and token, attention and head
+    assert estimated.params_bytes < 4 * 424_571_264 / 7
+    text = str(estimated)
     assert "estimate" in text and "424,477,010" in text and "8 rows per device and microbatch" in text
     with pytest.raises(UserError, match="does not fit the 6 that there are"):
         estimate(config, 50257, 6)
 
 
 def test_chips_are_found_by_their_full_names():
-    """Dense numbers; what is not known, or only a part of a chip, has none."""
+    """Peak rates are dense; unknown chips and partitions of a chip have none."""
     assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5") == 459e12 and peak_flops("TPU v4") == 275e12
     assert peak_flops("NVIDIA A10") == 125e12 and peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA L4") == 121e12 and peak_flops("NVIDIA L40S") == 362e12
     for kind in ("cpu", "TPU v4 lite", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM-64GB", "Tesla V100"):
         assert peak_flops(kind) is None
-    for chip in CHIPS.values():  # an operation has to be bought with bytes: none is out by a factor of a thousand
+    for chip in CHIPS.values():  # plausible ratios: no number is off by a factor of a thousand
         assert 50 < chip.flops / chip.bandwidth < 600 and 1e10 < chip.memory < 1e12
         assert 1e10 < chip.links < chip.bandwidth < 1e13
 
 
 def test_plan_for_many_chips_fits_the_estimate():
-    """Of benchmarks/plan.py: whatever it chooses fits as `estimate` has it, and more chips take less time."""
+    """The meshes of benchmarks/plan.py fit into memory by `estimate`, and more chips take less time."""
     plan = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "plan.py"))
     args = Namespace(rows=512, attention="xla", mfu=0.4, links=0.5)
     table = [plan["row_of"]("medium", "TPU v5 lite", chips, args) for chips in (8, 64, 256)]

@@ -1,4 +1,4 @@
-"""Runs: what they leave, exact resume, whose folder it is, weights to start from, and what reports on them."""
+"""Runs: their files, exact resumption, the run directory, weights to start from, and evaluation during training."""
 
 import json
 import os
@@ -33,8 +33,8 @@ def corpus(tmp_path_factory):
     return small_corpus(tmp_path_factory.mktemp("small"))
 
 
-def test_training_learns_and_reports(corpus, tmp_path, capsys):
-    """The loss falls, every step is in the metrics, held-out bound and samples too, also at the last step."""
+def test_training_lowers_the_loss_and_records_every_step(corpus, tmp_path, capsys):
+    """Every step is in metrics.jsonl, with the bound and samples of the evaluated steps and of the last step."""
     config = small_config(corpus, "training.steps=60", "training.ema_decay=0.9", "evaluation.every=25")
     model = sedd.train(config, tmp_path / "run")
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -50,18 +50,18 @@ def test_training_learns_and_reports(corpus, tmp_path, capsys):
     assert all(corpus.tokenizer.decode(np.array(sample["tokens"])) == sample["text"] for sample in samples)
     err = capsys.readouterr().err
     assert "step 60, sample 2 of 2\n" + samples[-1]["text"] in err and "step 50: validation_nats_per_token" in err
-    with unusual_jax_settings():  # it is read, whatever these are
-        again = sedd.train(config, tmp_path / "run")  # finished: nothing is left to do
+    with unusual_jax_settings():  # the run is finished, and only read
+        again = sedd.train(config, tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == len(records)
 
 
 def saved(workdir, corpus):
-    """All arrays of the newest checkpoint, by their paths."""
+    """Returns all arrays of the newest checkpoint, by their paths."""
     config = configs.from_dict(json.loads((workdir / "config.json").read_text())["config"])
-    init, _, where = make_step(config, *parts(config, corpus))
+    init, _, shardings = make_step(config, *parts(config, corpus))
     with Checkpoints(epath.Path(workdir) / "checkpoints", config.checkpoint) as checkpoints:
-        state = checkpoints.restore(parallel.abstract_arrays(jax.eval_shape(init), where))
+        state = checkpoints.restore(parallel.abstract_arrays(jax.eval_shape(init), shardings))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
 
 
@@ -69,42 +69,42 @@ ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"} 
 
 
 def command(corpus, workdir):
-    """300 steps from the command line."""
+    """The command that trains 300 steps."""
     settings = (f"data.corpus={corpus.path}", *SETTINGS, "training.steps=300", "training.ema_decay=0.9")
     flags = [f"--config.{setting}" for setting in settings]
     return [sys.executable, "-m", "sedd.cli", "train", f"--workdir={workdir}", *flags]
 
 
 @pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
-    """A run that nothing interrupted."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted(corpus, tmp_path_factory):
+    """A run that was not interrupted."""
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
     subprocess.run(command(corpus, workdir), env=ENVIRONMENT, check=True, capture_output=True)
     return workdir
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_interrupted_and_started_again_is_uninterrupted(corpus, whole, tmp_path, stop):
-    """Through the command line, bit for bit: state, losses, and the exit status 0."""
-    workdir = tmp_path / "broken"
-    broken = subprocess.Popen(command(corpus, workdir), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+def test_interrupted_and_resumed_run_equals_uninterrupted_run(corpus, uninterrupted, tmp_path, stop):
+    """From the command line: state and losses are equal bit for bit, and the exit status is 0."""
+    workdir = tmp_path / "interrupted"
+    interrupted = subprocess.Popen(command(corpus, workdir), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     metrics = workdir / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
         time.sleep(0.02)
-    broken.send_signal(stop)
-    assert "the same command continues" in broken.communicate(timeout=120)[1]
-    assert broken.returncode == 0
+    interrupted.send_signal(stop)
+    assert "the same command continues" in interrupted.communicate(timeout=120)[1]
+    assert interrupted.returncode == 0
     stopped = int(max(path.name for path in (workdir / "checkpoints").iterdir()))
     assert 3 <= stopped < 300
     subprocess.run(command(corpus, workdir), env=ENVIRONMENT, check=True, capture_output=True)
-    wanted, found = saved(whole, corpus), saved(workdir, corpus)
-    assert wanted.keys() == found.keys() and wanted[".step"] == found[".step"] == 300
-    for name, array in wanted.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
-    of = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] for run in (whole, workdir)]
-    assert of[0] == of[1] and len(of[0]) == 300
+    expected, actual = saved(uninterrupted, corpus), saved(workdir, corpus)
+    assert expected.keys() == actual.keys() and expected[".step"] == actual[".step"] == 300
+    for name, array in expected.items():
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] for run in (uninterrupted, workdir)]
+    assert losses[0] == losses[1] and len(losses[0]) == 300
 
 
 EVALUATED = ("evaluation.every=2", "training.ema_decay=0.9", "checkpoint.keep_best=true")
@@ -112,16 +112,16 @@ EVALUATED = ("evaluation.every=2", "training.ema_decay=0.9", "checkpoint.keep_be
 
 @pytest.fixture(scope="module")
 def evaluated(corpus, tmp_path_factory):
-    """A run of four steps, with a bound and a sample at 2 and 4, that nothing interrupted."""
+    """An uninterrupted run of four steps, evaluated at steps 2 and 4."""
     workdir = tmp_path_factory.mktemp("evaluated") / "run"
     fit(small_config(corpus, "training.steps=4", *EVALUATED), workdir)
     return workdir
 
 
 @pytest.mark.parametrize("at, before", [("bound", 2), ("samples", 2), ("bound", 4)])
-def test_a_signal_ends_an_evaluation_at_once(corpus, evaluated, tmp_path, monkeypatch, at, before):
-    """Between two batches of the bound, or two steps of the sampler. The state is saved, and nothing is lost or
-    recorded twice: the run that resumes evaluates that step first. Control: without a signal all of it is called."""
+def test_signal_interrupts_an_evaluation(corpus, evaluated, tmp_path, monkeypatch, at, before):
+    """Between two batches of the bound, or two steps of the sampler. The state is saved, and the resumed run evaluates
+    that step first: no record is lost or repeated. Control: without a signal the evaluation is completed."""
     config, workdir, calls = small_config(corpus, "training.steps=4", *EVALUATED), tmp_path / "run", []
     monkeypatch.setattr(Network, "rows_at_once", lambda *_: 1)  # several batches on eight devices
     original = getattr(Validator, at)
@@ -152,15 +152,15 @@ def test_a_signal_ends_an_evaluation_at_once(corpus, evaluated, tmp_path, monkey
     assert manifests[0] == manifests[1] and manifests[0]["bound"] > 0
 
 
-def test_restore_walks_back_to_the_newest_that_verifies(corpus, tmp_path, capsys):
-    """A changed byte is noticed; without any whole checkpoint there is one clear line, and nothing starts anew."""
+def test_restore_falls_back_to_the_newest_checkpoint_that_verifies(corpus, tmp_path, capsys):
+    """A changed byte is detected. If no checkpoint is intact there is one error line, and no new run starts."""
     config = small_config(corpus, "checkpoint.every=3")
     with unusual_jax_settings():
-        wanted = sedd.train(config, tmp_path / "run").params
+        newest = sedd.train(config, tmp_path / "run").params
     damage(tmp_path / "run/checkpoints/6")
     older = sedd.load(tmp_path / "run").params
     assert re.search(r"step 6 is damaged \(.*\); going back to step 3\n", capsys.readouterr().err)
-    assert not np.array_equal(older["trunk"]["embedding"], wanted["trunk"]["embedding"])
+    assert not np.array_equal(older["trunk"]["embedding"], newest["trunk"]["embedding"])
     damage(tmp_path / "run/checkpoints/3")
     with pytest.raises(sedd.UserError, match="no checkpoint in .* can be used: that of step 6 is damaged"):
         sedd.load(tmp_path / "run")
@@ -176,8 +176,8 @@ def damage(checkpoint):
         file.write_bytes(content)
 
 
-CONSTANT = ("optimizer.decay=constant",)  # so that another number of steps is no other program
-ANOTHER = [
+CONSTANT = ("optimizer.decay=constant",)  # so that the step is compiled once for any number of steps
+IMMUTABLE = [
     "training.seed=1",
     "training.batch_size=16",
     "training.noise_sampling=time",
@@ -196,7 +196,7 @@ ANOTHER = [
     "optimizer.learning_rate=0.1",
     "optimizer.clip_norm=1.0",
 ]
-SAME = [
+MUTABLE = [
     "training.steps=9",
     "training.accumulation=2",
     "mesh.model=2",
@@ -208,9 +208,9 @@ SAME = [
 ]
 
 
-@pytest.mark.parametrize("change", ANOTHER)
-def test_another_run_in_the_folder_is_refused(corpus, tmp_path, change):
-    """One line that names the setting, and nothing of the run there is touched."""
+@pytest.mark.parametrize("change", IMMUTABLE)
+def test_folder_of_another_run_is_refused(corpus, tmp_path, change):
+    """In one line that names the setting; the files of the run are unchanged."""
     prepare_workdir(tmp_path, small_config(corpus), corpus, corpus.layout)
     before = (tmp_path / "config.json").read_text()
     settings = [change, "training.noise_sampling=time"] if change == "process.name=uniform" else [change]
@@ -220,8 +220,8 @@ def test_another_run_in_the_folder_is_refused(corpus, tmp_path, change):
     assert (tmp_path / "config.json").read_text() == before
 
 
-@pytest.mark.parametrize("change", SAME)
-def test_what_may_change_in_a_run(corpus, tmp_path, change):
+@pytest.mark.parametrize("change", MUTABLE)
+def test_mutable_settings_may_change_when_a_run_resumes(corpus, tmp_path, change):
     prepare_workdir(tmp_path, small_config(corpus), corpus, corpus.layout)
     prepare_workdir(tmp_path, small_config(corpus, change), corpus, corpus.layout)
     group, name = change.partition("=")[0].split(".")
@@ -229,16 +229,16 @@ def test_what_may_change_in_a_run(corpus, tmp_path, change):
     assert stored[group][name] == small_config(corpus, change)[group][name]
 
 
-def test_keys_newer_than_the_run_have_their_default(corpus, tmp_path):
+def test_config_keys_newer_than_the_run_have_their_default(corpus, tmp_path):
     prepare_workdir(tmp_path, small_config(corpus), corpus, corpus.layout)
-    about = json.loads((tmp_path / "config.json").read_text())
-    assert about["config"]["network"].pop("given_embedding") is False
-    (tmp_path / "config.json").write_text(json.dumps(about))
+    description = json.loads((tmp_path / "config.json").read_text())
+    assert description["config"]["network"].pop("given_embedding") is False
+    (tmp_path / "config.json").write_text(json.dumps(description))
     prepare_workdir(tmp_path, small_config(corpus), corpus, corpus.layout)
 
 
-def test_the_corpus_goes_by_its_hash(corpus, tmp_path):
-    """Moved it is the same, with another text or layout it is not. Its layout is on record."""
+def test_corpus_of_a_run_is_identified_by_its_hash(corpus, tmp_path):
+    """It may be moved; another text or layout is refused. Its layout is recorded."""
     prepare_workdir(tmp_path / "run", small_config(corpus), corpus, corpus.layout)
     assert json.loads((tmp_path / "run/config.json").read_text())["layout"] == corpus.layout.to_json()
     shutil.copytree(corpus.path, tmp_path / "moved")
@@ -253,18 +253,18 @@ def test_the_corpus_goes_by_its_hash(corpus, tmp_path):
             prepare_workdir(tmp_path / "run", small_config(other), other, other.layout)
 
 
-def test_a_damaged_config_of_a_run(corpus, tmp_path):
+def test_damaged_config_of_a_run_is_refused(corpus, tmp_path):
     prepare_workdir(tmp_path, small_config(corpus), corpus, corpus.layout)
     file = tmp_path / "config.json"
-    for broken in (file.read_text()[:-9], "[]"):
-        file.write_text(broken)
+    for damaged in (file.read_text()[:-9], "[]"):
+        file.write_text(damaged)
         with pytest.raises(sedd.UserError, match="config.json (is damaged|describes no model)"):
             fit(small_config(corpus), tmp_path)
 
 
 @pytest.mark.slow
-def test_more_steps_continue_a_run(corpus, tmp_path):
-    """And the record of a call is that of its own steps; another seed is refused."""
+def test_run_resumes_with_more_steps(corpus, tmp_path):
+    """The summary of a call is that of its own steps; another seed is refused."""
     first = fit(small_config(corpus, *CONSTANT), tmp_path / "run")
     second = fit(small_config(corpus, *CONSTANT, "training.steps=9"), tmp_path / "run")
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -278,36 +278,36 @@ def test_more_steps_continue_a_run(corpus, tmp_path):
         fit(small_config(corpus, *CONSTANT, "training.seed=1"), tmp_path / "run")
 
 
-def fresh(config, corpus):
-    """Parameters that no seed gives."""
+def shifted_params(config, corpus):
+    """Parameters that differ from those of any seed."""
     network = parts(config, corpus)[0].network
     return jax.tree.map(lambda leaf: np.asarray(leaf) + 0.01, jax.jit(network.init)(jax.random.key(9)))
 
 
 @pytest.mark.slow
-def test_weights_to_start_from(corpus, tmp_path):
-    """The first loss is theirs; a run that goes on has its own; where they came from is on record, and stays."""
+def test_training_starts_from_given_weights(corpus, tmp_path):
+    """Parameters and EMA start from them; a resumed run ignores them; their origin is recorded once."""
     config = small_config(corpus, "training.ema_decay=0.9", "optimizer.learning_rate=1e-30", *CONSTANT)
     config.training.steps = 2
-    weights = fresh(config, corpus)
+    weights = shifted_params(config, corpus)
     fit(config, tmp_path / "run", weights, "runs/base")
-    about = json.loads((tmp_path / "run/config.json").read_text())
-    assert about["init_from"] == os.path.abspath("runs/base")
+    description = json.loads((tmp_path / "run/config.json").read_text())
+    assert description["init_from"] == os.path.abspath("runs/base")
     for name in ("params", "ema"):
-        found = saved(tmp_path / "run", corpus)
-        np.testing.assert_allclose(found[f".{name}['trunk']['embedding']"], weights["trunk"]["embedding"], rtol=1e-6)
+        arrays = saved(tmp_path / "run", corpus)
+        np.testing.assert_allclose(arrays[f".{name}['trunk']['embedding']"], weights["trunk"]["embedding"], rtol=1e-6)
     config.training.steps = 4
-    del weights["head"]  # ignored, since the run is there
+    del weights["head"]  # ignored, since the run resumes
     fit(config, tmp_path / "run", weights, None)
     assert json.loads((tmp_path / "run/config.json").read_text())["init_from"] == os.path.abspath("runs/base")
     with pytest.raises(sedd.UserError, match="another run: init_from"):
         fit(config, tmp_path / "run", weights, "runs/other")
 
 
-def test_weights_that_do_not_fit(corpus, tmp_path):
-    """One line, naming the first leaf; the folder is not touched."""
+def test_weights_that_do_not_fit_are_refused(corpus, tmp_path):
+    """In one line that names the first leaf; the folder is not created."""
     config = small_config(corpus)
-    wide, good = fresh(small_config(corpus, "network.width=32"), corpus), fresh(config, corpus)
+    wide, good = shifted_params(small_config(corpus, "network.width=32"), corpus), shifted_params(config, corpus)
     half = {**good, "head": jax.tree.map(lambda leaf: leaf.astype(np.float16), good["head"])}
     for weights, message in (
         (wide, r"head/modulation/bias is float32\[64\] there, float32\[32\]"),
@@ -321,14 +321,14 @@ def test_weights_that_do_not_fit(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluation_needs_a_validation_split(corpus, tmp_path):
+def test_evaluation_without_a_validation_split_is_refused(corpus, tmp_path):
     other = prepare({"train": f"text:{corpus.path.parent}/texts/*.txt"}, "characters", tmp_path / "other")
     with pytest.raises(sedd.UserError, match="needs a validation split, .* has none; set evaluation.every=0"):
         fit(small_config(other, "evaluation.every=3"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_with_something_else_is_left_alone(corpus, tmp_path):
+def test_folder_with_other_files_is_refused(corpus, tmp_path):
     (tmp_path / "letters.txt").write_text("dear")
     with pytest.raises(sedd.UserError, match="holds no run"):
         fit(small_config(corpus), tmp_path)

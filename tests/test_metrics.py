@@ -1,4 +1,4 @@
-"""What a run reports: its records, and TensorBoard's files."""
+"""The records of a run and its TensorBoard files."""
 
 import json
 import sys
@@ -23,23 +23,23 @@ def corpus(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_tensorboard(corpus, tmp_path, monkeypatch):
-    """Numbers and texts, of a resumed run too, whose later events are purged. Needs tensorboardX."""
+def test_tensorboard_has_numbers_and_texts_of_a_resumed_run(corpus, tmp_path, monkeypatch):
+    """Events after the step of resumption are purged. Needs tensorboardX."""
     pytest.importorskip("tensorboardX")
     config = small_config(corpus, "evaluation.every=3", "metrics.tensorboard=true", "optimizer.decay=constant")
     fit(config, tmp_path / "run")
     config.training.steps = 8
     fit(config, tmp_path / "run")
-    found, starts = {}, []
+    steps, starts = {}, []
     for event in events(tmp_path / "run/tensorboard"):
         starts += [event.step] if event.HasField("session_log") else []
         for value in event.summary.value:
-            found.setdefault(value.tag, []).append(event.step)
+            steps.setdefault(value.tag, []).append(event.step)
     assert starts == [1, 7]
     for name in ("loss", "gradient_norm", "learning_rate"):
-        assert found[name] == list(range(1, 9))
-    assert found["validation_nats_per_token"] == found["samples/2/text_summary"] == [3, 6, 8]
-    assert len(found["tokens_per_second"]) >= 3
+        assert steps[name] == list(range(1, 9))
+    assert steps["validation_nats_per_token"] == steps["samples/2/text_summary"] == [3, 6, 8]
+    assert len(steps["tokens_per_second"]) >= 3
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(sedd.UserError, match="needs tensorboardX; pip install"):
         fit(config, tmp_path / "new")
@@ -47,19 +47,19 @@ def test_tensorboard(corpus, tmp_path, monkeypatch):
 
 
 def events(folder):
-    """All events, file by file: a length, its checksum, so many bytes, their checksum."""
+    """Yields all events, file by file. A record is a length, its checksum, the event and its checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     for file in sorted(folder.iterdir(), key=lambda file: int(file.suffix[1:])):
-        content, at = file.read_bytes(), 0
-        while at < len(content):
-            size = int.from_bytes(content[at : at + 8], "little")
-            yield Event.FromString(content[at + 12 : at + 12 + size])
-            at += 16 + size
+        content, offset = file.read_bytes(), 0
+        while offset < len(content):
+            size = int.from_bytes(content[offset : offset + 8], "little")
+            yield Event.FromString(content[offset + 12 : offset + 12 + size])
+            offset += 16 + size
 
 
-def test_a_tracker_that_fails_stops_nothing(tmp_path, capsys):
-    """A folder that cannot be made, and a disk that is full: one line each."""
+def test_failure_of_tensorboard_does_not_stop_training(tmp_path, capsys):
+    """A folder that cannot be created, and a full disk: one line each."""
     pytest.importorskip("tensorboardX")
     (tmp_path / "file").write_text("")
     board = TensorBoardWriter(tmp_path / "file/tensorboard", 0)
@@ -75,7 +75,7 @@ def test_a_tracker_that_fails_stops_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
-def test_records_of_steps_to_be_taken_again_are_dropped(tmp_path, name):
+def test_records_after_the_resumed_step_are_removed(tmp_path, name):
     path = tmp_path / name
     path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 6)) + '{"step": 6, "lo')
     with Metrics(tmp_path, 3, 9, NonFiniteGuard(0, None)):
@@ -84,8 +84,8 @@ def test_records_of_steps_to_be_taken_again_are_dropped(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_utilisation_and_a_trace(corpus, tmp_path, monkeypatch, capsys):
-    """The share of a chip's rate that the algorithm's multiplications take; some steps traced, and no others."""
+def test_mfu_and_profiler_trace_are_recorded(corpus, tmp_path, monkeypatch, capsys):
+    """MFU counts the FLOPs without recomputation; the trace is written."""
     monkeypatch.setattr("sedd.training.fit.peak_flops", lambda kind: 1e9)
     config = small_config(corpus, "training.steps=14", "metrics.profile=2", "network.remat=full")
     summary = fit(config, tmp_path / "run")
@@ -101,7 +101,7 @@ def test_utilisation_and_a_trace(corpus, tmp_path, monkeypatch, capsys):
     assert "% MFU" in capsys.readouterr().err
 
 
-def test_nothing_is_said_of_a_chip_that_is_not_known(tmp_path):
+def test_mfu_of_an_unknown_chip_is_not_recorded(tmp_path):
     with Metrics(tmp_path, 0, 2, NonFiniteGuard(0, None)) as log:
         for step in (1, 2):
             numbers = {"loss": 1.0, "gradient_norm": 1.0, "learning_rate": 1.0, "tokens": 8}

@@ -1,4 +1,4 @@
-"""Padded corpora through the whole house: trained, evaluated and sampled, the padding scored or ignored."""
+"""Padded corpora from training to evaluation and sampling, with padding that is scored or ignored."""
 
 import dataclasses
 import json
@@ -24,9 +24,9 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
-    """Sixty documents, rows of 32: none needs as many, so that every row has padding."""
+    """Sixty documents of less than 32 tokens, so that every row has padding."""
 
-    def made(padding):
+    def prepared(padding):
         folder = tmp_path_factory.mktemp(padding)
         (folder / "texts").mkdir()
         for number in range(60):
@@ -35,12 +35,12 @@ def corpora(tmp_path_factory):
             f"text:{folder}/texts/*.txt", "characters", folder / "corpus", mode="padded", padding=padding
         )
 
-    return {padding: made(padding) for padding in ("ignored", "scored")}
+    return {padding: prepared(padding) for padding in ("ignored", "scored")}
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=["ignored", "scored", "uniform"])
 def run(request, corpora, tmp_path_factory):
-    """A run of a few steps, and its corpus."""
+    """The run directory of forty steps of training, and its corpus."""
     padding, process = request.param
     workdir = tmp_path_factory.mktemp("runs") / "run"
     settings = [f"process.name={process}"] + ["training.noise_sampling=time"] * (process == "uniform")
@@ -54,10 +54,10 @@ def model(run):
     return sedd.load(run[0])
 
 
-def test_a_run_remembers_its_layout(run, model, tmp_path):
+def test_layout_is_saved_with_run_and_export(run, model, tmp_path):
     workdir, corpus = run
-    about = json.loads((workdir / "config.json").read_text())
-    assert model.layout == Layout.from_json(about["layout"])
+    description = json.loads((workdir / "config.json").read_text())
+    assert model.layout == Layout.from_json(description["layout"])
     assert model.layout.padding == corpus.layout.padding
     lengths = np.diff(corpus.offsets("train"))
     if model.layout.masks_padding:
@@ -66,8 +66,8 @@ def test_a_run_remembers_its_layout(run, model, tmp_path):
     assert sedd.load(tmp_path / "exported").layout == model.layout
 
 
-def test_it_learns_and_samples_what_documents_are_like(run, model):
-    """After forty steps it knows at least that padding is padding and that texts are digits and spaces."""
+def test_model_of_padded_documents_learns_and_samples_their_lengths(run, model):
+    """The loss falls. Samples have no end-of-text, and lengths of the corpus if padding is ignored."""
     workdir, _ = run
     losses = [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").open() if "loss" in line]
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
@@ -80,15 +80,14 @@ def test_it_learns_and_samples_what_documents_are_like(run, model):
         ) > 5
     else:
         assert set(lengths) == {32}
-    few = model.sample(num_samples=3, steps=4, seed=3, batch_size=2)
-    assert few.texts == drawn.texts[:3]  # lengths too belong to the row
+    three = model.sample(num_samples=3, steps=4, seed=3, batch_size=2)
+    assert three.texts == drawn.texts[:3]  # texts and lengths are independent of the batch
     assert model.sample(num_samples=2, length=9, steps=4).tokens.shape == (2, 9)
 
 
-def test_samples_are_drawn_at_their_lengths(model):
-    """The network sees the length of each row on every step: samples are those of its denoiser at these lengths,
-    whatever stands beyond; control: at the length of a block they are others. The parameters are random, as forty steps
-    of training hardly move what a network does with lengths."""
+def test_sampler_conditions_on_the_length_of_each_row(model):
+    """Samples are those of the denoiser with the drawn lengths, for any tokens beyond them. Control: with the block
+    length they differ. The parameters are random, since forty steps hardly train the dependence on lengths."""
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, 0.3, leaf.shape), jnp.float32), model.params)
     model = dataclasses.replace(model, params=params)
@@ -111,8 +110,8 @@ def test_samples_are_drawn_at_their_lengths(model):
     assert (changed(jnp.full_like(lengths, 32)) > 0.05) == model.layout.masks_padding
 
 
-def test_what_is_scored(run, model):
-    """Ignored padding is not seen: whatever stands there, the bound is the same. Scored padding is text."""
+def test_bound_depends_on_padding_only_if_it_is_scored(run, model):
+    """The bound is independent of the tokens at ignored padding; scored padding is text."""
     _, corpus = run
     scored = from_corpus(corpus, "train", 32)
     beyond = np.arange(32) >= scored.counts[:, None]
@@ -124,23 +123,23 @@ def test_what_is_scored(run, model):
     same = np.isclose(reports[0].nats_per_token, reports[1].nats_per_token, rtol=1e-5)
     assert same == model.layout.masks_padding
     assert reports[0].num_tokens == corpus.num_tokens("train") and reports[0].num_bytes == corpus.num_bytes("train")
-    assert reports[0].clusters == 54  # each document is one
-    wanted = "given its length" if model.layout.masks_padding else "with its padding, as a whole block"
-    assert reports[0].lengths == wanted
+    assert reports[0].clusters == 54  # one per document
+    expected = "given its length" if model.layout.masks_padding else "with its padding, as a full block"
+    assert reports[0].lengths == expected
 
 
-def test_scores_know_of_the_lengths(model):
-    """What lies beyond the valid tokens changes no score; control: without lengths it does."""
+def test_log_score_masks_positions_beyond_the_length(model):
+    """Scores are independent of tokens beyond the length. Control: without lengths they depend on them."""
     tokens = np.tile(np.arange(8) % model.process.vocab_size, (2, 1))
     tokens[1, 5:] = 0
     sigma, lengths = np.ones(2, np.float32), np.array([5, 5])
-    found = model.log_score(tokens, sigma, lengths)
-    np.testing.assert_allclose(found[0, :5], found[1, :5], rtol=1e-4, atol=1e-4)
+    log_score = model.log_score(tokens, sigma, lengths)
+    np.testing.assert_allclose(log_score[0, :5], log_score[1, :5], rtol=1e-4, atol=1e-4)
     assert not np.allclose(*model.log_score(tokens, sigma)[:, :5], rtol=1e-3, atol=1e-3)
 
 
-def test_texts_are_scored_as_documents(run, model):
-    """A list of texts has the rows that a corpus of them has."""
+def test_texts_are_scored_like_a_corpus_of_them(run, model):
+    """A list of texts gives the same rows and bound as a corpus of them."""
     _, corpus = run
     scored = from_corpus(corpus, "test", 32)
     tokens, offsets = corpus.tokens("test"), corpus.offsets("test")
@@ -152,7 +151,7 @@ def test_texts_are_scored_as_documents(run, model):
     assert reports[0].nats_per_token == reports[1].nats_per_token and reports[0].num_bytes == reports[1].num_bytes
 
 
-def test_infilling_knows_where_the_text_ends(model):
+def test_infilling_gives_the_end_of_text(model):
     drawn = model.infill(["1<blank:3>1 1 ", "<blank:2>"], num_samples=2, steps=4)
     end = model.tokenizer.end_of_text
     ids = [row[row >= 0] for row in drawn.tokens]
@@ -162,10 +161,10 @@ def test_infilling_knows_where_the_text_ends(model):
     with pytest.raises(sedd.UserError, match="a text of 33 tokens"):
         model.infill("<blank:32>")
     row = model.infill(prefix="1 ", suffix=" 1", length=10, steps=4).tokens[0]
-    assert row[9] == end and model.tokenizer.decode(row[7:9]) == " 1"  # the end makes ten
+    assert row[9] == end and model.tokenizer.decode(row[7:9]) == " 1"  # nine tokens and the end of text
 
 
-def test_another_layout_is_refused(model, corpora, tmp_path):
+def test_corpus_of_another_layout_is_refused(model, corpora, tmp_path):
     other = corpora["scored" if model.layout.masks_padding else "ignored"]
     with pytest.raises(sedd.UserError, match="prepare it so"):
         model.perplexity(other)

@@ -1,4 +1,4 @@
-"""The recipes of experiments/ at small size, from the command line: their bounds fall, their samples are of a kind."""
+"""The recipes of experiments/ at small size, from the command line: the bound falls, and samples look like the data."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def command(*args):
 
 
 def train(experiment, corpus, workdir, *settings):
-    """The recipe, made small; its bounds on the way and its run."""
+    """Trains the recipe with a small network. Returns its output and its bounds on the validation split."""
     flags = [f"--config.{setting}" for setting in (f"data.corpus={corpus}", "data.vocab_size=none", *SMALL, *settings)]
     out = command("train", f"--config={EXPERIMENTS / experiment}.py", f"--workdir={workdir}", *flags)
     records = map(json.loads, (workdir / "metrics.jsonl").open())
@@ -41,8 +41,8 @@ def train(experiment, corpus, workdir, *settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["text8_absorb", "text8_uniform"])
-def test_text8_on_any_letters(experiment, tmp_path):
-    """Two megabytes of letters and spaces, cut by position, the alphabet of 27; the paper's recipe, free scores."""
+def test_text8_recipe_learns_on_a_small_corpus(experiment, tmp_path):
+    """Two megabytes of 27 characters, split by position; the paper's recipe, with unnormalised scores."""
     words = [
         word
         for name in ("names", "functions")
@@ -76,7 +76,7 @@ PRICES = ["cheap", "moderately priced", "expensive"]
 
 
 def descriptions(count):
-    """Sentences about restaurants, as E2E has them, of a few words or many."""
+    """Sentences of various lengths about restaurants, like those of E2E."""
     random = np.random.default_rng(0)
 
     def one():
@@ -94,8 +94,8 @@ def descriptions(count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment, share, steps", [("lm1b_absorb", 0.6, 300), ("lm1b_uniform", 0.85, 600)])
-def test_lm1b_on_any_sentences(experiment, share, steps, tmp_path):
-    """A sentence a row, the padding ignored: the bound falls, and samples are as long as sentences are, and end."""
+def test_lm1b_recipe_learns_on_a_small_corpus(experiment, share, steps, tmp_path):
+    """One sentence per row, padding ignored: the bound falls, and samples have lengths of sentences and an end."""
     (tmp_path / "sentences.txt").write_text("\n".join(descriptions(20_000)) + "\n")
     source = f"--source=lines:{tmp_path}/sentences.txt"
     command(
@@ -123,11 +123,11 @@ def test_lm1b_on_any_sentences(experiment, share, steps, tmp_path):
     entropy = -np.log(unigram / unigram.sum())[corpus.tokens("validation")].mean()
     assert bounds[2] < share * entropy
 
-    at_the_end, in_the_text = chance_of_end(sedd.load(tmp_path / "run"), corpus)
+    at_the_end, in_the_text = probability_of_end(sedd.load(tmp_path / "run"), corpus)
     assert ttest_rel(at_the_end, in_the_text, alternative="greater").pvalue < 1e-9
-    if at_the_end.mean() < 3 * in_the_text.mean():  # some networks learn late where texts end (docs/measurements.md)
+    if at_the_end.mean() < 3 * in_the_text.mean():  # some networks learn the end of texts late (docs/measurements.md)
         train(*recipe, f"training.steps={2 * steps}")
-        at_the_end, in_the_text = chance_of_end(sedd.load(tmp_path / "run"), corpus)
+        at_the_end, in_the_text = probability_of_end(sedd.load(tmp_path / "run"), corpus)
     assert at_the_end.mean() > 3 * in_the_text.mean()
 
     sample = ("sample", f"--model={tmp_path}/run", "--num_samples=192", "--steps=64", "--json")
@@ -137,22 +137,22 @@ def test_lm1b_on_any_sentences(experiment, share, steps, tmp_path):
     end = corpus.tokenizer.end_of_text
     ending = np.mean([tokens[-1] == end for tokens in drawn])
     elsewhere = sum(tokens[:-1].count(end) for tokens in drawn) / (sum(lengths) - len(drawn))
-    assert ending > at_the_end.mean() / 4 and ending > 3 * elsewhere  # samples have the lengths that the network sees
+    assert ending > at_the_end.mean() / 4 and ending > 3 * elsewhere  # sampling conditions on the lengths
 
 
-def chance_of_end(model, corpus):
-    """The probability of an end of text that the model gives the last position of held-out rows, noised up to there and
-    pure noise from there on: with the row's length, and with the length of a block. Twice Float[N].
+def probability_of_end(model, corpus):
+    """Returns the predicted probability of the end-of-text token at the last position of held-out rows, Float[N].
 
-    The length is all that differs: a network that does not see it gives the same number twice.
+    Twice: conditioned on the length of the row, and on the block length. The rows are corrupted up to the last position
+    and pure noise from there on. A network that ignores lengths gives equal results.
     """
     block, end = model.block_length, model.tokenizer.end_of_text
     rows, lengths, _ = blocks(corpus, "validation", block)
-    short = lengths <= block - 8  # where the end of the block is no neighbour
+    short = lengths <= block - 8  # the end of the text is not near the end of the block
     rows, last = jnp.asarray(rows[short][:256]), jnp.asarray(lengths[short][:256])[:, None] - 1
     keys, sigma = keyed_random.row_keys(jax.random.key(0), jnp.arange(len(rows))), jnp.full(len(rows), 1.5)
-    noised = model.process.corrupt(keyed_random.fold(keys, 0), rows, sigma[:, None])
-    x = jnp.where(jnp.arange(block) < last, noised, model.process.prior(keyed_random.fold(keys, 1), block))
+    corrupted = model.process.corrupt(keyed_random.fold(keys, 0), rows, sigma[:, None])
+    x = jnp.where(jnp.arange(block) < last, corrupted, model.process.prior(keyed_random.fold(keys, 1), block))
 
     @jax.jit
     def probability(lengths):

@@ -1,4 +1,4 @@
-"""What a run survives: being killed at any moment, damaged checkpoints, a full disk, numbers that are not finite."""
+"""Fault tolerance of a run: kills at any moment, damaged checkpoints, a full disk, losses that are not finite."""
 
 import contextlib
 import gc
@@ -38,7 +38,7 @@ def corpus(tmp_path_factory):
 
 
 def state_of(value, step, width=4, dtype=jnp.float32):
-    """A state of a few numbers, on one device."""
+    """A small state on one device."""
     params = {"layer": {"kernel": jnp.full((width, 3), value, dtype), "bias": jnp.arange(3.0)}}
     return TrainState(jnp.int32(step), params, jax.tree.map(lambda leaf: leaf + 1, params), {"count": jnp.int32(step)})
 
@@ -55,7 +55,7 @@ def checkpoints(folder, corpus=None, **settings):
 
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):
-    """Checkpoints of steps 1 and 2, to be copied and damaged."""
+    """Checkpoints of steps 1 and 2, to copy and damage."""
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     with checkpoints(folder) as saved:
         saved.save(state_of(1.0, 1))
@@ -73,7 +73,7 @@ def truncate(folder):
 
 
 def flip(folder):
-    """One bit of each file that holds arrays of the parameters; whatever is compressed in it."""
+    """Flips one bit in each file of the arrays of the parameters."""
     for file in (folder / "2/params").rglob("d/*"):
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
@@ -99,7 +99,7 @@ def no_arrays(folder):
 
 
 def another(folder, **other):
-    """Another model's checkpoint in its place."""
+    """Replaces the checkpoint by that of another model."""
     shutil.rmtree(folder / "2")
     with checkpoints(folder.parent / "other") as saved:
         saved.save(state_of(2.0, 2, **other))
@@ -119,7 +119,7 @@ def renamed(folder):
 
 
 def swapped_arrays(folder):
-    """Arrays of another step under this one's manifest: all can be read, and nothing is what was written."""
+    """Replaces the arrays by those of another step: all can be read, and none is the one that was written."""
     for name in ("params", "ema"):
         shutil.rmtree(folder / "2" / name)
         shutil.copytree(folder / "1" / name, folder / "2" / name)
@@ -128,8 +128,8 @@ def swapped_arrays(folder):
 FAULTS = {
     truncate: "is damaged",
     flip: "is damaged",
-    empty: "is not whole \\(it has no manifest\\)",
-    no_manifest: "is not whole \\(it has no manifest\\)",
+    empty: "is incomplete \\(it has no manifest\\)",
+    no_manifest: "is incomplete \\(it has no manifest\\)",
     half_manifest: "is damaged",
     no_arrays: "is damaged",
     narrower: "is another model's \\(ema/layer/kernel is bfloat16\\[4, 3\\] there, float32\\[4, 3\\] here\\)",
@@ -140,37 +140,37 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_fault_costs_one_line_and_one_interval(two_steps, tmp_path, capfd, monkeypatch, fault):
-    """The step before is found; what is passed over is kept aside, so that its step can be written again. No thread
-    complains of its own."""
-    complaints = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: complaints.append(str(unraisable.exc_value)))
+def test_restore_skips_an_unusable_checkpoint_and_keeps_it_renamed(two_steps, tmp_path, capfd, monkeypatch, fault):
+    """The previous step is restored, with one line; the renamed checkpoint's step can be saved again. No other thread
+    prints an error."""
+    unraisable_errors = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: unraisable_errors.append(str(unraisable.exc_value)))
     folder = tmp_path / "checkpoints"
     shutil.copytree(two_steps, folder)
     fault(folder)
-    worse = max(steps_saved(epath.Path(folder)))
+    unusable = max(steps_saved(epath.Path(folder)))
     params = restore_params(epath.Path(folder), like(state_of(0.0, 0).params), ema=False)
-    assert params["layer"]["kernel"][0, 0] == 1.0 and sorted(os.listdir(folder)) == ["1", str(worse)]
+    assert params["layer"]["kernel"][0, 0] == 1.0 and sorted(os.listdir(folder)) == ["1", str(unusable)]
     capfd.readouterr()
     with checkpoints(folder) as saved:
-        found = saved.restore(like(state_of(0.0, 0)))
-        assert int(found.step) == 1 and found.params["layer"]["kernel"][0, 0] == 1.0
-        saved.save(state_of(3.0, worse))
+        restored = saved.restore(like(state_of(0.0, 0)))
+        assert int(restored.step) == 1 and restored.params["layer"]["kernel"][0, 0] == 1.0
+        saved.save(state_of(3.0, unusable))
     err = capfd.readouterr().err
     assert [line for line in err.splitlines() if line] == [
         line for line in err.splitlines() if line.startswith("sedd: ")
     ]
-    assert sorted(os.listdir(folder)) == ["1", str(worse), f"damaged-{worse}"]
-    pattern = f"the checkpoint of step {worse} {FAULTS[fault]}.*; going back to step 1\\n"
+    assert sorted(os.listdir(folder)) == ["1", str(unusable), f"damaged-{unusable}"]
+    pattern = f"the checkpoint of step {unusable} {FAULTS[fault]}.*; going back to step 1\\n"
     assert re.search(pattern, err)
-    found = restore_params(epath.Path(folder), like(state_of(0.0, 0).params), ema=True)
-    assert found["layer"]["kernel"][0, 0] == 4.0
+    ema = restore_params(epath.Path(folder), like(state_of(0.0, 0).params), ema=True)
+    assert ema["layer"]["kernel"][0, 0] == 4.0
     gc.collect()
-    assert complaints == []
+    assert unraisable_errors == []
 
 
-def test_a_reader_follows_a_run_that_removes_what_it_reads(two_steps, tmp_path, monkeypatch):
-    """The steps that were listed are gone, and a newer one is there. Control: where none is newer it is an error."""
+def test_reader_retries_when_a_run_removes_the_checkpoint_it_reads(two_steps, tmp_path, monkeypatch):
+    """The listed steps are gone, and there is a newer one. Control: without a newer one it is an error."""
     folder = epath.Path(tmp_path / "checkpoints")
     shutil.copytree(two_steps, folder)
     (folder / "1").rmtree()
@@ -182,64 +182,64 @@ def test_a_reader_follows_a_run_that_removes_what_it_reads(two_steps, tmp_path, 
         restore_params(folder, like(state_of(0.0, 0).params), ema=False)
 
 
-def test_nothing_is_passed_over_without_a_fault(two_steps, tmp_path, capfd):
-    """The control; and what an interrupted save left goes when the next one is made, not when somebody reads."""
+def test_restore_uses_the_newest_checkpoint_without_a_fault(two_steps, tmp_path, capfd):
+    """The control. Files of an interrupted save are removed by the next save, not by a reader."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(two_steps, folder)
-    left = folder / "3.orbax-checkpoint-tmp"
-    shutil.copytree(folder / "2", left)
+    leftover = folder / "3.orbax-checkpoint-tmp"
+    shutil.copytree(folder / "2", leftover)
     assert restore_params(epath.Path(folder), like(state_of(0.0, 0).params), ema=False)["layer"]["kernel"][0, 0] == 2.0
-    assert left.exists()
+    assert leftover.exists()
     with checkpoints(folder) as saved:
         assert int(saved.restore(like(state_of(0.0, 0))).step) == 2
         saved.save(state_of(3.0, 3))
     assert sorted(os.listdir(folder)) == ["2", "3"] and "sedd:" not in capfd.readouterr().err
 
 
-def test_all_damaged_is_an_error(two_steps, tmp_path):
+def test_restore_raises_if_all_checkpoints_are_damaged(two_steps, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(two_steps, folder)
     for step in ("1", "2"):
         shutil.rmtree(folder / step / "manifest")
-    with pytest.raises(sedd.UserError, match="can be used: that of step 2 is not whole .*; that of step 1") as caught:
+    with pytest.raises(sedd.UserError, match="can be used: that of step 2 is incomplete .*; that of step 1") as caught:
         checkpoints(folder).restore(like(state_of(0.0, 0)))
     assert "\n" not in str(caught.value) and sorted(os.listdir(folder)) == ["1", "2"]
 
 
-def test_what_stays(tmp_path):
-    """The newest, those of every so many steps, and the best."""
+def test_newest_periodic_and_best_checkpoints_are_kept(tmp_path):
+    """The newest `keep`, those of every `keep_every` steps, and the one with the lowest bound."""
     bounds = {2: 3.0, 3: 2.5, 4: 1.0, 5: 2.0, 6: 1.5, 7: 1.2, 8: 1.1}
     with checkpoints(tmp_path / "checkpoints", keep=2, keep_every=3, keep_best=True) as saved:
         for step, bound in bounds.items():
             saved.save(state_of(float(step), step), bound)
     assert steps_saved(epath.Path(tmp_path / "checkpoints")) == [3, 4, 6, 7, 8]
-    with checkpoints(tmp_path / "checkpoints", keep=1, keep_best=True) as saved:  # another process goes on
+    with checkpoints(tmp_path / "checkpoints", keep=1, keep_best=True) as saved:  # another process resumes
         saved.save(state_of(9.0, 9), 1.4)
     assert steps_saved(epath.Path(tmp_path / "checkpoints")) == [4, 9]
 
 
-def test_a_digest_is_that_of_the_numbers():
-    """The same on any devices; another for any one bit, for two values exchanged, and for another type."""
+def test_digest_depends_on_the_values_only():
+    """It is the same on any devices, and changes with any single bit, two exchanged values, or the type."""
     mesh = parallel.data_mesh()
     x = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
-    (whole,) = digests([jnp.asarray(x)]).values()
+    (digest,) = digests([jnp.asarray(x)]).values()
     split = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
-    assert digests([split]) == {"0": whole}
+    assert digests([split]) == {"0": digest}
     bits = x.copy().view(np.uint32)
-    seen = {whole}
+    distinct = {digest}
     for bit in range(0, 32, 5):
-        for place in ((0, 0), (7, 3), (15, 5)):
+        for index in ((0, 0), (7, 3), (15, 5)):
             changed = bits.copy()
-            changed[place] ^= np.uint32(1 << bit)
-            seen |= set(digests([jnp.asarray(changed.view(np.float32))]).values())
+            changed[index] ^= np.uint32(1 << bit)
+            distinct |= set(digests([jnp.asarray(changed.view(np.float32))]).values())
     exchanged = x.copy()
     exchanged[[0, 1]] = exchanged[[1, 0]]
-    seen |= set(digests([jnp.asarray(exchanged), jnp.asarray(x.T), jnp.asarray(x).astype(jnp.bfloat16)]).values())
-    assert len(seen) == 1 + 7 * 3 + 3
+    distinct |= set(digests([jnp.asarray(exchanged), jnp.asarray(x.T), jnp.asarray(x).astype(jnp.bfloat16)]).values())
+    assert len(distinct) == 1 + 7 * 3 + 3
 
 
 def on_a_small_disk(tmp_path, size):
-    """A folder with so many kilobytes of its own, or a skip."""
+    """Mounts a file system of `size` KiB, or skips the test."""
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
@@ -257,8 +257,8 @@ def fill_up(file):
 
 
 @pytest.mark.slow
-def test_a_full_disk_loses_no_checkpoint(corpus, tmp_path, capfd):
-    """One line that says so; with room again the same command goes on, from the last one."""
+def test_run_resumes_after_a_full_disk(corpus, tmp_path, capfd):
+    """One error line; once there is space the same command resumes from the last checkpoint."""
     folder = on_a_small_disk(tmp_path, 8192)
     try:
         config = small_config(corpus, "checkpoint.every=2", "network.width=32", "training.steps=8")
@@ -273,7 +273,7 @@ def test_a_full_disk_loses_no_checkpoint(corpus, tmp_path, capfd):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Checkpoints, "save", fill)
-            with pytest.raises(sedd.UserError, match="could not be written .*; those that are there stay") as caught:
+            with pytest.raises(sedd.UserError, match="could not be written .*; earlier ones are kept") as caught:
                 fit(config, folder / "run")
         assert "No space left" in str(caught.value) and "\n" not in str(caught.value)
         assert os.listdir(folder / "run/checkpoints") == ["2"]
@@ -284,7 +284,7 @@ def test_a_full_disk_loses_no_checkpoint(corpus, tmp_path, capfd):
 
 
 def poisoned(at, times=1):
-    """An objective whose row 5 is not a number at the steps told."""
+    """An objective whose loss of row 5 is NaN at steps `at`, ..., `at + times - 1`."""
 
     class Poisoned(objectives.Objective):
         def __call__(self, params, tokens, rows, key, lengths=None):
@@ -296,8 +296,8 @@ def poisoned(at, times=1):
     return Poisoned
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
-    """Written down: the step, the quantity, the example, its noise. What is saved is good, and the run goes on."""
+def test_nonfinite_loss_stops_the_run(corpus, tmp_path, monkeypatch):
+    """Step, quantity, example and sigma are recorded. The checkpoints are finite, and the run resumes."""
     config = small_config(corpus, "checkpoint.every=2", "training.noise_sampling=time", "training.steps=7")
     with monkeypatch.context() as patch:
         patch.setattr("sedd.training.fit.Objective", poisoned(6))
@@ -317,8 +317,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_steps_may_be_left_out(corpus, tmp_path, monkeypatch, capsys):
-    """Up to a number; such a step changes nothing but its number, and its record says so."""
+def test_nonfinite_steps_are_skipped_up_to_the_limit(corpus, tmp_path, monkeypatch, capsys):
+    """A skipped step has a record that says so; one more than the limit stops the run."""
     settings = (
         "training.noise_sampling=time",
         "training.steps=6",
@@ -335,26 +335,26 @@ def test_steps_may_be_left_out(corpus, tmp_path, monkeypatch, capsys):
     assert all(np.isfinite(record["loss"]) for record in records if "loss" in record)
 
 
-def test_a_step_that_is_not_finite_changes_nothing(corpus):
-    """Parameters, average and optimiser to the bit; the control: another step changes all."""
+def test_nonfinite_step_changes_only_the_step_number(corpus):
+    """Parameters, EMA and optimiser state are equal bit for bit. Control: a finite step changes them."""
     config = small_config(corpus, "training.ema_decay=0.9", "training.noise_sampling=time")
     objective, optimizer, mesh = parts(config, corpus, 1)
     bad = poisoned(2)(objective.network, objective.schedule, 8, "time", 1e-3)
     init, step, _ = make_step(config, bad, optimizer, mesh)
     tokens = batch(corpus, 16, 8, 0, 0)
     first, metrics = step(init(), tokens)
-    kept = jax.device_get(first)
+    before = jax.device_get(first)
     assert np.isfinite(metrics["loss"])
     second, metrics = step(first, tokens)
     assert not np.isfinite(metrics["loss"]) and int(second.step) == 2
     for name in ("params", "ema", "optimizer"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(kept, name), getattr(jax.device_get(second), name))
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(jax.device_get(second), name))
     third, _ = step(second, tokens)
-    assert not np.array_equal(third.params["trunk"]["embedding"], kept.params["trunk"]["embedding"])
+    assert not np.array_equal(third.params["trunk"]["embedding"], before.params["trunk"]["embedding"])
 
 
-def test_two_jobs_in_one_folder(corpus, tmp_path):
-    """The second is refused, and touches nothing."""
+def test_second_job_in_a_folder_is_refused(corpus, tmp_path):
+    """The lock can be acquired again once it is released."""
     (tmp_path / "run").mkdir()
     with storage.locked(epath.Path(tmp_path / "run")):
         with pytest.raises(sedd.UserError, match="another process is at work in"):
@@ -365,8 +365,8 @@ def test_two_jobs_in_one_folder(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_step_of_a_run_is_loaded(corpus, tmp_path):
-    """RUN means the newest, RUN/checkpoints/STEP that one."""
+def test_checkpoint_of_a_step_is_loaded(corpus, tmp_path):
+    """RUN loads the newest step, RUN/checkpoints/STEP that step."""
     config = small_config(corpus, "checkpoint.every=3", "training.steps=6")
     newest = sedd.train(config, tmp_path / "run").params
     older, same = (sedd.load(tmp_path / f"run/checkpoints/{step}").params for step in (3, 6))
@@ -375,8 +375,8 @@ def test_a_step_of_a_run_is_loaded(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_random_twenty_times(corpus, tmp_path):
-    """Each time it goes on from a whole step; in the end it is, bit for bit, the run that nothing interrupted."""
+def test_run_killed_twenty_times_equals_uninterrupted_run(corpus, tmp_path):
+    """Each time it resumes from a complete checkpoint; state and losses are equal bit for bit in the end."""
     settings = ("training.steps=160", "training.ema_decay=0.9", "checkpoint.every=1", "network.layers=1")
     config = small_config(corpus, *settings)
     keys = [f"{group}.{name}={value}" for group, members in config.items() for name, value in members.items()]
@@ -386,12 +386,12 @@ def test_killed_at_random_twenty_times(corpus, tmp_path):
         return jobs.start(["train", f"--workdir={tmp_path / name}", *flags], processes=1)[0]
 
     def saved():
-        return max(steps_saved(epath.Path(tmp_path / "broken/checkpoints")), default=0)
+        return max(steps_saved(epath.Path(tmp_path / "killed/checkpoints")), default=0)
 
-    jobs.finish([start("whole")])
+    jobs.finish([start("uninterrupted")])
     moments, reached = random.Random(0), [0]
     for _ in range(20):
-        process, newest = start("broken"), reached[-1]
+        process, newest = start("killed"), reached[-1]
         jobs.wait_for(lambda: process.poll() is not None or saved() > newest)
         time.sleep(moments.uniform(0, 0.4))
         assert process.poll() is None, "it is killed while it trains"
@@ -399,18 +399,18 @@ def test_killed_at_random_twenty_times(corpus, tmp_path):
         err = process.communicate()[1]
         assert "damaged" not in err and "Traceback" not in err
         reached.append(saved())
-    ((status, _, _),) = jobs.finish([start("broken")])
+    ((status, _, _),) = jobs.finish([start("killed")])
     assert status == 0 and reached == sorted(set(reached)) and reached[-1] < 160
-    found = [restored(tmp_path / name, config, corpus) for name in ("whole", "broken")]
-    jax.tree.map(np.testing.assert_array_equal, *found)
-    assert int(found[0].step) == 160
-    runs = [(tmp_path / name / "metrics.jsonl").open() for name in ("whole", "broken")]
-    lines = [[json.loads(line)["loss"] for line in run] for run in runs]
-    assert lines[0] == lines[1] and len(lines[0]) == 160
+    states = [restored_state(tmp_path / name, config, corpus) for name in ("uninterrupted", "killed")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert int(states[0].step) == 160
+    runs = [(tmp_path / name / "metrics.jsonl").open() for name in ("uninterrupted", "killed")]
+    losses = [[json.loads(line)["loss"] for line in run] for run in runs]
+    assert losses[0] == losses[1] and len(losses[0]) == 160
 
 
-def restored(workdir, config, corpus):
-    """The newest state of a run, on the host."""
-    init, _, where = make_step(config, *parts(config, corpus, 1))
+def restored_state(workdir, config, corpus):
+    """Returns the newest state of a run, on the host."""
+    init, _, shardings = make_step(config, *parts(config, corpus, 1))
     with Checkpoints(epath.Path(workdir) / "checkpoints", config.checkpoint) as saved:
-        return jax.device_get(saved.restore(parallel.abstract_arrays(jax.eval_shape(init), where)))
+        return jax.device_get(saved.restore(parallel.abstract_arrays(jax.eval_shape(init), shardings)))

@@ -1,4 +1,4 @@
-"""Benchmarks: their rows from the files as they are published, their detokenisers by hand, and mistakes in one line."""
+"""Benchmarks: the rows of files as published, the detokenisers, and one-line errors."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ def json_lines(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-# Of each benchmark, a file as it is published and the rows that it holds.
+# Of each benchmark, a file as published and its rows.
 PUBLISHED = {
     "wikitext": (
         "\n".join([*WIKI, "", "end"]),
@@ -56,7 +56,7 @@ PUBLISHED = {
 
 
 def rows_of(spec):
-    """All rows of a source, empty ones too."""
+    """Returns all rows of a source, empty ones too."""
     return list(data.open_source(spec).read())
 
 
@@ -85,17 +85,17 @@ def rows_of(spec):
         (SCIENTIFIC_PAPERS, "a ( b ) @xmath0 's $ x .", "a (b) @xmath0's $x."),
     ],
 )
-def test_detokenised_by_hand(rules, tokenised, text):
+def test_detokenisers_agree_with_results_by_hand(rules, tokenised, text):
     assert detokenized(tokenised, rules) == text
 
 
-def test_replacements_are_made_in_order():
-    """The control: in another order the result is another."""
+def test_replacements_are_applied_in_order():
+    """In the reversed order the result differs."""
     text = "= = = = a ' s '"
     assert detokenized(text, WIKITEXT) != detokenized(text, WIKITEXT[::-1])
 
 
-def test_the_inherited_expression_is_inert_but_there():
+def test_the_rule_from_megatron_matches_only_itself():
     without = tuple(rule for rule in WIKITEXT if "[0-9]" not in rule[1])
     assert len(without) == len(WIKITEXT) - 1
     for text in ("the ' 7 days '", "' 7", "9 / ' 7 / '", *WIKI):
@@ -104,15 +104,14 @@ def test_the_inherited_expression_is_inert_but_there():
 
 
 @pytest.mark.parametrize("rules", [PTB, LAMBADA])
-def test_twice_is_once(rules):
+def test_ptb_and_lambada_detokenisers_are_idempotent(rules):
     words = ["a", "s", "'", "'s", "n't", "<unk>", "“", "”", ".", "\t"]
     texts = [" ".join(random.Random(seed).choices(words, k=12)) for seed in range(300)]
     once = [detokenized(text, rules) for text in texts]
     assert [detokenized(text, rules) for text in once] == once != texts
 
 
-def test_twice_is_not_always_once():
-    """The control."""
+def test_wikitext_detokeniser_is_not_idempotent():
     once = detokenized("a N N b", WIKITEXT)
     assert once == "a 1 N b" != detokenized(once, WIKITEXT)
 
@@ -126,7 +125,7 @@ def test_every_benchmark_is_tested():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_rows_of_published_files(name, suffix, tmp_path):
+def test_published_files_give_the_expected_rows(name, suffix, tmp_path):
     content, rows = PUBLISHED[name]
     content = content.encode()
     (tmp_path / f"a.1{suffix}").write_bytes(gzip.compress(content) if suffix else content)
@@ -139,7 +138,7 @@ def test_rows_of_published_files(name, suffix, tmp_path):
     assert list(source) == [(row + (joiner or ""), True) for row in 2 * rows if row]
 
 
-def test_a_long_row_comes_in_pieces(tmp_path, monkeypatch):
+def test_a_long_row_is_yielded_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr("sedd.data.source.LONGEST_PIECE", 100)
     article = [f"sentence {number} , and so on ." for number in range(50)]
     (tmp_path / "a").write_text(json_lines({"article_text": article}))
@@ -163,17 +162,17 @@ def test_text8_is_one_document_in_parts(tmp_path, monkeypatch):
     assert corpus.vocab_size == 27 and corpus.tokenizer.end_of_text is None
 
 
-def test_text8_is_never_whole_in_memory(tmp_path):
-    """A text that is small when compressed; a control holds it whole."""
+def test_text8_is_read_in_constant_memory(tmp_path):
+    """31 MB of text, small when compressed. Control: the text as one string."""
     (tmp_path / "text8.gz").write_bytes(gzip.compress(b"a line of text " * 2**21, 1))
     (document,) = data.open_source(f"text8:{tmp_path}/text8.gz").read()
 
     def peak(read):
         tracemalloc.start()
         assert read() == 15 * 2**21
-        _, most = tracemalloc.get_traced_memory()
+        _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        return most
+        return peak_bytes
 
     assert peak(lambda: sum(map(len, document))) < 10e6
     (document,) = data.open_source(f"text8:{tmp_path}/text8.gz").read()
@@ -181,15 +180,15 @@ def test_text8_is_never_whole_in_memory(tmp_path):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_rows_are_given_as_they_are_read(name, tmp_path, monkeypatch):
-    """The first ones before the end of the file, where a byte is wrong, has been seen."""
+def test_rows_are_yielded_before_the_end_of_the_file_is_read(name, tmp_path, monkeypatch):
+    """All rows are yielded before the invalid byte at the end of the file raises."""
     monkeypatch.setattr(files, "CHUNK", 64)
     content, rows = PUBLISHED[name]
     (tmp_path / "a").write_bytes(content.encode().replace(b"end", b"end\n") + b"caf\xe9")
-    found = []
+    read_rows = []
     with pytest.raises(UserError, match="a is not UTF-8"):
-        found.extend(data.open_source(f"{name}:{tmp_path}/a").read())
-    assert [row.strip() for row in found] == [row.strip() for row in rows]
+        read_rows.extend(data.open_source(f"{name}:{tmp_path}/a").read())
+    assert [row.strip() for row in read_rows] == [row.strip() for row in rows]
 
 
 # In a corpus
@@ -197,7 +196,7 @@ def test_rows_are_given_as_they_are_read(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "characters"])
 def test_a_corpus_keeps_the_detokenised_rows(tokenizer, tmp_path):
-    """No id stands between rows that carry their ends, and what is counted is what is scored."""
+    """No id separates rows that include their line ends, and the counts are those of the detokenised text."""
     lines = [f" = Café {number} = \n \n It 's 漢 , <unk> . \n" for number in range(40)]
     (tmp_path / "wiki.raw").write_text("".join(lines))
     spec = f"wikitext:{tmp_path}/wiki.raw"
@@ -220,23 +219,23 @@ def test_rows_end_with_a_newline_or_with_an_id(name, line, end, tmp_path):
     rows = rows_of(corpus.meta["source"])
     decoded = "".join(corpus.tokenizer.decode(corpus.tokens(split)) for split in corpus.splits)
     assert sorted(decoded.split(end)) == sorted([*rows, ""]) and len(rows) == 50
-    newlines = 50 if end == "\n" else 0  # they are text; an id is none
+    newlines = 50 if end == "\n" else 0  # newlines are text, ids are not
     assert sum(corpus.num_characters(split) for split in corpus.splits) == sum(map(len, rows)) + newlines
 
 
 @pytest.mark.parametrize("name", ["wikitext", "ptb", "lm1b"])
 def test_lines_of_running_text_stay_in_order(name, tmp_path):
-    """Those of One Billion Words, which were shuffled before they were published, are the control."""
+    """Control: those of One Billion Words, which were shuffled before publication, do not."""
     for split in ("train", "test"):
         (tmp_path / split).write_text("".join(f"row {number} of {split}\n" for number in range(60)))
     sources = {split: f"{name}:{tmp_path}/{split}" for split in ("train", "test")}
     corpus = data.prepare(sources, "bytes", tmp_path / "corpus")
-    kept = [corpus.tokenizer.decode(corpus.tokens(split)) == (tmp_path / split).read_text() for split in sources]
-    assert kept == [name != "lm1b"] * 2
+    in_order = [corpus.tokenizer.decode(corpus.tokens(split)) == (tmp_path / split).read_text() for split in sources]
+    assert in_order == [name != "lm1b"] * 2
 
 
-def test_splits_may_be_joined_in_different_ways(tmp_path):
-    """An id follows only the documents that it ends."""
+def test_splits_may_have_different_joiners(tmp_path):
+    """An end-of-text id follows only the documents of a source without a joiner."""
     (tmp_path / "ag").write_text("".join(f'"1","row","{number}"\n' for number in range(50)))
     (tmp_path / "wiki").write_text("".join(f" row {number} \n" for number in range(50)))
     corpus = data.prepare(
@@ -246,9 +245,9 @@ def test_splits_may_be_joined_in_different_ways(tmp_path):
     assert train.count("<|endoftext|>") == 50 and test == "".join(rows_of(f"wikitext:{tmp_path}/wiki"))
 
 
-# Mistakes
+# Errors
 
-MISTAKES = {
+INVALID_FILES = {
     "empty": b"",
     "latin": b"good\ncaf\xe9 noir",
     "no.json": b'{"text": "a"}\n\n{"text": \n',
@@ -291,9 +290,9 @@ MISTAKES = {
         ("text8:{}/l*", "matches 4 files, but text8 is a single file; change the pattern"),
     ],
 )
-def test_a_wrong_file_is_one_clear_line(spec, message, tmp_path, monkeypatch):
+def test_an_invalid_file_gives_a_one_line_error(spec, message, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "CHUNK", 7)
-    for name, content in MISTAKES.items():
+    for name, content in INVALID_FILES.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         for _ in data.open_source(spec.format(tmp_path)):

@@ -1,4 +1,4 @@
-"""Seeds of 64 bits: all bits are used, and what is no seed is one line, wherever a seed is taken."""
+"""64-bit seeds: all bits are used, and an invalid seed gives a one-line error in every function with a seed."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from sedd import config as configs
 from sedd import data
 from sedd.diffusion import keyed_random
 
-NO_SEEDS = (-1, 2**64, 1.5, "7", None)
+INVALID_SEEDS = (-1, 2**64, 1.5, "7", None)
 
 
 @pytest.fixture(scope="module")
@@ -24,42 +24,42 @@ def model(corpus):
     return untrained_model(corpus)
 
 
-def test_a_key_has_all_bits_of_its_seed():
-    """Below 2**32 it is JAX's own."""
+def test_a_key_depends_on_all_bits_of_its_seed():
+    """For a seed below 2**32, the key equals that of `jax.random.key`."""
     for seed in (0, 7, 2**31, 2**32 - 1, np.int64(5)):
-        wanted = jax.random.key(seed, impl="threefry2x32")
-        np.testing.assert_array_equal(jax.random.key_data(keyed_random.root_key(seed)), jax.random.key_data(wanted))
+        expected = jax.random.key(seed, impl="threefry2x32")
+        np.testing.assert_array_equal(jax.random.key_data(keyed_random.root_key(seed)), jax.random.key_data(expected))
     seeds = [7, 7 + 2**32, 7 + 2**63, 2**64 - 1, 2**32 - 1]
     assert len({keyed_random.uniform(keyed_random.root_key(seed)).item() for seed in seeds}) == len(seeds)
 
 
-def test_training_and_its_batches_use_all_bits(corpus):
+def test_training_batches_depend_on_all_bits_of_the_seed(corpus):
     seeds = (7, 7 + 2**32, 7 + 2**63)
     assert len({data.batch(corpus, 16, 8, seed, 0).tokens.tobytes() for seed in seeds}) == len(seeds)
     for seed in (2**32 + 7, 2**64 - 1):
         assert configs.override(configs.default(), [f"training.seed={seed}"]).training.seed == seed
 
 
-@pytest.mark.parametrize("seed", NO_SEEDS)
-def test_what_is_no_seed_is_one_line(model, corpus, tmp_path, seed):
-    """Before anything is drawn, compiled or written."""
-    for ask in (
+@pytest.mark.parametrize("seed", INVALID_SEEDS)
+def test_an_invalid_seed_gives_a_one_line_error(model, corpus, tmp_path, seed):
+    """It is raised before anything is drawn, compiled or written."""
+    for call in (
         lambda: model.sample(seed=seed),
         lambda: model.infill("the <blank:3>", seed=seed),
         lambda: model.perplexity(corpus, seed=seed, out=tmp_path / "out"),
         lambda: model.compare(model, corpus, seed=seed),
         lambda: model.log_likelihood("a", seed=seed),
         lambda: data.batch(corpus, 16, 8, seed, 0),
-        lambda: sedd.prepare(f"text:{corpus.path.parent}/texts/*.txt", "characters", tmp_path / "made", seed),
+        lambda: sedd.prepare(f"text:{corpus.path.parent}/texts/*.txt", "characters", tmp_path / "prepared", seed),
         lambda: keyed_random.root_key(seed),
     ):
-        with pytest.raises(sedd.UserError, match="^seed must be a whole number from 0 to 2..64 - 1") as caught:
-            ask()
-        assert "\n" not in str(caught.value)
+        with pytest.raises(sedd.UserError, match="^seed must be a whole number from 0 to 2..64 - 1") as error:
+            call()
+        assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_config_is_told_which_numbers_are_seeds():
+def test_a_config_refuses_invalid_seeds_and_steps():
     for seed in (-1, 2**64):
         with pytest.raises(sedd.UserError, match="config: training.seed must be a whole number from 0"):
             configs.override(configs.default(), [f"training.seed={seed}"])
@@ -67,7 +67,7 @@ def test_a_config_is_told_which_numbers_are_seeds():
         configs.override(configs.default(), [f"training.steps={2**31}"])
 
 
-def test_an_index_beyond_31_bits_has_noise_of_its_own():
-    """Rows are keyed by numbers of 32 bits; later blocks of long texts take those from 2**31 on."""
+def test_row_indices_beyond_31_bits_have_independent_noise():
+    """Rows are keyed by 32-bit numbers; later blocks of long texts have numbers from 2**31 on."""
     rows = jnp.array([5, 2**31 - 1, 2**31, 2**31 + 5, 2**32 - 1], jnp.uint32)
     assert len(np.unique(keyed_random.uniform(keyed_random.row_keys(keyed_random.root_key(0), rows)))) == len(rows)

@@ -1,4 +1,4 @@
-"""Sources: which documents each finds, that it holds little of them at once, and what it says of mistakes."""
+"""Sources: their documents, their memory while reading, and their errors."""
 
 import ast
 import csv
@@ -23,15 +23,15 @@ HARD = ["first\r\nline", " padded ", 'a "quoted", one', "漢字 é 😀\u2028\x8
 
 
 def documents(spec):
-    """The documents of a source, their pieces joined."""
-    found, parts = [], []
+    """Returns the documents of a source, their pieces joined."""
+    joined, parts = [], []
     for text, ends in open_source(spec):
         parts.append(text)
         if ends:
-            found.append("".join(parts))
+            joined.append("".join(parts))
             parts = []
     assert not parts
-    return found
+    return joined
 
 
 def write_csv(path, rows):
@@ -70,13 +70,13 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
-    """A folder with a prepared data set, `tiny`."""
+    """A folder with the prepared data set `tiny`."""
     folder = tmp_path_factory.mktemp("datasets")
     Tiny(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
 
 
-# What each finds
+# Documents
 
 
 def test_text_files_are_documents_sorted_by_path(tmp_path):
@@ -85,12 +85,12 @@ def test_text_files_are_documents_sorted_by_path(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(text.encode("utf-8"))
     source = open_source(f"text:{tmp_path}/**/*.txt")
-    assert documents(source.spec) == ["first", "\ufefffourth", "third\r\n"]  # the empty file is none
+    assert documents(source.spec) == ["first", "\ufefffourth", "third\r\n"]  # the empty file is skipped
     assert list(source) == list(source) and source.joiner is None
     assert [str(path.relative_to(tmp_path)) for path in source.files] == sorted(texts)[:1] + sorted(texts)[2:]
 
 
-def test_a_pattern_may_begin_at_home(tmp_path, monkeypatch):
+def test_a_pattern_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("here")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert documents("text:~/*.txt") == ["here"]
@@ -102,7 +102,7 @@ def test_lines_are_documents_without_their_ends(tmp_path):
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_column_of_rows(kind, tmp_path):
+def test_a_column_or_field_holds_the_documents(kind, tmp_path):
     WRITERS[kind](tmp_path / "a", HARD)
     WRITERS[kind](tmp_path / "b", ["", "again"])
     source = open_source(f"{kind}:{tmp_path}/[ab]:text")
@@ -122,14 +122,14 @@ def test_jsonl_with_blank_lines_and_escapes(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int8(), pyarrow.string())])
-def test_parquet_has_several_kinds_of_text_and_many_row_groups(kind, tmp_path):
+def test_parquet_reads_all_text_types_and_many_row_groups(kind, tmp_path):
     texts = [f"text {number % 100}" for number in range(1000)]
     table = pyarrow.table({"text": pyarrow.array(texts).cast(kind), "other": range(1000)})
     pyarrow.parquet.write_table(table, tmp_path / "a", row_group_size=150)
     assert documents(f"parquet:{tmp_path}/a:text") == texts
 
 
-def test_tfds(datasets):
+def test_tfds_reads_splits_slices_and_fields(datasets):
     folder = datasets / "tiny" / "1.0.0"
     train = documents(f"tfds:{folder}")
     assert sorted(train) == sorted(f"text {number} é" for number in range(600))
@@ -139,22 +139,22 @@ def test_tfds(datasets):
     assert [path.name.split("-")[1][:5] for path in open_source(f"tfds:{folder}").files] == ["test.", "train"]
 
 
-def test_tfds_by_name_without_tensorflow(datasets):
-    """In a process of its own, since the folder of all data sets is looked up once."""
+def test_tfds_reads_a_data_set_by_name_without_tensorflow(datasets):
+    """In a separate process, since TensorFlow Datasets reads TFDS_DATA_DIR once."""
     code = "import sys, sedd.data as d; print(len(list(d.open_source('tfds:tiny:test'))), 'tensorflow' in sys.modules)"
     environment = os.environ | {"TFDS_DATA_DIR": str(datasets)}
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["3", "False"]
 
 
-def test_names():
+def test_names_are_those_of_unicode_14():
     names = documents("builtin:names")
     assert (len(names), sum(map(len, names))) == (26540, 724088)
     assert open_source("builtin:names").joiner == "\n" and "GREEK SMALL LETTER OMEGA WITH TONOS\n" in names
 
 
 @pytest.mark.slow
-def test_functions():
+def test_functions_are_short_and_distinct():
     functions = [text.removesuffix("\n\n\n") for text in documents("builtin:functions")]
     assert 4000 < len(functions) < 9000  # 6626 of Python 3.11.7
     assert open_source("builtin:functions").joiner == "\n\n\n" and max(map(len, functions)) <= 200
@@ -169,13 +169,13 @@ def test_functions():
 
 
 def compressed(suffix, *members):
-    """The members one behind the other, each compressed by itself."""
+    """Returns the concatenated members, each compressed separately."""
     compress = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
     return b"".join(map(compress, members))
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_compressed_files_are_read_as_they_are(suffix, tmp_path):
+def test_compressed_files_give_the_same_documents(suffix, tmp_path):
     text = "".join(f"{number} é\n" for number in range(100_000))
     data = text.encode()
     (tmp_path / f"a.txt{suffix}").write_bytes(compressed(suffix, data[:1001], data[1001:500_000], b"", data[500_000:]))
@@ -188,8 +188,8 @@ def test_compressed_files_are_read_as_they_are(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("log", [28, 31])
-def test_a_long_window_is_no_damage(log, tmp_path):
-    """As `zstd --long` writes; with a frame to be skipped, and one of an ordinary window behind it."""
+def test_zstd_files_with_long_windows_are_read(log, tmp_path):
+    """As written by `zstd --long`; with skippable frames around it, and a frame of an ordinary window after it."""
     skipped = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"12345"
     frame = b"\x28\xb5\x2f\xfd\x00" + bytes([(log - 10) << 3]) + (3 << 3 | 1).to_bytes(3, "little") + b"one"
     assert zstandard.get_frame_parameters(frame).window_size == 2**log
@@ -197,8 +197,8 @@ def test_a_long_window_is_no_damage(log, tmp_path):
     assert documents(f"text:{tmp_path}/a.zst") == ["one two"]
 
 
-def test_sizes_that_libraries_refuse_by_default_are_read(tmp_path):
-    """A field of CSV, the digits of a number beside the text, and the metadata of a Parquet file."""
+def test_sizes_beyond_the_default_limits_of_libraries_are_read(tmp_path):
+    """A field of CSV, the digits of a JSON number in another field, and the metadata of a Parquet file."""
     csv.field_size_limit(2**17)
     (tmp_path / "news.csv").write_text(f'1,title,"{"a" * 2**18}"\n')
     assert documents(f"ag_news:{tmp_path}/news.csv") == ["title " + "a" * 2**18]
@@ -222,10 +222,10 @@ def test_sizes_that_libraries_refuse_by_default_are_read(tmp_path):
 def test_a_damaged_compressed_file_is_refused(suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
     noise = np.random.default_rng(0).integers(97, 123, 100_000, np.uint8).tobytes()
-    path.write_bytes(whole := compressed(suffix, noise, b"second member"))
+    path.write_bytes(intact := compressed(suffix, noise, b"second member"))
     assert len(documents(f"text:{path}")[0]) == 100_013
-    flipped = whole[:100] + bytes([whole[100] ^ 255]) + whole[101:] if suffix == ".gz" else b"nonsense" + whole
-    for damaged in (whole[:-3], whole[:30_000], whole[:-21], whole + b"trailing", b"no archive", flipped):
+    flipped = intact[:100] + bytes([intact[100] ^ 255]) + intact[101:] if suffix == ".gz" else b"nonsense" + intact
+    for damaged in (intact[:-3], intact[:30_000], intact[:-21], intact + b"trailing", b"no archive", flipped):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=rf"a{suffix} is damaged or not a {suffix} file") as error:
             documents(f"text:{path}")
@@ -233,7 +233,7 @@ def test_a_damaged_compressed_file_is_refused(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_a_long_text_is_never_whole_in_memory(suffix, tmp_path, monkeypatch):
+def test_a_long_text_is_read_in_small_pieces(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr("sedd.data.source.LONGEST_PIECE", 1000)
     monkeypatch.setattr(files, "CHUNK", 777)
     text = "".join(f"Line {number} of é漢😀.\n" for number in range(1000))
@@ -247,7 +247,7 @@ def test_a_long_text_is_never_whole_in_memory(suffix, tmp_path, monkeypatch):
 
 
 def test_reading_a_file_in_parts_takes_little_memory(tmp_path):
-    """A text that is a few kilobytes when compressed; a control reads it whole."""
+    """157 MB of text, a few kilobytes when compressed. Control: the text as one string."""
     frame = zstandard.ZstdCompressor().compress(b"a line of text\n" * 2**20)
     (tmp_path / "a.zst").write_bytes(frame * 10)
     source = open_source(f"text:{tmp_path}/a.zst")
@@ -255,16 +255,16 @@ def test_reading_a_file_in_parts_takes_little_memory(tmp_path):
     def peak(read):
         tracemalloc.start()
         assert read() == 10 * 15 * 2**20
-        _, most = tracemalloc.get_traced_memory()
+        _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        return most
+        return peak_bytes
 
     streamed = peak(lambda: sum(len(piece.text) for piece in source))
-    whole = peak(lambda: len("".join([piece.text for piece in source])))
-    assert streamed < 50e6 < 150e6 < whole
+    joined = peak(lambda: len("".join([piece.text for piece in source])))
+    assert streamed < 50e6 < 150e6 < joined
 
 
-# Mistakes
+# Errors
 
 FILES = {
     "latin.txt": b"good\ncaf\xe9 noir",
@@ -284,9 +284,9 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def mistakes(tmp_path_factory, datasets):
-    """A folder of files, none of them without fault."""
-    folder = tmp_path_factory.mktemp("mistakes")
+def invalid_files(tmp_path_factory, datasets):
+    """A folder of invalid files."""
+    folder = tmp_path_factory.mktemp("invalid")
     for name, content in FILES.items():
         (folder / name).write_bytes(content)
     write_parquet(folder / "a.parquet", ["a"] * 100 + [None])
@@ -355,14 +355,14 @@ def mistakes(tmp_path_factory, datasets):
         ("tfds:{}/tiny:train:broken", "record 1: the field 'broken' is not UTF-8 at byte 3"),
     ],
 )
-def test_a_wrong_source_is_one_clear_line(spec, message, mistakes):
+def test_an_invalid_source_gives_a_one_line_error(spec, message, invalid_files):
     with pytest.raises(UserError, match=message.replace("{{", "{").replace("}}", "}")) as error:
-        documents(spec.format(mistakes))
+        documents(spec.format(invalid_files))
     assert "\n" not in str(error.value)
 
 
-def test_the_byte_is_found_behind_the_first_part(tmp_path, monkeypatch):
-    """Also where a character is cut between two parts, and in a compressed file."""
+def test_the_position_of_an_invalid_byte_is_exact(tmp_path, monkeypatch):
+    """Also after the first part, where a part ends within a character, and in a compressed file."""
     monkeypatch.setattr(files, "CHUNK", 10)
     for good in ("a" * 25, "é" * 15, "aé" * 15, "a" * 29 + "漢"):
         data = good.encode() + b"\xff" + b"more"
@@ -374,7 +374,7 @@ def test_the_byte_is_found_behind_the_first_part(tmp_path, monkeypatch):
             documents(f"text:{tmp_path}/a.gz")
 
 
-def test_a_file_that_vanishes_is_one_clear_line(tmp_path):
+def test_a_deleted_file_gives_a_one_line_error(tmp_path):
     (tmp_path / "a").write_text("a")
     source = open_source(f"text:{tmp_path}/a")
     (tmp_path / "a").unlink()

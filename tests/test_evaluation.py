@@ -1,4 +1,4 @@
-"""The perplexity job: its number against one that is known, its error, and what it is held against."""
+"""The perplexity job: its number against known values, its errors, resuming, and the baselines."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def corpus(tmp_path_factory):
 
 
 def shaken(model):
-    """The model with other parameters, so that it believes something."""
+    """The model with perturbed parameters, so that its distribution is not uniform."""
     params = jax.tree.map(lambda leaf: leaf + 0.1 * np.cos(np.arange(leaf.size)).reshape(leaf.shape), model.params)
     return dataclasses.replace(model, params=params)
 
@@ -43,11 +43,11 @@ PROCESSES = {
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_bound_of_the_uniform_law(corpus, name):
-    """The exact model of a uniform law has a bound of log V nats a token: a wrong range or term would show."""
+def test_bound_of_the_uniform_distribution_is_log_vocab_size(corpus, name):
+    """An untrained model is exact for uniform text: its bound is log V nats a token unless a range or term is wrong."""
     report = untrained_model(corpus, *PROCESSES[name]).perplexity(corpus, split="train", draws=16, progress=False)
     exact = math.log(corpus.vocab_size)
-    if name == "absorbing":  # by counts, every draw is right
+    if name == "absorbing":  # by mask counts, every draw is exact
         assert report.nats_per_token == pytest.approx(exact, rel=1e-5) and report.sampling_error < 1e-5
     else:
         assert abs(report.nats_per_token - exact) < 4 * report.standard_error
@@ -60,7 +60,7 @@ def test_bound_of_the_uniform_law(corpus, name):
         assert (report.reconstruction > 0) == ("geometric" in name)
 
 
-def test_the_number_depends_on_nothing_else(corpus):
+def test_bound_is_independent_of_batching_and_devices(corpus):
     """The same seed gives the same number in any batch size and on any devices; another seed another number."""
     model = shaken(untrained_model(corpus, "network.prediction=score", "training.noise_sampling=time"))
     scored = from_corpus(corpus, "validation", 16)
@@ -75,8 +75,8 @@ def test_the_number_depends_on_nothing_else(corpus):
     np.testing.assert_allclose([number(0, 5, 1), number(0, 16, 8), number(0, None, 2)], first, rtol=1e-6)
 
 
-def test_units(corpus):
-    """Every token of the split is scored once, the tail too."""
+def test_units_of_a_report_agree(corpus):
+    """Every token of the split is scored once, those of the last, shorter block too."""
     report = untrained_model(corpus).perplexity(corpus, split="train", draws=2, progress=False)
     assert report.num_tokens == corpus.num_tokens("train") and report.num_tokens % 16
     assert (report.num_bytes, report.num_characters) == (corpus.num_bytes("train"), corpus.num_characters("train"))
@@ -88,8 +88,7 @@ def test_units(corpus):
     assert f"{report.nats_per_token:.4f}" in str(report)
 
 
-def test_what_a_report_carries(corpus):
-    """All that its number depends on."""
+def test_report_records_data_tokenizer_model_and_versions(corpus):
     report = untrained_model(corpus).perplexity(corpus, split="validation", draws=2, seed=3, progress=False)
     about = json.loads(report.to_json())
     assert about["about"]["data"] == {"corpus": str(corpus.path), "split": "validation", "hash": corpus.hash}
@@ -99,8 +98,8 @@ def test_what_a_report_carries(corpus):
     assert len(about["about"]["model"]) == 32 and about["about"]["config"]["data"]["block_length"] == 16
 
 
-def test_free_scores_have_two_bounds(corpus):
-    """As they are, and tightened, which is never worse; the first is the number where the protocol says so."""
+def test_unnormalised_scores_have_two_bounds(corpus):
+    """Unnormalised, and tightened, which is never worse; sedd-paper reports the first, clean the second."""
     model = shaken(untrained_model(corpus, "network.prediction=score", "training.noise_sampling=time"))
     report = model.perplexity(corpus, split="validation", draws=4, progress=False)
     assert report.tightened_nats_per_token == report.nats_per_token
@@ -111,19 +110,20 @@ def test_free_scores_have_two_bounds(corpus):
 
 
 def test_standard_error_is_that_of_the_ratio():
-    """Clusters of different sizes: against the delta method written out, and unknown for a single one."""
+    """With clusters of different sizes, against the delta method written out. It is unknown for a single cluster."""
     random = np.random.default_rng(0)
     nats, counts = random.random(40) * 20, random.integers(1, 16, 40)
-    found = ratio(nats, counts, np.arange(40) // 4)
+    estimate = ratio(nats, counts, np.arange(40) // 4)
     totals, sizes = nats.reshape(10, 4).sum(1), counts.reshape(10, 4).sum(1)
-    wanted = np.std(totals - totals.sum() / sizes.sum() * sizes, ddof=1) * math.sqrt(10) / sizes.sum()
-    assert found.standard_error == pytest.approx(wanted)
-    assert found.interval == pytest.approx([found.value - 2.2622 * wanted, found.value + 2.2622 * wanted], rel=1e-4)
-    assert ratio(nats, counts, np.zeros(40, int)) == Estimate(found.value, None, None, 1)
+    error = np.std(totals - totals.sum() / sizes.sum() * sizes, ddof=1) * math.sqrt(10) / sizes.sum()
+    assert estimate.standard_error == pytest.approx(error)
+    interval = [estimate.value - 2.2622 * error, estimate.value + 2.2622 * error]
+    assert estimate.interval == pytest.approx(interval, rel=1e-4)
+    assert ratio(nats, counts, np.zeros(40, int)) == Estimate(estimate.value, None, None, 1)
     assert str(ratio(nats, counts, np.zeros(40, int))).endswith("± unknown")
 
 
-def test_few_clusters_say_how_little_they_know(corpus):
+def test_report_notes_that_few_clusters_give_an_uncertain_error(corpus):
     notes = [
         untrained_model(corpus).perplexity(["the 1", "table"][:n], draws=2, batch_size=8, progress=False).notes
         for n in (1, 2)
@@ -136,36 +136,36 @@ def test_few_clusters_say_how_little_they_know(corpus):
 REPEATS, DOCUMENTS, LONGEST = 400, 100, 16
 
 
-def test_the_intervals_cover():
-    """In 400 corpora of 100 documents each: the population's value by the interval, the corpus' own by sampling_error.
+def test_confidence_intervals_have_nominal_coverage():
+    """In 400 corpora of 100 documents: of the population's value by the interval, of the corpus' by sampling_error.
 
-    With the exact model of a Markov chain both are known. Control: half the errors cover too rarely.
+    With the exact model of a Markov chain both values are known. Control: half the errors cover too rarely.
     """
     chain = MarkovChain.random(5, seed=1)
     random, number = np.random.default_rng(0), REPEATS * DOCUMENTS
     lengths = random.integers(4, LONGEST + 1, number)
     tokens = np.zeros((number, LONGEST), np.int32)
-    laws = np.cumsum(np.concatenate([chain.start[None], chain.step]), axis=1)
+    cumulative = np.cumsum(np.concatenate([chain.start[None], chain.step]), axis=1)
     for at in range(LONGEST):
-        law = laws[0] if at == 0 else laws[1 + tokens[:, at - 1]]
-        tokens[:, at] = np.sum(random.random(number)[:, None] > law, axis=-1)
+        row_cumulative = cumulative[0] if at == 0 else cumulative[1 + tokens[:, at - 1]]
+        tokens[:, at] = np.sum(random.random(number)[:, None] > row_cumulative, axis=-1)
     surprise = -np.log(np.concatenate([chain.start[tokens[:, :1]], chain.step[tokens[:, :-1], tokens[:, 1:]]], 1))
     within = np.arange(LONGEST) < lengths[:, None]
     exact = np.sum(surprise * within, axis=1)
 
     @jax.jit
-    def drawn(tokens, within):
+    def diffusion_draws(tokens, within):
         process = Absorbing(5)
         keys = keyed_random.row_keys(jax.random.key(0), jax.numpy.arange(number))
-        hidden = process.mask_tokens(tokens, ~within)
-        return count_draws(process, stats_from(process, chain.denoiser), keys, hidden, 4, within).diffusion
+        masked = process.mask_tokens(tokens, ~within)
+        return count_draws(process, stats_from(process, chain.denoiser), keys, masked, 4, within).diffusion
 
-    halves = np.asarray(drawn(tokens, within), np.float64).reshape(2, 2, number).mean(1).T
+    halves = np.asarray(diffusion_draws(tokens, within), np.float64).reshape(2, 2, number).mean(1).T
     entropies = [-np.sum(chain.start * np.log(chain.start))]
-    law, per_state = chain.start, -np.sum(chain.step * np.log(chain.step), axis=1)
+    marginal, per_state = chain.start, -np.sum(chain.step * np.log(chain.step), axis=1)
     for _ in range(LONGEST - 1):
-        entropies.append(law @ per_state)
-        law = law @ chain.step
+        entropies.append(marginal @ per_state)
+        marginal = marginal @ chain.step
     sizes = np.arange(4, LONGEST + 1)
     population = np.mean(np.cumsum(entropies)[sizes - 1]) / np.mean(sizes)
 
@@ -173,21 +173,21 @@ def test_the_intervals_cover():
         of_population, of_corpus = 0, 0
         for rows in np.arange(number).reshape(REPEATS, DOCUMENTS):
             counts, total = lengths[rows], lengths[rows].sum()
-            found = ratio(halves[rows].mean(1), counts, np.arange(DOCUMENTS))
-            low, high = found.value + factor * (np.array(found.interval) - found.value)
+            estimate = ratio(halves[rows].mean(1), counts, np.arange(DOCUMENTS))
+            low, high = estimate.value + factor * (np.array(estimate.interval) - estimate.value)
             of_population += low < population < high
             error, freedom = sampling_error(halves[rows], total)
-            of_corpus += abs(found.value - exact[rows].sum() / total) < factor * t_quantile(freedom) * error
+            of_corpus += abs(estimate.value - exact[rows].sum() / total) < factor * t_quantile(freedom) * error
         return of_population / REPEATS, of_corpus / REPEATS
 
-    for share in coverage(1.0):
-        assert 0.915 <= share <= 0.975, coverage(1.0)
+    for covered in coverage(1.0):
+        assert 0.915 <= covered <= 0.975, coverage(1.0)
     assert max(coverage(0.5)) < 0.8
 
 
 @pytest.mark.parametrize("name", ["absorbing", "uniform"])
-def test_the_profile_is_the_bound_by_the_share_of_noise(corpus, name):
-    """Its mean over the shares is the diffusion term; of the model that knows nothing it is flat for masks."""
+def test_mean_of_the_profile_is_the_diffusion_term(corpus, name):
+    """For an untrained absorbing model the profile is flat."""
     report = untrained_model(corpus, *PROCESSES[name]).perplexity(corpus, split="train", draws=16, progress=False)
     known = [part for part in report.profile if part["nats_per_token"] is not None]
     mean = sum((part["high"] - part["low"]) * part["nats_per_token"] for part in known)
@@ -199,13 +199,13 @@ def test_the_profile_is_the_bound_by_the_share_of_noise(corpus, name):
     assert report.profile[0]["low"] == 0 and report.profile[-1]["high"] == 1
 
 
-def test_the_profile_of_texts_of_all_lengths():
-    """Short texts that cost much beside longer ones that cost little: its area is their mean, exactly.
+def test_area_of_the_profile_is_exact_for_texts_of_different_lengths():
+    """Short texts of many nats a token and longer ones of few: the area is their mean.
 
-    Control: by the share that is masked in the end, (k - 1/2) / n, short texts fall into few of the bins.
+    Control: by the mask ratio (k - 1/2) / n, short texts fall into few of the bins.
     """
     random, counts = np.random.default_rng(0), np.repeat([4, 20], 4000)
-    share = random.random((8000, 4))
+    levels = random.random((8000, 4))
     cost = np.where(counts == 4, 5.0, 1.0)[:, None] * np.ones((1, 4)) * counts[:, None]
     exact = cost.mean(1).sum() / counts.sum()
 
@@ -213,12 +213,12 @@ def test_the_profile_of_texts_of_all_lengths():
         parts = profile(level, np.ones_like(level), cost, counts, 128)
         return sum((part["high"] - part["low"]) * (part["nats_per_token"] or 0.0) for part in parts)
 
-    rounded = (np.floor(share * counts[:, None]) + 0.5) / counts[:, None]
-    assert abs(area(share) - exact) < 0.02 * exact < abs(area(rounded) - exact)
+    rounded = (np.floor(levels * counts[:, None]) + 0.5) / counts[:, None]
+    assert abs(area(levels) - exact) < 0.02 * exact < abs(area(rounded) - exact)
 
 
-def test_few_documents_in_many_clusters_are_told(corpus, tmp_path):
-    """Runs of blocks of one document say little of others."""
+def test_report_notes_fewer_documents_than_clusters(corpus, tmp_path):
+    """Clusters of blocks of one document do not show the variation between documents."""
     (tmp_path / "one.txt").write_text("the 7 times table: 7, 14, 21, 28. " * 20)
     source = open_source(f"text:{tmp_path}/one.txt")
     report = untrained_model(corpus).perplexity(source, draws=2, batch_size=8, progress=False)
@@ -227,8 +227,8 @@ def test_few_documents_in_many_clusters_are_told(corpus, tmp_path):
         untrained_model(corpus).perplexity(source, split="test")
 
 
-def test_an_evaluation_goes_on_where_it_was_cut_off(corpus, tmp_path, monkeypatch):
-    """Whole records stay, the one in the middle is made again; the report is the same to the last bit."""
+def test_an_interrupted_evaluation_resumes(corpus, tmp_path, monkeypatch):
+    """Complete records are kept, a truncated one is scored again; the report is the same to the last bit."""
     model, settings = untrained_model(corpus), dict(split="validation", draws=4, batch_size=8, progress=False)
     whole = model.perplexity(corpus, out=tmp_path / "whole", **settings)
     assert json.loads((tmp_path / "whole/report.json").read_text()) == json.loads(whole.to_json())
@@ -245,8 +245,8 @@ def test_an_evaluation_goes_on_where_it_was_cut_off(corpus, tmp_path, monkeypatc
     assert len(scored) < whole.rows / 8  # nothing was scored again
 
 
-def test_a_folder_holds_one_evaluation(corpus, tmp_path):
-    """Another seed, a damaged record of the job, or other files: one clear line each."""
+def test_a_folder_of_another_evaluation_is_refused(corpus, tmp_path):
+    """For another seed, a damaged job.json, or other files: one line each."""
     model, settings = untrained_model(corpus), dict(split="validation", draws=2, progress=False)
     model.perplexity(corpus, out=tmp_path / "out", **settings)
     with pytest.raises(sedd.UserError, match="holds another evaluation: its seed differs"):
@@ -267,14 +267,14 @@ def test_a_folder_holds_one_evaluation(corpus, tmp_path):
     "text, message",
     [("a \udcff b", r"text 1 of 1 holds '\\udcff', which is no character"), ("a \u1234 b", "\u1234")],
 )
-def test_text_that_cannot_be_encoded(corpus, text, message):
+def test_text_that_cannot_be_encoded_is_refused(corpus, text, message):
     with pytest.raises(sedd.UserError, match=message):
         untrained_model(corpus).perplexity([text], progress=False)
 
 
 @pytest.mark.parametrize("name", ["absorbing", "uniform"])
-def test_texts_one_by_one(corpus, name):
-    """Short texts beside longer ones; a text is scored the same in any company."""
+def test_each_text_of_a_list_is_a_cluster(corpus, name):
+    """Short texts and one longer than a block."""
     model = untrained_model(corpus, *PROCESSES[name])
     texts = ["the 1", "the 27 times table: 27, 54, 81", "table"]
     report = model.perplexity(texts, draws=4, progress=False)
@@ -282,8 +282,7 @@ def test_texts_one_by_one(corpus, name):
     assert model.perplexity(texts[0], draws=4, progress=False).clusters == 1
     scored = from_texts(texts, corpus.tokenizer, 16, model.layout)
     assert scored.lengths.tolist() == [5, 16, 14, 5] and scored.clusters.tolist() == [0, 1, 1, 2]
-    wanted = "its own length" if name == "uniform" else "stay masked"
-    assert wanted in report.lengths
+    assert ("its own length" if name == "uniform" else "stay masked") in report.lengths
 
 
 def test_another_tokenizer_is_refused(corpus, tmp_path):
@@ -297,8 +296,8 @@ def test_unknown_split_is_refused(corpus):
         untrained_model(corpus).perplexity(corpus, split="tset")
 
 
-def test_baselines():
-    """By hand: add-one unigram, Witten-Bell bigram; the bigram's law sums to one after any token."""
+def test_n_gram_baselines_by_hand():
+    """Add-one unigram, Witten-Bell bigram; the bigram's probabilities sum to one after any token."""
     train = np.array([0, 1, 0, 1, 0, 2])
     assert unigram_nats(train, np.array([0, 2]), 3) == pytest.approx(-math.log(4 / 9) - math.log(2 / 9))
     after_0 = [-math.log((2 + 2 * 3 / 9) / (3 + 2)), -math.log((1 + 2 * 2 / 9) / (3 + 2))]
@@ -307,5 +306,5 @@ def test_baselines():
     assert bigram_nats(train, np.array([0, 2]), 3) == pytest.approx(start + after_0[1])
     for first in range(3):
         first_nats = unigram_nats(train, np.array([first]), 3)
-        law = [math.exp(first_nats - bigram_nats(train, np.array([first, second]), 3)) for second in range(3)]
-        assert sum(law) == pytest.approx(1)
+        p = [math.exp(first_nats - bigram_nats(train, np.array([first, second]), 3)) for second in range(3)]
+        assert sum(p) == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness adapter: lm_eval's own tasks and numbers against what the model says directly."""
+"""The lm-evaluation-harness adapter: lm_eval's tasks and metrics against the methods of Model."""
 
 import dataclasses
 import functools
@@ -33,8 +33,8 @@ BLOCK = 24
 SEED = 15  # of parameters with which greedy text holds no end of text
 
 
-def scattered(corpus, *settings, layout=Layout()):
-    """A model whose parameters are noise, so that its law is far from even and its tokens depend on each other."""
+def random_model_of(corpus, *settings, layout=Layout()):
+    """A model of random parameters: its distribution is far from uniform and its tokens depend on each other."""
     config = small_config(corpus, f"data.block_length={BLOCK}", *settings)
     process, schedule, network = configs.build(config, corpus.vocab_size)
     random = np.random.default_rng(SEED)
@@ -48,7 +48,7 @@ def scattered(corpus, *settings, layout=Layout()):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Its characters are those of the tasks and of a template."""
+    """A corpus with the characters of the tasks and of a template."""
     folder = tmp_path_factory.mktemp("times")
     texts = [f"the {number} times table: {number}, {2 * number}.\n<blank:8>" for number in range(60)]
     return prepare(write_files(folder / "texts", texts), "characters", folder / "corpus")
@@ -56,7 +56,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(corpus):
-    return scattered(corpus)
+    return random_model_of(corpus)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def harness(model):
 
 @pytest.fixture(scope="module")
 def results(harness, tmp_path_factory):
-    """All four tasks in one run of lm_eval, with no network."""
+    """The results of all four tasks from one run of lm_eval, without network access."""
     with pytest.MonkeyPatch.context() as patch:
         import datasets
 
@@ -78,8 +78,8 @@ def results(harness, tmp_path_factory):
         return lm_eval.simple_evaluate(model=harness, tasks=tasks, task_manager=manager, bootstrap_iters=0)
 
 
-def asked(*arguments, kind="loglikelihood", documents=None):
-    """Requests as lm_eval makes them, each of a document of its own unless told."""
+def requests_for(*arguments, kind="loglikelihood", documents=None):
+    """Requests as lm_eval makes them. documents: the index of each request's document; default: all different."""
     documents = range(len(arguments)) if documents is None else documents
     return [
         Instance(kind, {}, one, number, ("task", document, 1))
@@ -88,7 +88,7 @@ def asked(*arguments, kind="loglikelihood", documents=None):
 
 
 def decoded(model, context, count):
-    """Greedy decoding written out: of the masked tokens the one whose two best differ most gets its best."""
+    """Greedy decoding by hand: the masked position of the largest margin gets its most likely token."""
     mask = model.process.mask
     ids = model.tokenizer.encode(context)
     x = np.full((1, BLOCK), mask)
@@ -105,29 +105,29 @@ def decoded(model, context, count):
     return model.tokenizer.decode(x[0, free])
 
 
-def scored(results, task):
-    """What lm_eval asked of a task's documents and was answered: pairs, and (nats, greedy) of each."""
+def logged_samples(results, task):
+    """Yields for each document of a task: the arguments of its requests, their results, and the document."""
     for sample in results["samples"][task]:
         yield sample["arguments"], [answers[0] for answers in sample["resps"]], sample["doc"]
 
 
-def test_accuracy_is_by_the_likelihoods_of_the_model(model, results):
-    """Spaces at the end of a context are the continuation's, and a long context loses its beginning."""
-    right, cut = [], 0
-    for pairs, answers, doc in scored(results, "times_choice"):
+def test_accuracy_of_multiple_choice_follows_from_log_likelihoods(model, results):
+    """Spaces at the end of a context move to the continuation, and a long context is truncated on the left."""
+    correct, num_truncated = [], 0
+    for pairs, answers, doc in logged_samples(results, "times_choice"):
         context = pairs[0][0].rstrip()
         options = [pairs[0][0][len(context) :] + continuation for _, continuation in pairs]
-        newest = context[-(BLOCK - max(map(len, options))) :]
-        cut += newest != context
-        wanted = model.log_likelihood(options, given=newest, method="margin")
-        assert [nats for nats, _ in answers] == pytest.approx([one.nats for one in wanted])
-        right.append(np.argmax([one.nats for one in wanted]) == doc["answer"])
-    assert cut and results["results"]["times_choice"]["acc,none"] == np.mean(right)
+        truncated = context[-(BLOCK - max(map(len, options))) :]
+        num_truncated += truncated != context
+        expected = model.log_likelihood(options, given=truncated, method="margin")
+        assert [nats for nats, _ in answers] == pytest.approx([one.nats for one in expected])
+        correct.append(np.argmax([one.nats for one in expected]) == doc["answer"])
+    assert num_truncated and results["results"]["times_choice"]["acc,none"] == np.mean(correct)
 
 
 def test_perplexity_of_documents_is_that_of_the_model(model, results):
-    """An empty document adds nothing; bytes are lm_eval's count and the model's."""
-    texts = [pairs[0][0] for pairs, _, _ in scored(results, "times_text")]
+    """An empty document adds 0 nats; lm_eval and the model count the same bytes."""
+    texts = [pairs[0][0] for pairs, _, _ in logged_samples(results, "times_text")]
     assert "" in texts and max(map(len, texts)) > BLOCK
     report = model.perplexity([text for text in texts if text], draws=8, progress=False)
     assert results["results"]["times_text"]["bits_per_byte,none"] == pytest.approx(report.bits_per_byte)
@@ -135,72 +135,71 @@ def test_perplexity_of_documents_is_that_of_the_model(model, results):
 
 
 def test_each_document_has_its_own_bound(model, harness):
-    """The first is scored with the same noise in any company."""
+    """The first document has the same number alone."""
     texts = ["the 5 times table", "the 12 times table: 12, 24, 36, 48", "", "times"]
-    nats = harness.loglikelihood_rolling(asked(*((text,) for text in texts)))
+    nats = harness.loglikelihood_rolling(requests_for(*((text,) for text in texts)))
     alone = model.perplexity(texts[0], draws=8, progress=False)
     assert nats[0] == pytest.approx(-alone.nats_per_token * alone.num_tokens)
-    whole = model.perplexity([text for text in texts if text], draws=8, progress=False)
-    assert sum(nats) == pytest.approx(-whole.nats_per_token * whole.num_tokens)
+    together = model.perplexity([text for text in texts if text], draws=8, progress=False)
+    assert sum(nats) == pytest.approx(-together.nats_per_token * together.num_tokens)
     assert nats[2] == 0 and max(nats[:2]) < 0
 
 
 def test_generated_text_is_greedy_up_to_a_stop(model, results):
-    for (pair,), (text,), _ in scored(results, "times_until"):
+    for (pair,), (text,), _ in logged_samples(results, "times_until"):
         context, settings = pair
-        wanted = decoded(model, context[-(BLOCK - settings["max_gen_toks"]) :], settings["max_gen_toks"])
-        assert text == wanted.partition(",")[0]
+        expected = decoded(model, context[-(BLOCK - settings["max_gen_toks"]) :], settings["max_gen_toks"])
+        assert text == expected.partition(",")[0]
     assert results["results"]["times_until"]["exact_match,none"] == 0
 
 
-def test_greedy_is_whether_it_would_be_decoded(model, harness, results):
-    """What greedy decoding gives is greedy, in any company; with one token changed it is not. lm_eval's acc is that."""
+def test_greedy_is_true_for_the_continuation_of_greedy_decoding(model, harness, results):
+    """In batches of any rows; with one token changed it is False. lm_eval's acc is its mean."""
     contexts = ["the 3 times", "", "12, 24, 36", "the"]
-    right = [decoded(model, context, 2 + number) for number, context in enumerate(contexts)]
-    wrong = [text[:-1] + ("a" if text[-1] != "a" else "b") for text in right]
-    pairs = list(zip(contexts * 2, right + wrong))
-    found = [greedy for _, greedy in harness.loglikelihood(asked(*pairs))]
-    assert found == [True] * 4 + [False] * 4
-    last = [greedy for _, answers, _ in scored(results, "times_last") for _, greedy in answers]
+    greedy_texts = [decoded(model, context, 2 + number) for number, context in enumerate(contexts)]
+    others = [text[:-1] + ("a" if text[-1] != "a" else "b") for text in greedy_texts]
+    pairs = list(zip(contexts * 2, greedy_texts + others))
+    flags = [greedy for _, greedy in harness.loglikelihood(requests_for(*pairs))]
+    assert flags == [True] * 4 + [False] * 4
+    last = [greedy for _, answers, _ in logged_samples(results, "times_last") for _, greedy in answers]
     assert results["results"]["times_last"]["acc,none"] == np.mean(last)
 
 
 def test_options_share_their_noise_and_their_method(model):
-    """Equal options are equal to the last digit. One that would be scored exactly is bounded beside one that is not."""
+    """Equal options have equal numbers. A short option beside a long one has a bound, although alone it is exact."""
     harness, texts = Harness(model, draws=8), [" times table", " times table"]
 
     def bounds(texts, **settings):
         return [one.nats for one in model.log_likelihood(texts, given="the", method="bound", draws=8, **settings)]
 
-    def asked_of(texts, documents):
-        return [
-            nats for nats, _ in harness.loglikelihood(asked(*(("the", text) for text in texts), documents=documents))
-        ]
+    def by_harness(texts, documents):
+        requests = requests_for(*(("the", text) for text in texts), documents=documents)
+        return [nats for nats, _ in harness.loglikelihood(requests)]
 
-    same = asked_of(texts, [0, 0])
+    same = by_harness(texts, [0, 0])
     assert same[0] == same[1] and same == bounds(texts) != bounds(texts, seed=1)
     mixed = [" 12", " times table"]
-    assert asked_of(mixed, [0, 0]) == bounds(mixed)
-    assert asked_of(mixed, [0, 1])[0] == pytest.approx(model.log_likelihood(" 12", given="the", method="exact").nats)
+    assert by_harness(mixed, [0, 0]) == bounds(mixed)
+    assert by_harness(mixed, [0, 1])[0] == pytest.approx(model.log_likelihood(" 12", given="the", method="exact").nats)
 
 
-def test_a_cut_context_is_one_line(model, harness, caplog):
+def test_truncated_contexts_are_one_warning(model, harness, caplog):
     long = "the 12 times table: 12, 24, 36"
     with caplog.at_level(logging.WARNING):
-        found = harness.loglikelihood(asked((long, ", 48"), ("the", " 1")))
+        results = harness.loglikelihood(requests_for((long, ", 48"), ("the", " 1")))
     assert [record.message for record in caplog.records] == [
         f"1 of 2 contexts did not fit into the model's block of {BLOCK} tokens; cut on the left"
     ]
-    assert found == harness.loglikelihood(asked((long[-(BLOCK - 4) :], ", 48"), ("the", " 1")))
+    assert results == harness.loglikelihood(requests_for((long[-(BLOCK - 4) :], ", 48"), ("the", " 1")))
 
 
 def until(harness, context, **settings):
-    return harness.generate_until(asked(*((context, settings),) * 2, kind="generate_until"))
+    return harness.generate_until(requests_for(*((context, settings),) * 2, kind="generate_until"))
 
 
 @pytest.mark.slow
-def test_settings_of_generation(model, harness):
-    """Nothing is drawn unless it is asked for; what is drawn depends on the seed, and differs between requests."""
+def test_generation_is_greedy_unless_sampling_is_requested(model, harness):
+    """Samples depend on the seed, and differ between requests."""
     greedy = until(harness, "the 3 times", max_gen_toks=8)
     assert greedy == [decoded(model, "the 3 times", 8)] * 2
     for same in (dict(do_sample=False, temperature=1.0), dict(do_sample=True, temperature=0.0), dict(seed=5)):
@@ -212,60 +211,69 @@ def test_settings_of_generation(model, harness):
 
 
 @pytest.mark.parametrize(
-    "stops, wanted",
+    "stops, expected",
     [([], "12, 24.\nthe"), (["\n", ", ", "."], "12"), ("4.", "12, 2"), (["no such", ""], "12, 24.\nthe"), (["1"], "")],
 )
-def test_text_is_cut_at_the_first_stop(model, harness, monkeypatch, stops, wanted):
-    """And at an end of text in any case. What is filled in is told here."""
+def test_text_is_cut_at_the_first_stop(model, harness, monkeypatch, stops, expected):
+    """And always at an end of text. The infilled tokens are given by the test."""
     ids = model.tokenizer.encode("12, 24.\nthe times")
     ids[len("12, 24.\nthe")] = model.tokenizer.end_of_text
     monkeypatch.setattr(
-        Harness, "_drawn", lambda self, rows, sampling: [np.append(row.tokens[:3], ids) for row in rows]
+        Harness, "_infill", lambda self, rows, sampling: [np.append(row.tokens[:3], ids) for row in rows]
     )
-    assert until(harness, "the", max_gen_toks=len(ids), until=stops) == [wanted] * 2
+    assert until(harness, "the", max_gen_toks=len(ids), until=stops) == [expected] * 2
 
 
-def test_text_that_follows_a_context_keeps_its_space(tmp_path, monkeypatch):
-    """By a tokenizer that puts a space before a text, and drops one there."""
+def test_continuation_keeps_its_leading_space(tmp_path, monkeypatch):
+    """With a tokenizer that adds a space before a text, and drops it in decoding."""
     train = sentencepiece.SentencePieceTrainer.train
     train(sentence_iterator=iter(["the times table"] * 9), model_prefix=f"{tmp_path}/a", vocab_size=14, minloglevel=2)
     tokenizer = make_tokenizer(f"sentencepiece:{tmp_path}/a.model", [], end_of_text=True)
     harness, ids = Harness(random_model(f"data.block_length={BLOCK}", tokenizer=tokenizer)), tokenizer.encode("times")
     assert tokenizer.decode(ids) == "times"
     monkeypatch.setattr(
-        Harness, "_drawn", lambda self, rows, sampling: [np.append(row.tokens[: -len(ids)], ids) for row in rows]
+        Harness, "_infill", lambda self, rows, sampling: [np.append(row.tokens[: -len(ids)], ids) for row in rows]
     )
     monkeypatch.setattr(Harness, "_in_block", lambda self, row: row)
     assert until(harness, "the", max_gen_toks=len(ids)) == [" times"] * 2
 
 
 def test_a_template_in_a_context_is_text(model, harness):
-    """And requests of different settings come back in their order."""
+    """Requests of different settings are returned in their order."""
     settings = [{"max_new_tokens": 3, "num_beams": 1}, {"max_gen_toks": 4}] * 2
-    texts = harness.generate_until(asked(*(("the <blank:8>", one) for one in settings), kind="generate_until"))
+    texts = harness.generate_until(requests_for(*(("the <blank:8>", one) for one in settings), kind="generate_until"))
     assert texts == [decoded(model, "the <blank:8>", count) for count in (3, 4)] * 2
 
 
-def without(model):
-    """A published checkpoint has no tokenizer."""
+def without_tokenizer(model):
+    """The model without its tokenizer, as a published checkpoint."""
     return dataclasses.replace(model, tokenizer=None)
 
 
-def test_a_model_without_tokenizer_is_given_one(model):
-    published = dataclasses.replace(without(model), process=sedd.Absorbing(257))
+def test_tokenizer_argument_is_used_for_a_model_without_one(model):
+    published = dataclasses.replace(without_tokenizer(model), process=sedd.Absorbing(257))
     assert Harness(published, "bytes").model.tokenizer.encode("a").tolist() == [97]
 
 
 @pytest.mark.parametrize(
-    "ask, message",
+    "call, message",
     [
         (lambda harness: until(harness, "the", num_beams=2), "takes no num_beams=2, only 1; leave it out"),
         (lambda harness: until(harness, "the", max_gen_toks=24), "leave no room for a context in the model's block"),
         (lambda harness: until(harness, "the", max_gen_toks=4, do_sample=True, top_p=2), "top_p must lie in"),
-        (lambda harness: harness.loglikelihood(asked(("the", " times" * 5))), "has 30 tokens, more than the model's"),
+        (
+            lambda harness: harness.loglikelihood(requests_for(("the", " times" * 5))),
+            "has 30 tokens, more than the model's",
+        ),
         (lambda harness: Harness(harness.model, "bytes"), "has a tokenizer of its own; leave out tokenizer=bytes"),
-        (lambda harness: Harness(without(harness.model)), "has no tokenizer; name the one it was trained with"),
-        (lambda harness: Harness(without(harness.model), "bytes"), "the tokenizer bytes has 257 tokens, the model 29"),
+        (
+            lambda harness: Harness(without_tokenizer(harness.model)),
+            "has no tokenizer; name the one it was trained with",
+        ),
+        (
+            lambda harness: Harness(without_tokenizer(harness.model), "bytes"),
+            "the tokenizer bytes has 257 tokens, the model 29",
+        ),
         (lambda harness: Harness("no/such/folder"), "there is no folder no/such/folder"),
         (lambda harness: Harness(), "name the model, as in --model_args pretrained=runs/mine"),
         (lambda harness: Harness(harness.model, method="best"), "there is no method 'best'; there are auto, exact"),
@@ -278,10 +286,10 @@ def test_a_model_without_tokenizer_is_given_one(model):
         (lambda harness: harness.apply_chat_template([]), "leave out --apply_chat_template"),
     ],
 )
-def test_mistakes(harness, ask, message):
-    with pytest.raises(sedd.UserError, match=message) as caught:
-        ask(harness)
-    assert "\n" not in str(caught.value)
+def test_invalid_arguments_are_refused(harness, call, message):
+    with pytest.raises(sedd.UserError, match=message) as error:
+        call(harness)
+    assert "\n" not in str(error.value)
 
 
 FLAGS = {"batch_size": "auto:4", "max_batch_size": 64, "device": "cuda:0", "trust_remote_code": True}
@@ -291,14 +299,14 @@ EMPTY = {"tokenizer": "", "method": "", "draws": "", "seed": None, "max_gen_toks
 @pytest.mark.parametrize(
     "others", [FLAGS, EMPTY, {"dtype": "auto", "backend": "causal"}, {"dtype": "float32", "max_length": BLOCK}]
 )
-def test_arguments_of_other_models_that_change_nothing(model, others):
-    """As lm_eval passes them, which says --device and --batch_size of its own accord beside those in --model_args."""
+def test_arguments_of_other_models_without_effect_are_accepted(model, others):
+    """As lm_eval passes them: with defaults of --device and --batch_size beside --model_args."""
     made = Harness.create_from_arg_obj({"pretrained": model, **others}, {"batch_size": 1, "device": "cuda:0"})
     assert made.get_model_info() == Harness(model).get_model_info() and made.max_gen_toks == 64
 
 
 @pytest.mark.parametrize(
-    "asked, count, stops, sampling",
+    "settings, num_tokens, stops, sampling",
     [
         ({}, 64, [], None),
         ({"until": ["\n"], "max_new_tokens": 16, "num_beams": 1, "do_sample": False}, 16, ["\n"], None),
@@ -309,13 +317,13 @@ def test_arguments_of_other_models_that_change_nothing(model, others):
         ({"do_sample": True, "temperature": 0, "length_penalty": 2, "early_stopping": True}, 64, [], None),
     ],
 )
-def test_settings_of_task_files(asked, count, stops, sampling):
-    """What changes nothing is accepted, what is empty is left out, and numbers are of any kind."""
-    assert generation(asked, 64) == (count, stops, sampling)
+def test_settings_of_task_files_are_translated(settings, num_tokens, stops, sampling):
+    """Settings without effect are accepted, empty ones are ignored, and numbers are of any type."""
+    assert generation(settings, 64) == (num_tokens, stops, sampling)
 
 
 @pytest.mark.parametrize(
-    "asked, message",
+    "settings, message",
     [
         ({"num_beams": 10}, "takes no num_beams=10, only 1; leave it out"),
         ({"top_k": 50, "do_sample": True}, "takes no top_k=50, only 0 or -1; leave it out"),
@@ -327,57 +335,57 @@ def test_settings_of_task_files(asked, count, stops, sampling):
         ({"guidance": {}}, "takes no guidance="),
     ],
 )
-def test_settings_that_cannot_be_had(asked, message):
-    with pytest.raises(sedd.UserError, match=message) as caught:
-        generation(asked, 64)
-    assert "\n" not in str(caught.value)
+def test_unsupported_settings_are_refused(settings, message):
+    with pytest.raises(sedd.UserError, match=message) as error:
+        generation(settings, 64)
+    assert "\n" not in str(error.value)
 
 
-def test_mistakes_are_found_before_anything_is_drawn(harness, monkeypatch):
-    """Also those of a later task."""
-    monkeypatch.setattr(Harness, "_drawn", lambda *_: pytest.fail("something is drawn"))
-    for wrong in ({"top_p": 2}, {"sampler": "best"}, {"steps": 0}, {"temperature": -1}, {"seed": -1}):
-        settings = [{"max_gen_toks": 3}, {"max_gen_toks": 4, "do_sample": True, **wrong}]
-        with pytest.raises(sedd.UserError, match=f"{next(iter(wrong))}|sampler"):
-            harness.generate_until(asked(*(("the", one) for one in settings), kind="generate_until"))
+def test_invalid_settings_are_refused_before_sampling(harness, monkeypatch):
+    """Also those of a later request."""
+    monkeypatch.setattr(Harness, "_infill", lambda *_: pytest.fail("_infill was called"))
+    for invalid in ({"top_p": 2}, {"sampler": "best"}, {"steps": 0}, {"temperature": -1}, {"seed": -1}):
+        settings = [{"max_gen_toks": 3}, {"max_gen_toks": 4, "do_sample": True, **invalid}]
+        with pytest.raises(sedd.UserError, match=f"{next(iter(invalid))}|sampler"):
+            harness.generate_until(requests_for(*(("the", one) for one in settings), kind="generate_until"))
 
 
 @pytest.fixture(scope="module")
 def uniform(corpus):
-    return Harness(scattered(corpus, "process.name=uniform", "training.noise_sampling=time"), draws=8)
+    return Harness(random_model_of(corpus, "process.name=uniform", "training.noise_sampling=time"), draws=8)
 
 
-def test_uniform_process_scores_nothing_given_a_context(uniform):
+def test_uniform_model_has_no_likelihood_given_a_context(uniform):
     with pytest.raises(sedd.UserError, match="it has no likelihood given a context"):
-        uniform.loglikelihood(asked(("the", " times")))
+        uniform.loglikelihood(requests_for(("the", " times")))
 
 
 @pytest.mark.slow
-def test_uniform_process(uniform):
-    """Text without a context and documents are scored; continuations without sampling are the same each time."""
-    (nats, greedy), *_ = uniform.loglikelihood(asked(("", "the times")))
-    wanted = uniform.model.log_likelihood(["the times"], draws=8)
-    assert nats == pytest.approx(wanted[0].nats) and greedy is False
-    assert uniform.loglikelihood_rolling(asked(("the times",)))[0] < 0
+def test_uniform_model_scores_texts_and_generates(uniform):
+    """It scores text without a context, and documents; greedy continuations do not depend on the seed."""
+    (nats, greedy), *_ = uniform.loglikelihood(requests_for(("", "the times")))
+    expected = uniform.model.log_likelihood(["the times"], draws=8)
+    assert nats == pytest.approx(expected[0].nats) and greedy is False
+    assert uniform.loglikelihood_rolling(requests_for(("the times",)))[0] < 0
     first, second = until(uniform, "the", max_gen_toks=4, seed=1)
     assert [first, second] == until(uniform, "the", max_gen_toks=4, seed=2)
 
 
 @pytest.mark.parametrize("padding", ["scored", pytest.param("ignored", marks=pytest.mark.slow)])
-def test_models_of_padded_documents(corpus, padding):
-    """What is generated is what greedy decoding gives, and no other text; the longest that fits is a block."""
-    padded = Harness(scattered(corpus, layout=Layout("padded", padding, (0,) * BLOCK + (1,))), method="margin")
-    room = BLOCK - (padding == "ignored")  # there the text ends with an end of text
+def test_generated_text_is_greedy_for_models_of_padded_documents(corpus, padding):
+    """And another text is not; contexts are truncated to a block."""
+    padded = Harness(random_model_of(corpus, layout=Layout("padded", padding, (0,) * BLOCK + (1,))), method="margin")
+    room = BLOCK - (padding == "ignored")  # the row ends with an end of text
     for context in ("the", "the 12 times table: 12, 24"):
         text = until(padded, context, max_gen_toks=4)[0]
-        (nats, same), (_, other) = padded.loglikelihood(asked((context, text), (context, text[::-1] + ",")))
+        (nats, same), (_, other) = padded.loglikelihood(requests_for((context, text), (context, text[::-1] + ",")))
         assert len(text) == 4 and same and not other
-        fits = context[-(room - 4) :]
-        assert nats == pytest.approx(padded.model.log_likelihood(text, given=fits, method="margin").nats)
+        truncated = context[-(room - 4) :]
+        assert nats == pytest.approx(padded.model.log_likelihood(text, given=truncated, method="margin").nats)
 
 
 def test_lm_eval_knows_the_model_by_name(model, tmp_path):
-    """Beside its own, which it would not look for had ours come first."""
+    """Beside its own models, which it registers only into an empty registry."""
     model.save(tmp_path / "exported")
     settings = f"pretrained={tmp_path / 'exported'},method=bound,draws=2"
     made = get_model("sedd").create_from_arg_string(settings, {"batch_size": 1, "device": "cuda:0"})
@@ -387,7 +395,7 @@ def test_lm_eval_knows_the_model_by_name(model, tmp_path):
     assert get_model("dummy").__name__ == "DummyLM"
 
 
-def test_without_lm_eval_it_is_one_line(monkeypatch):
+def test_missing_lm_eval_is_one_line(monkeypatch):
     monkeypatch.delitem(sys.modules, "sedd.harness")
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -396,8 +404,8 @@ def test_without_lm_eval_it_is_one_line(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command(model, tmp_path):
-    """lm_eval's command with this model; a mistake is one line."""
+def test_command_of_lm_eval_with_this_model(model, tmp_path):
+    """An error is one line."""
     model.save(tmp_path / "exported")
     command = [sys.executable, "-m", "sedd.harness", "run", "--model", "sedd", "--include_path", str(TASKS)]
     command += ["--tasks", "times_until", "--output_path", str(tmp_path / "results"), "--model_args"]

@@ -1,4 +1,4 @@
-"""Published checkpoints against every array that the authors' code computes from them (float32, random parameters)."""
+"""Checkpoints in the published format against every array that the authors' code computes from them (float32)."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ PARITY = Path(__file__).parent / "parity"
 
 @pytest.fixture(scope="module", params=["absorb", "uniform"])
 def published(request):
-    """A model, and the arrays expected of it."""
+    """A model of random parameters, and the expected arrays."""
     folder = PARITY / request.param
     with np.load(folder / "expected.npz") as expected:
         return sedd.load(folder), dict(expected)
@@ -55,13 +55,13 @@ def test_network_stats_are_those_of_its_log_score(published):
     model, expected = published
     x, x0, sigma = expected["xt"], expected["x0"], np.clip(expected["sigma"], *model.network.sigma_range)
     dense = sedd.score_stats(model.log_score(x, sigma), x, x0)
-    seen = np.ones(x.shape, bool) if isinstance(model.process, sedd.Uniform) else x == model.process.mask
-    for found, wanted in zip(model.network.stats(model.params)(x, sigma, x0), dense):
-        np.testing.assert_allclose(np.where(seen, found, 0), np.where(seen, wanted, 0), rtol=1e-5, atol=1e-5)
+    used = np.ones(x.shape, bool) if isinstance(model.process, sedd.Uniform) else x == model.process.mask
+    for found, expected in zip(model.network.stats(model.params)(x, sigma, x0), dense):
+        np.testing.assert_allclose(np.where(used, found, 0), np.where(used, expected, 0), rtol=1e-5, atol=1e-5)
 
 
 def test_euler(published):
-    """The step's signed algebra on the score as it is: rates pi_x s_y dt, and what is left at x."""
+    """The signed probabilities of a step with the unnormalised score: pi_x s_y dt for y != x, the rest at x."""
     model, expected = published
     x, process = expected["xt"], model.process
     score = np.exp(np.asarray(model.log_score(x, expected["sigma"])))
@@ -76,7 +76,7 @@ def test_euler(published):
 
 
 def test_tweedie(published):
-    """The analytic step's signed algebra, exp(-dQ) s times exp(dQ) (SEDD, equation 19); free scores make no law."""
+    """exp(-dQ) s times exp(dQ) (SEDD, equation 19), signed: unnormalised scores give no distribution."""
     model, expected = published
     x, process = expected["xt"], model.process
     score = np.exp(np.asarray(model.log_score(x, expected["sigma"]), np.float64))
@@ -94,11 +94,11 @@ def test_tweedie(published):
     assert close(found[~early], expected["tweedie_probs"][~early], 1e-4)
     assert close(found[early], expected["tweedie_probs"][early], 2e-3)
     if isinstance(process, sedd.Uniform):
-        assert (expected["tweedie_probs"] < 0).sum() == 544  # what the network's edge cuts off for samplers
+        assert (expected["tweedie_probs"] < 0).sum() == 544  # the denoiser of samplers clips these
 
 
-def test_samplers_see_a_law(published):
-    """At the network's edge a free score is cut to the simplex, also beyond the noise it was trained on."""
+def test_denoiser_of_samplers_is_a_distribution(published):
+    """It projects an unnormalised score to the simplex, also at noise levels beyond the training range."""
     model, expected = published
     x = np.full_like(expected["xt"], model.process.num_states - 1)
     for sigma in (0.0, 1e-6, 1.0, 30.0, np.inf):
@@ -109,19 +109,19 @@ def test_samplers_see_a_law(published):
 
 @pytest.mark.parametrize("width, layers, heads, count", [(768, 12, 12, 169_627_218), (1024, 24, 16, 424_477_010)])
 def test_parameter_counts_of_the_published_models(width, layers, heads, count):
-    """Embedding and head are stored padded; the count has the true vocabulary."""
+    """Embedding and head are stored padded; the count is that of the true vocabulary."""
     config = from_dict({"network": {"width": width, "layers": layers, "heads": heads, "prediction": "score"}})
     assert build(config, 50257)[2].num_parameters() == count
 
 
-def test_samples_without_a_tokenizer(published):
+def test_samples_of_a_model_without_tokenizer_have_tokens_only(published):
     model, _ = published
     drawn = model.sample(num_samples=2, steps=4)
     assert drawn.texts is None and drawn.tokens.shape == (2, model.block_length)
     assert drawn.tokens.min() >= 0 and drawn.tokens.max() < model.process.vocab_size
 
 
-def test_damaged(tmp_path):
+def test_damaged_or_missing_weights_are_refused(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(PARITY / "absorb", folder)
     weights = folder / "model.safetensors"

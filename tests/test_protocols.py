@@ -1,4 +1,4 @@
-"""Protocols: how each cuts text, the times it takes, and its number, held against the formulas of the papers."""
+"""Protocols: the blocks, times and numbers of each, against the formulas of the papers."""
 
 import dataclasses
 import itertools
@@ -30,7 +30,7 @@ PACKED = Layout()
 
 
 def random_model(*settings, letters=LETTERS, layout=PACKED, tokenizer=None, seed=0, scale=0.3):
-    """A model that believes something, though of no use: every parameter is random, those of the head too."""
+    """A model of random parameters, those of the head too, so that its distribution is far from uniform."""
     tokenizer = tokenizer or make_tokenizer("characters", [letters], True)
     config = configs.override(configs.default(), [*SETTINGS, *SMALLER, *settings])
     process, schedule, network = configs.build(config, tokenizer.vocab_size)
@@ -40,19 +40,19 @@ def random_model(*settings, letters=LETTERS, layout=PACKED, tokenizer=None, seed
 
 
 def random_documents(number, longest, seed=0):
-    """Texts of random letters, some of them empty."""
+    """Texts of random letters, some empty."""
     random = np.random.default_rng(seed)
     return ["".join(random.choice(list(LETTERS), random.integers(0, longest))) for _ in range(number)]
 
 
-# How text is cut.
+# Blocks.
 
 DOCUMENTS = [[1, 2, 3], [4], [5, 6, 7], [], [7] * 7]
 
 
 @pytest.mark.parametrize(
-    "name, found, wanted",
-    [  # The first of eight shards takes two of nine documents; the three last are empty. 9 ends a text.
+    "name, documents, expected",
+    [  # The first of eight shards takes two of nine documents; the last three are empty. 9 is the end of text.
         ("sedd-paper", [*DOCUMENTS, [], [], [], []], [[1, 2, 3, 9], [5, 6, 7, 9], [7, 7, 7, 7], [7, 7, 7, 9]]),
         ("sedd-paper", DOCUMENTS[:2], [[1, 2, 3, 9]]),  # fewer documents than shards
         ("mdlm", DOCUMENTS[:4], [[9, 1, 2, 9], [9, 3, 9, 9], [9, 4, 9, 9], [9, 5, 6, 9], [9, 7, 9, 9]]),
@@ -60,23 +60,23 @@ DOCUMENTS = [[1, 2, 3], [4], [5, 6, 7], [], [7] * 7]
         ("duo", [[1]], np.zeros((0, 4))),
     ],
 )
-def test_blocks_by_hand(name, found, wanted):
-    blocks = grouped([np.array(ids, np.int32) for ids in found], 4, PROTOCOLS[name], 9)
+def test_blocks_by_hand(name, documents, expected):
+    blocks = grouped([np.array(ids, np.int32) for ids in documents], 4, PROTOCOLS[name], 9)
     assert blocks.dtype == np.int32
-    np.testing.assert_array_equal(blocks, wanted)
+    np.testing.assert_array_equal(blocks, expected)
 
 
-def cut_by_hand(found, length, end, shards, ends, wrap_with_eos, group=1000):
-    """The blocks, a token at a time."""
-    sizes = [len(found) // shards + (shard < len(found) % shards) for shard in range(shards)]
+def cut_by_hand(documents, length, end, shards, append_eos, wrap_with_eos, group=1000):
+    """The blocks, built token by token."""
+    sizes = [len(documents) // shards + (shard < len(documents) % shards) for shard in range(shards)]
     around = [end] if wrap_with_eos and end is not None else []
-    left, blocks = iter(found), []
+    rest, blocks = iter(documents), []
     for size in sizes:
-        of_shard = list(itertools.islice(left, size))
+        of_shard = list(itertools.islice(rest, size))
         while of_shard:
             block = []
             for ids in of_shard[:group]:
-                for token in [*ids, end] if ends and end is not None else ids:
+                for token in [*ids, end] if append_eos and end is not None else ids:
                     block.append(int(token))
                     if len(block) == length - 2 * len(around):
                         blocks.append([*around, *block, *around])
@@ -91,28 +91,28 @@ RULES = {"sedd-paper": (8, True, False), "mdlm": (1, True, True), "duo": (1, Fal
 @pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("end", [9, None])
 def test_blocks_of_random_documents(name, end):
-    """From fewer documents than there are shards to several groups in each of them. Control: one group of all."""
+    """From fewer documents than shards to several groups in each shard. Control: all documents in one group."""
     random = np.random.default_rng(0)
     for number in (1, 5, 8, 9, 1000, 1001, 2100, 8080):
-        found = [random.integers(0, 9, random.integers(0, 6)).astype(np.int32) for _ in range(number)]
-        blocks = grouped(found, 7, PROTOCOLS[name], end)
-        by_hand = cut_by_hand(found, 7, end, *RULES[name])
+        documents = [random.integers(0, 9, random.integers(0, 6)).astype(np.int32) for _ in range(number)]
+        blocks = grouped(documents, 7, PROTOCOLS[name], end)
+        by_hand = cut_by_hand(documents, 7, end, *RULES[name])
         np.testing.assert_array_equal(blocks, np.reshape(by_hand, (-1, 7)))
-    in_one = cut_by_hand(found, 7, end, *RULES[name], group=number)
-    assert len(in_one) >= len(blocks) > 0 and in_one != by_hand
+    one_group = cut_by_hand(documents, 7, end, *RULES[name], group=number)
+    assert len(one_group) >= len(blocks) > 0 and one_group != by_hand
 
 
-# The numbers, from the formulas of the papers, in float64.
+# Numbers, from the formulas of the papers, in float64.
 
 GEOMETRIC = ("schedule.name=geometric", "schedule.sigma_min=0.01", "schedule.sigma_max=4.0")
-PROCESSES = {  # their own schedules, of which the ends are cut off: the network is told nothing beyond
+PROCESSES = {  # their own schedules, with a narrower range of sigma, to which the network's sigma is clipped
     "absorbing": ("schedule.eps=0.05", "training.min_time=0.5"),
     "uniform": ("process.name=uniform", *GEOMETRIC, "training.noise_sampling=time", "training.min_time=0.5"),
 }
 
 
 def log_linear(t, eps=1e-3):
-    """sigma and its rate: what the papers of MDLM and Duo integrate over, and SEDD with an absorbing model."""
+    """sigma and its rate in the integrals of MDLM and Duo, and of SEDD with an absorbing model."""
     return -np.log1p(-(1 - eps) * t), (1 - eps) / (1 - (1 - eps) * t)
 
 
@@ -131,122 +131,126 @@ def at(values, tokens):
     return np.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
 
 
-# Nats per unit time of noisy tokens x of x0, from what the network says of each: under masks the log score but for the
-# factor 1 / (e^sigma - 1), which is the logits; of uniform noise the log score, or the belief r of the clean token.
+# Nats per unit time of noisy tokens x of x0. `output` is the network's, Float64[N L S]: for the absorbing process the
+# logits, which are the log score without the factor 1 / (e^sigma - 1); for the uniform process the log score, or r, the
+# distribution of the clean token.
 
 
-def sedd_absorbing(says, x, x0, sigma, rate):
+def sedd_absorbing(output, x, x0, sigma, rate):
     """Score entropy of masks: sum_y e^s - r s_x0 + r (log r - 1), with r = 1 / (e^sigma - 1)."""
     ratio = 1 / np.expm1(sigma)
-    log_score = (says - np.log(np.expm1(sigma))[..., None])[..., :-1]
+    log_score = (output - np.log(np.expm1(sigma))[..., None])[..., :-1]
     entropy = np.exp(log_score).sum(-1) - ratio * at(log_score, x0) + ratio * (np.log(ratio) - 1)
-    return np.where(x == says.shape[-1] - 1, rate * entropy, 0.0)
+    return np.where(x == output.shape[-1] - 1, rate * entropy, 0.0)
 
 
-def cross_entropy(says, x, x0, sigma, rate):
-    """MDLM, and Duo's code of it: -log softmax(logits)_x0 sigma' / (e^sigma - 1), the mask's logit left out."""
-    surprise = -at(softmax(says[..., :-1]), x0)
-    return np.where(x == says.shape[-1] - 1, rate / np.expm1(sigma) * surprise, 0.0)
+def cross_entropy(output, x, x0, sigma, rate):
+    """MDLM, and Duo's code of it: -log softmax(logits)_x0 sigma' / (e^sigma - 1), without the mask's logit."""
+    nats = -at(softmax(output[..., :-1]), x0)
+    return np.where(x == output.shape[-1] - 1, rate / np.expm1(sigma) * nats, 0.0)
 
 
 def sedd_uniform(log_score, x, x0, sigma, rate):
     """Score entropy of uniform noise: (1/V) sum_{y != x} e^s - a s + a (log a - 1), a = q(y | x0) / q(x | x0)."""
     size, alpha, y = log_score.shape[-1], np.exp(-sigma)[..., None], np.arange(log_score.shape[-1])
-    law = alpha * (y == x0[..., None]) + (1 - alpha) / size
-    ratio = law / at(law, x)[..., None]
+    q = alpha * (y == x0[..., None]) + (1 - alpha) / size
+    ratio = q / at(q, x)[..., None]
     entropy = np.exp(log_score) - ratio * log_score + ratio * (np.log(ratio) - 1)
     return rate / size * np.where(y == x[..., None], 0.0, entropy).sum(-1)
 
 
 def clipped_uniform(log_score, x, x0, sigma, rate):
-    """The same of scores that are cut to what a ratio can be."""
-    most = np.log1p(log_score.shape[-1] / np.expm1(sigma))[..., None]
-    return sedd_uniform(np.clip(log_score, -most, most), x, x0, sigma, rate)
+    """The same for scores clipped to the range of a ratio."""
+    limit = np.log1p(log_score.shape[-1] / np.expm1(sigma))[..., None]
+    return sedd_uniform(np.clip(log_score, -limit, limit), x, x0, sigma, rate)
 
 
-def sedd_uniform_of_belief(belief, x, x0, sigma, rate):
-    """The score entropy of the score that a belief makes."""
+def sedd_uniform_of_denoiser(r, x, x0, sigma, rate):
+    """The score entropy of the score of r, the distribution of the clean token."""
     alpha = np.exp(-sigma)[..., None]
-    law = alpha * belief + (1 - alpha) / belief.shape[-1]
-    return sedd_uniform(np.log(law / at(law, x)[..., None]), x, x0, sigma, rate)
+    m = alpha * r + (1 - alpha) / r.shape[-1]
+    return sedd_uniform(np.log(m / at(m, x)[..., None]), x, x0, sigma, rate)
 
 
-def duo_uniform(belief, x, x0, sigma, rate):
-    """Duo's bound, with xbar = V alpha x + 1 - alpha of what is true and of what is believed."""
-    size, alpha = belief.shape[-1], np.exp(-sigma)[..., None]
-    bar = size * alpha * (np.arange(size) == x0[..., None]) + 1 - alpha
-    believed = size * alpha * belief + 1 - alpha
-    here, believed_here = at(bar, x)[..., None], at(believed, x)[..., None]
-    change = (size / here - size / believed_here)[..., 0]
-    change -= np.sum(bar / here * np.log(believed_here * bar / (believed * here)), axis=-1)
+def duo_uniform(r, x, x0, sigma, rate):
+    """Duo's bound, with xbar = V alpha x + 1 - alpha of the data and of the model."""
+    size, alpha = r.shape[-1], np.exp(-sigma)[..., None]
+    data = size * alpha * (np.arange(size) == x0[..., None]) + 1 - alpha
+    model = size * alpha * r + 1 - alpha
+    data_at_x, model_at_x = at(data, x)[..., None], at(model, x)[..., None]
+    change = (size / data_at_x - size / model_at_x)[..., 0]
+    change -= np.sum(data / data_at_x * np.log(model_at_x * data / (model * data_at_x)), axis=-1)
     return -rate / size * change  # d alpha / dt = -rate alpha
 
 
-def said(model, x, sigma):
-    """What the network says, told sigma. Int[N L], Float[N] -> Float64[N L S], as the formulas take it."""
+def network_output(model, x, sigma):
+    """The network's output conditioned on sigma. Int[N L], Float[N] -> Float64[N L S], as the formulas take it."""
     log_score, noise = np.asarray(model.log_score(x, sigma), np.float64), np.asarray(sigma)[:, None, None]
     if isinstance(model.process, Absorbing):
         return log_score + np.log(np.expm1(noise))
     if model.network.prediction == "score":
         return log_score
-    law = np.exp(softmax(log_score))  # of a noisy token given the others
-    return (law + np.expm1(-noise) / law.shape[-1]) * np.exp(noise)
+    m = np.exp(softmax(log_score))  # the distribution of a noisy token given the others
+    return (m + np.expm1(-noise) / m.shape[-1]) * np.exp(noise)
 
 
 perturbed = jax.jit(lambda process, *args: process.corrupt(*args), static_argnums=0)
 
-CASES = [  # the formulas that give the number, and those that do not
+CASES = [  # the formulas that give the number, and control formulas that do not
     ("absorbing", "score", "sedd-paper", (sedd_absorbing,), (cross_entropy,)),
     ("absorbing", "score", "mdlm", (cross_entropy,), (sedd_absorbing,)),
-    ("absorbing", "denoiser", "duo", (cross_entropy, sedd_absorbing), ()),  # of what is normalised both are one
+    ("absorbing", "denoiser", "duo", (cross_entropy, sedd_absorbing), ()),  # equal for normalised outputs
     ("uniform", "score", "sedd-paper", (sedd_uniform,), (clipped_uniform,)),
     pytest.param("uniform", "score", "mdlm", (clipped_uniform,), (sedd_uniform,), marks=pytest.mark.slow),
-    pytest.param("uniform", "denoiser", "sedd-paper", (sedd_uniform_of_belief,), (), marks=pytest.mark.slow),
-    ("uniform", "denoiser", "duo", (duo_uniform, sedd_uniform_of_belief), ()),
+    pytest.param("uniform", "denoiser", "sedd-paper", (sedd_uniform_of_denoiser,), (), marks=pytest.mark.slow),
+    ("uniform", "denoiser", "duo", (duo_uniform, sedd_uniform_of_denoiser), ()),
 ]
 
 
 @pytest.mark.parametrize("kind, prediction, name, right, wrong", CASES)
-def test_the_number_is_the_papers(kind, prediction, name, right, wrong):
-    """Times and noise are drawn again from the same keys; all else is in NumPy. Controls: the other formulas, the
-    other schedule, and the network told the noise beyond what it was trained on."""
+def test_number_of_a_protocol_is_that_of_the_papers_formula(kind, prediction, name, right, wrong):
+    """Times and noise are drawn again from the same keys; the rest is NumPy.
+
+    Controls: the other formulas, the other schedule, and the network's sigma not clipped to its training range.
+    """
     model = random_model(*PROCESSES[kind], f"network.prediction={prediction}")
     texts, protocol = random_documents(40, 30), PROTOCOLS[name]
-    number, told = (2, {"draws": 2}) if name == "sedd-paper" else (1, {})  # one is the default of the others
-    report = model.perplexity(texts, protocol=name, seed=3, progress=False, **told)
+    number, draws = (2, {"draws": 2}) if name == "sedd-paper" else (1, {})  # the default of the others is one
+    report = model.perplexity(texts, protocol=name, seed=3, progress=False, **draws)
 
-    found = [model.tokenizer.encode(text) for text in texts]
-    x0 = np.array(cut_by_hand(found, LENGTH, model.tokenizer.end_of_text, *RULES[name]))
+    documents = [model.tokenizer.encode(text) for text in texts]
+    x0 = np.array(cut_by_hand(documents, LENGTH, model.tokenizer.end_of_text, *RULES[name]))
     keys, stratum = keyed_random.row_keys(jax.random.key(3), np.arange(len(x0))), protocol.stratum(np.arange(len(x0)))
 
-    def value(formula, schedule, told):
+    def value(formula, schedule, conditioning):
         total = 0.0
         for draw in range(number):  # keyed by half, then by stratum; with two draws each is a half
             of_draw = keyed_random.fold(keyed_random.fold(keys, draw), 0)
             share = (stratum + keyed_random.uniform(keyed_random.fold(of_draw, 0))) / protocol.strata
             sigma, rate = (part[:, None] for part in schedule(np.asarray(1e-3 + (1 - 1e-3) * share, np.float64)))
             x = np.asarray(perturbed(model.process, keyed_random.fold(of_draw, 1), x0, sigma.astype(np.float32)))
-            total += formula(said(model, x, told(sigma[:, 0])), x, x0, sigma, rate).sum()
+            output = network_output(model, x, conditioning(sigma[:, 0]))
+            total += formula(output, x, x0, sigma, rate).sum()
         return total / number / x0.size
 
-    def trained(sigma):
+    def clipped(sigma):
         return np.clip(sigma, *model.network.sigma_range)
 
     schedules = (OWN[kind], log_linear) if name == "sedd-paper" else (log_linear, OWN[kind])
     assert (report.num_tokens, report.rows, report.draws) == (x0.size, len(x0), number)
     for formula in right:
-        np.testing.assert_allclose(report.nats_per_token, value(formula, schedules[0], trained), rtol=1e-5)
-    others = [value(formula, schedules[0], trained) for formula in wrong]
-    others += [value(right[0], schedules[1], trained), value(right[0], schedules[0], np.asarray)]
+        np.testing.assert_allclose(report.nats_per_token, value(formula, schedules[0], clipped), rtol=1e-5)
+    others = [value(formula, schedules[0], clipped) for formula in wrong]
+    others += [value(right[0], schedules[1], clipped), value(right[0], schedules[0], np.asarray)]
     assert min(abs(other / report.nats_per_token - 1) for other in others) > 1e-3
-    if wrong:  # both readings of free scores are in the report
-        readings = sorted([report.raw_nats_per_token, report.tightened_nats_per_token])
-        np.testing.assert_allclose(readings, sorted([report.nats_per_token, others[0]]), rtol=1e-5)
+    if wrong:  # the report has the numbers of unnormalised and of tightened scores
+        both = sorted([report.raw_nats_per_token, report.tightened_nats_per_token])
+        np.testing.assert_allclose(both, sorted([report.nats_per_token, others[0]]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("strata", [1, 16, 64])
-def test_rows_share_out_the_strata(strata):
-    """Of so many rows in a row each has its own, and neighbours have distant ones."""
+def test_consecutive_rows_have_different_strata(strata):
+    """Each of `strata` consecutive rows has its own stratum, and neighbours have distant ones."""
     (protocol,) = {p for p in map(get_protocol, FAMILY) if p.strata == strata}
     stratum = np.asarray(protocol.stratum(jnp.arange(300)))
     for first in range(300 - strata):
@@ -256,8 +260,8 @@ def test_rows_share_out_the_strata(strata):
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_the_times_cover_what_the_papers_integrate_over(name):
-    """[eps, 1], evenly, with two times for each row. Of 51,200 in [0, 1] some fifty would lie below eps."""
+def test_times_are_uniform_on_the_range_of_the_papers(name):
+    """[eps, 1], with two times for each row. Of 51,200 in [0, 1] some fifty would lie below eps."""
     protocol, eps, nothing = get_protocol(name), 1e-3, jnp.zeros((25_600, 1))
 
     @jax.jit
@@ -274,23 +278,23 @@ def test_the_times_cover_what_the_papers_integrate_over(name):
     assert scipy.stats.kstest(share.ravel(), "uniform").pvalue > 1e-3
 
 
-def test_what_is_chosen_where_nothing_is_told(tmp_path):
-    """The draws and the split of each; an argument is heeded instead."""
+def test_default_draws_and_split_of_each_protocol(tmp_path):
+    """Arguments override them."""
     assert [get_protocol(name).draws for name in PROTOCOLS] == [None, 1000, 1, 1]
     (tmp_path / "text").write_text("a few letters\nand more\n")
     corpus = sedd.prepare({"train": f"lines:{tmp_path}/text"}, "characters", tmp_path / "corpus")
     model = random_model(tokenizer=corpus.tokenizer)
     for name, split in zip(PROTOCOLS, ("test", "test", "validation", "validation")):
-        for found, told in ((split, {}), ("mine", {"split": "mine"})):
-            with pytest.raises(sedd.UserError, match=f"has no split '{found}'"):
-                model.perplexity(corpus, protocol=name, **told)
+        for expected, settings in ((split, {}), ("mine", {"split": "mine"})):
+            with pytest.raises(sedd.UserError, match=f"has no split '{expected}'"):
+                model.perplexity(corpus, protocol=name, **settings)
     with pytest.raises(sedd.UserError, match="draws must be at least 1 and at most 1,048,576, not 0"):
         model.perplexity(corpus, split="train", protocol="sedd-paper", draws=0)
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_mistakes(name):
-    """Each in one line, before the parameters are touched."""
+def test_invalid_arguments_are_refused(name):
+    """Each in one line, before the parameters are used."""
     packed = dataclasses.replace(random_model(), params=None)
     padded = dataclasses.replace(packed, layout=Layout("padded", "ignored"))
     for model, texts, protocol, message in [
@@ -310,7 +314,7 @@ def test_mistakes(name):
         assert "\n" not in str(error.value)
 
 
-# What `clean` scores.
+# Rows of `clean`.
 
 
 def rows_of(scored):
@@ -318,7 +322,7 @@ def rows_of(scored):
 
 
 def test_clean_scores_each_token_once(tmp_path):
-    """Of a corpus in blocks, the tail with its own weight; of a list text by text. Control: the others drop some."""
+    """A corpus in blocks, the last with its own length; a list text by text. Control: the other protocols drop some."""
     corpus = small_corpus(tmp_path)
     scored = scoring_rows(CLEAN, corpus, "train", corpus.tokenizer, LENGTH, PACKED)
     tokens = np.asarray(corpus.tokens("train")).tolist()
@@ -339,17 +343,17 @@ def test_clean_scores_each_token_once(tmp_path):
 
 @pytest.mark.parametrize("padding", [None, "ignored", "scored"])
 @pytest.mark.parametrize("kind", ["lines", "ptb"])
-def test_a_source_is_scored_as_the_corpus_of_it(kind, padding, tmp_path):
-    """Documents that end with an id, or with a newline; the empty line is none of them."""
+def test_rows_of_a_source_equal_those_of_its_corpus(kind, padding, tmp_path):
+    """For documents that end with an id, and with a newline; an empty line is no document."""
     texts = random_documents(30, 40, seed=1) + ["zebra é"]
     (tmp_path / "text").write_text("\n".join(texts) + "\n", encoding="utf-8")
     spec, mode = f"{kind}:{tmp_path}/text", "packed" if padding is None else "padded"
     corpus = sedd.prepare(spec, "characters", tmp_path / "corpus", split="position:1", mode=mode, padding=padding)
-    ends = dataclasses.replace(corpus.tokenizer, has_end_of_text=True)  # of no use where newlines end documents
-    found = scoring_rows(CLEAN, open_source(spec), "train", ends, LENGTH, corpus.layout)
-    wanted = scoring_rows(CLEAN, corpus, "train", corpus.tokenizer, LENGTH, corpus.layout)
-    assert found.num_bytes == wanted.num_bytes > found.num_characters == wanted.num_characters
+    ends = dataclasses.replace(corpus.tokenizer, has_end_of_text=True)  # unused where newlines end documents
+    rows = scoring_rows(CLEAN, open_source(spec), "train", ends, LENGTH, corpus.layout)
+    expected = scoring_rows(CLEAN, corpus, "train", corpus.tokenizer, LENGTH, corpus.layout)
+    assert rows.num_bytes == expected.num_bytes > rows.num_characters == expected.num_characters
     for field in ("tokens", "lengths", "counts", "clusters"):
-        np.testing.assert_array_equal(getattr(found, field), getattr(wanted, field), field)
-    assert found.layout == wanted.layout and found.data["source"] == spec
-    assert found.counts.sum() == corpus.num_tokens("train")
+        np.testing.assert_array_equal(getattr(rows, field), getattr(expected, field), field)
+    assert rows.layout == expected.layout and rows.data["source"] == spec
+    assert rows.counts.sum() == corpus.num_tokens("train")

@@ -16,7 +16,7 @@ class Schedule(abc.ABC):
     """An increasing sigma(t), its derivative and its inverse."""
 
     @abc.abstractmethod
-    def sigma(self, t: jax.Array) -> jax.Array:
+    def sigma(self, t: jax.Array | float) -> jax.Array:
         """The total noise at time t."""
 
     @abc.abstractmethod

@@ -1,1 +1,1 @@
-"""Evaluation: the perplexity job, and what to hold its number against."""
+"""Evaluation: likelihood bounds and their errors, baselines, and the quality of samples."""

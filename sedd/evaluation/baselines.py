@@ -1,4 +1,4 @@
-"""What to hold a bound against: simple codes of the same held-out text, in bits per byte."""
+"""Baselines for a bound: n-gram models and compressors on the same held-out text, in bits per byte."""
 
 import lzma
 import math
@@ -10,9 +10,10 @@ from sedd.data.corpus import Corpus
 
 
 def baselines(corpus: Corpus, split: str) -> dict[str, float]:
-    """Bits per byte of a split under models and compressors that know the training split, or nothing (zlib).
+    """Returns bits per byte of a split under n-gram models and compressors.
 
-    unigram and bigram: smoothed entropies of the same tokens. Reads both splits into memory.
+    unigram, bigram: smoothed cross-entropies, fitted to the tokens of the training split; zlib: without the training
+    split; xz: given the training split. Reads both splits into memory.
     """
     train, held_out = (np.asarray(corpus.tokens(name)) for name in ("train", split))
     num_bytes = corpus.num_bytes(split)
@@ -26,24 +27,27 @@ def baselines(corpus: Corpus, split: str) -> dict[str, float]:
 
 
 def unigram_nats(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
-    """Nats of the held-out tokens under the training frequencies, with one added to each count."""
+    """Nats of the held-out tokens under the training frequencies with add-one smoothing. train, held_out: Int[T]."""
     counts = np.bincount(train, minlength=vocab_size) + 1
     return -float(np.log(counts / counts.sum())[held_out].sum())
 
 
 def bigram_nats(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
-    """Nats of the held-out tokens given the one before, with Witten-Bell smoothing by the unigram."""
+    """Nats of the held-out tokens, each given the one before, with Witten-Bell smoothing by the unigram.
+
+    train, held_out: Int[T].
+    """
     counts = np.bincount(train, minlength=vocab_size) + 1
     unigram = counts / counts.sum()
-    pairs, times = np.unique(train[:-1].astype(np.int64) * vocab_size + train[1:], return_counts=True)
-    seen = np.bincount(pairs // vocab_size, times, vocab_size)  # how often a token is followed by another
-    kinds = np.bincount(pairs // vocab_size, minlength=vocab_size)  # by how many different ones
+    pairs, pair_counts = np.unique(train[:-1].astype(np.int64) * vocab_size + train[1:], return_counts=True)
+    followed = np.bincount(pairs // vocab_size, pair_counts, vocab_size)  # by token: number of successors
+    distinct = np.bincount(pairs // vocab_size, minlength=vocab_size)  # by token: number of distinct successors
     before, after = held_out[:-1].astype(np.int64), held_out[1:]
-    asked = before * vocab_size + after
-    at = np.minimum(np.searchsorted(pairs, asked), len(pairs) - 1)
-    found = np.where(pairs[at] == asked, times[at], 0)
-    weight = np.maximum(kinds[before], 1)  # a token never seen has the unigram alone
-    p = (found + weight * unigram[after]) / (seen[before] + weight)
+    queries = before * vocab_size + after
+    at = np.minimum(np.searchsorted(pairs, queries), len(pairs) - 1)
+    query_counts = np.where(pairs[at] == queries, pair_counts[at], 0)
+    weight = np.maximum(distinct[before], 1)  # after a token without successors: the unigram alone
+    p = (query_counts + weight * unigram[after]) / (followed[before] + weight)
     return -float(np.log(p).sum() + np.log(unigram[held_out[0]]))
 
 

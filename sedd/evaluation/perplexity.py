@@ -1,12 +1,12 @@
-"""The perplexity job: from rows of text to a report, over all devices, going on where it was interrupted.
+"""The perplexity job: from rows of text to a report, over all devices, resuming after an interruption.
 
-For Absorbing the bound is by counts of masked tokens: nothing is cut off, prior and reconstruction are 0, and the
-network is told the noise at which so many are masked, clipped to what it was trained on. For Uniform sigma runs from
-the schedule's sigma(0) to max(sigma(1), 12), and both terms are added. Levels are stratified within each block.
+For Absorbing the bound is by mask counts: it covers all noise levels, prior and reconstruction are 0, and the network
+is conditioned on the noise level of the mask ratio, clipped to the range it was trained on. For Uniform sigma runs from
+the schedule's sigma(0) to max(sigma(1), 12), and both terms are added. Noise levels are stratified within each block.
 
 With Absorbing a text shorter than the block is scored in a full block whose other positions stay masked: that is the
 model's exact marginal, and better than at its own length by .12 nats a token at 4 tokens, .01 at 32, on a model of
-blocks of 128 (docs/measurements.md). A network that was trained on padded documents is told their lengths instead.
+blocks of 128 (docs/measurements.md). A network that was trained on padded documents gets their lengths instead.
 """
 
 import functools
@@ -36,7 +36,7 @@ from sedd.runtime.settings import jax_defaults
 from sedd.seeds import check_seed
 from sedd.version import __version__
 
-SHOWN = 0.5  # seconds between running estimates
+REFRESH_SECONDS = 0.5  # between running estimates in the progress bar
 
 
 @jax_defaults()
@@ -55,11 +55,13 @@ def perplexity(
     progress: bool = True,
     on_batch: Callable[[], None] | None = None,
 ) -> tuple[Report, Terms]:
-    """Scores all rows, each `num_draws` times. The same seed gives the same number, on any devices, in any batches.
+    """Scores all rows, each with `num_draws` draws. The number depends on the seed, not on devices or batch sizes.
 
-    about: what identifies model and tokenizer, for the record; folder: keeps what is scored (`Record`), goes on from
-    what is there, and has report.json in the end; mesh: by default over all devices, the parameters on each of them;
-    on_batch: called after each batch of rows, and may raise to end the job there.
+    about: identifies model and tokenizer, for the report; folder: keeps the draws (`ResumableDraws`), from which a job
+    resumes, and the final report.json; mesh: by default over all devices, with replicated parameters; batch_size: rows
+    at a time over all devices; on_batch: called after each batch, may raise to stop the job.
+
+    Returns the report, and the terms of each row. UserError for an invalid seed, or if the folder holds another job.
     """
     seed, about = check_seed(seed), {**(about or {}), "data": scored.data}
     job = {} if folder is None else _job(network, schedule, scored, about, protocol, num_draws, seed)
@@ -68,23 +70,25 @@ def perplexity(
         params = parallel.put(params, parallel.shardings(mesh, params))
     low, high = sigma_limits(network, schedule)
     prior = network.process.prior_divergence(high) if protocol.is_bound else 0.0
-    settings = (scored, protocol, num_draws, seed, mesh, batch_size)
     levels = functools.partial(levels_of, network, schedule, protocol, num_draws, seed)
     with (
         ResumableDraws(folder, job, record_shape(network, num_draws), len(scored.tokens), levels) as record,
         _Bar(scored, prior, protocol.tightened, progress and processes.is_first()) as bar,
     ):
         bar.update(record.records())
-        for records in score(network, schedule, params, *settings, start=len(record)):
+        batches = score(
+            network, schedule, params, scored, protocol, num_draws, seed, mesh, batch_size, start=len(record)
+        )
+        for records in batches:
             record.append(records)
             bar.update(records)
             if on_batch is not None:
                 on_batch()
         records = record.records()
         terms = terms_from_draws(records, scored, prior, protocol.tightened)
-        other = (
-            terms_from_draws(records, scored, prior, not protocol.tightened) if network.prediction == "score" else None
-        )
+        other = None
+        if network.prediction == "score":
+            other = terms_from_draws(records, scored, prior, not protocol.tightened)
         report = make_report(
             terms,
             other,
@@ -105,7 +109,7 @@ def perplexity(
 
 
 def _job(network, schedule, scored, about, protocol, num_draws, seed) -> dict[str, Any]:
-    """All that the draws depend on."""
+    """Everything that the draws depend on, for job.json."""
     return {
         "model": about.get("model"),
         "tokenizer": about.get("tokenizer"),
@@ -119,17 +123,19 @@ def _job(network, schedule, scored, about, protocol, num_draws, seed) -> dict[st
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of this package, and of those that its numbers depend on."""
+    """Versions of Python, of this package and of the packages that its numbers depend on."""
     packages = ("jax", "jaxlib", "flax", "numpy")
     others = {name: importlib.metadata.version(name) for name in packages}
     return {"sedd": __version__, "python": platform.python_version(), **others}
 
 
 class _Bar:
-    """Progress in rows, with the estimate so far and its error."""
+    """A progress bar over rows, with the running estimate and its standard error."""
 
     def __init__(self, scored: ScoringRows, prior: float, tightened: bool, shown: bool):
-        self._scored, self._reading, self._nats, self._told = scored, (prior, tightened), [], 0.0
+        self._scored, self._prior, self._tightened = scored, prior, tightened
+        self._nats: list[np.ndarray] = []
+        self._refreshed = 0.0
         self._bar = tqdm(desc="scoring", unit="block", total=len(scored.tokens), delay=2, disable=not shown)
 
     def __enter__(self):
@@ -139,30 +145,31 @@ class _Bar:
         self._bar.close()
 
     def update(self, records: np.ndarray):
-        """The records of the rows that follow those of before."""
+        """Adds the records of the next rows, Float32[n M K]."""
         if self._bar.disable or not len(records):
             return
-        self._nats.append(terms_from_draws(records, self._scored, *self._reading, start=self._bar.n).rows)
+        terms = terms_from_draws(records, self._scored, self._prior, self._tightened, start=self._bar.n)
+        self._nats.append(terms.rows)
         done = self._bar.n + len(records)
-        if time.monotonic() - self._told > SHOWN or done == self._bar.total:
+        if time.monotonic() - self._refreshed > REFRESH_SECONDS or done == self._bar.total:
             estimate = ratio(np.concatenate(self._nats), self._scored.counts[:done], self._scored.clusters[:done])
             self._bar.set_postfix_str(f"{estimate} nats per token", refresh=False)
-            self._told = time.monotonic()
+            self._refreshed = time.monotonic()
         self._bar.update(len(records))
 
 
 def _likelihood_of(network: Network, protocol: Protocol, low: float, high: float) -> str:
-    """Whose likelihood is bounded."""
+    """Names the generative distribution whose likelihood is bounded."""
     if not protocol.is_bound:
-        return "of none: the loss as those papers report it, without prior and reconstruction"
+        return "not a bound: the loss that those papers report, without prior and reconstruction"
     if isinstance(network.process, Absorbing):
-        return "of decoding one token at a time in random order, told how many are masked"
-    return f"of the reverse process from sigma {high:g} to {low:g}, and one step from there"
+        return "decoding one token at a time in random order, conditioned on the number of masked tokens"
+    return f"the reverse process from sigma {high:g} to {low:g}, and one step from there"
 
 
 def _lengths_in_words(layout: Layout, network: Network) -> str:
-    """How text shorter than a block was scored."""
+    """Says how text shorter than a block was scored."""
     if layout.padding is not None:
-        return "with its padding, as a whole block" if layout.padding == "scored" else "given its length"
+        return "with its padding, as a full block" if layout.padding == "scored" else "given its length"
     in_block = isinstance(network.process, Absorbing)
     return "in a block whose other positions stay masked" if in_block else "at its own length"

@@ -1,14 +1,14 @@
-"""Protocols: what is scored, at which noise, and what is left out. The same model has another number under each.
+"""Protocols: which text is scored, at which noise levels, and with which terms. Numbers of two protocols differ.
 
-    clean        each token once, nothing added, nothing dropped, a bound with all its terms
+    clean        each token scored once, nothing added or dropped, a bound with all its terms
     sedd-paper   Lou, Meng and Ermon, arXiv 2310.16834, section 5 and the data loader of its authors
     mdlm         Sahoo et al., arXiv 2406.07524, and its authors' code
     duo          Sahoo et al., arXiv 2506.10892, zero-shot, and its authors' code
 
-The last three reproduce what those papers compute, so that a table of theirs can be compared with. They cut text into
-groups of 1,000 documents, and drop what does not fill a block at the end of each; integrate from t = 1e-3; leave out
-the prior and what is below. Detokenisers belong to the source (`sedd.data.source_benchmarks`); which split, the caller
-may say; by default it is that of their zero-shot tables.
+The last three reproduce the numbers of those papers, for comparison with their tables. They concatenate documents in
+groups of 1,000 and drop the tokens at the end of a group that do not fill a block; they integrate from t = 1e-3, and
+leave out the prior and the noise below. Detokenisers belong to the source (`sedd.data.source_benchmarks`). The default
+split is that of their zero-shot tables.
 """
 
 import dataclasses
@@ -25,35 +25,35 @@ from sedd.diffusion.schedule import LogLinear, Schedule
 from sedd.errors import UserError
 from sedd.evaluation.text import ScoringRows, documents, from_corpus, from_rows, from_source, from_texts
 
-GROUP = 1000  # documents that the data loaders of the three papers concatenate at a time
+GROUP_SIZE = 1000  # documents that the data loaders of the three papers concatenate at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """One way to a number."""
+    """An evaluation protocol."""
 
     name: str
-    split: str  # that of the zero-shot tables
-    draws: int | None  # noise levels a block; None: the config's
-    is_bound: bool = False  # all text and all terms; the settings below are for the others
+    split: str  # default: that of the zero-shot tables
+    draws: int | None  # noise levels a block; None: the config's evaluation.draws
+    is_bound: bool = False  # all text and all terms; the fields below are for the other protocols
     eps: float = 1e-3  # the earliest time
-    strata: int = 1  # rows in a row that share out [eps, 1] among them; 1: each has its own
-    tightened: bool = True  # of free scores: normalised or clipped, else as they are
-    own_schedule: bool = False  # times by the model's schedule, else log-linear with eps 1e-3
-    shards: int = 1  # processes that the documents are dealt to, each cutting its own
+    strata: int = 1  # consecutive rows whose times are stratified over [eps, 1] together
+    tightened: bool = True  # the number is that of tightened scores, else of unnormalised ones
+    own_schedule: bool = False  # the model's schedule, else log-linear with eps 1e-3
+    shards: int = 1  # contiguous parts of the documents, each cut on its own
     append_eos: bool = True  # an end-of-text id after each document
-    wrap_with_eos: bool = False  # one before and one after each block, scored as well
+    wrap_with_eos: bool = False  # one before and one after each block, also scored
 
     def __str__(self) -> str:
         return self.name
 
     def stratum(self, rows: jax.Array) -> jax.Array:
-        """Which of `strata` each row takes. Neighbours take distant ones: a cluster of them spans the levels."""
+        """The stratum of each row, Int[B] -> Int[B]. Neighbours are far apart, so that a cluster spans the levels."""
         stride = round(self.strata * 0.618) | 1  # coprime to the powers of two that `strata` are
         return rows * stride % self.strata
 
     def schedule(self, model: Schedule) -> Schedule:
-        """The schedule of the times."""
+        """Returns the schedule that maps times to noise."""
         return model if self.own_schedule else LogLinear(1e-3)
 
 
@@ -70,7 +70,7 @@ PROTOCOLS = {
 
 
 def get_protocol(name: str) -> Protocol:
-    """The protocol of that name. UserError if there is none."""
+    """Returns the protocol of that name. UserError for an unknown name."""
     if name not in PROTOCOLS:
         raise UserError(f"there is no protocol {name!r}; there are {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
@@ -84,29 +84,34 @@ def scoring_rows(
     block_length: int,
     layout: Layout,
 ) -> ScoringRows:
-    """Text in rows, as the protocol has it, for a model of this layout. UserError where there is nothing to score."""
+    """Returns the rows of a text under a protocol, for a model of this layout.
+
+    UserError where nothing is left to score, or for a padded layout with a protocol that packs text.
+    """
     if protocol.is_bound:
         if isinstance(text, Corpus):
             return from_corpus(text, split, block_length)
-        lay = from_source if isinstance(text, Source) else from_texts
-        return lay(text, tokenizer, block_length, layout)
+        if isinstance(text, Source):
+            return from_source(text, tokenizer, block_length, layout)
+        return from_texts(text, tokenizer, block_length, layout)
     if layout.padded:
         raise UserError(f"the protocol {protocol} packs text, but the model was trained on padded documents; use clean")
-    found, data = documents(text, split, tokenizer)
-    rows = grouped(found, block_length, protocol, tokenizer.end_of_text)
+    ids, data = documents(text, split, tokenizer)
+    rows = grouped(ids, block_length, protocol, tokenizer.end_of_text)
     if not len(rows):
         raise UserError(
-            f"the protocol {protocol} leaves nothing of {sum(map(len, found))} tokens in {len(found)} documents: what "
-            f"does not fill a block of {block_length} at the end of each group of documents is dropped; use clean"
+            f"the protocol {protocol} leaves nothing of {sum(map(len, ids))} tokens in {len(ids)} documents: tokens "
+            f"that do not fill a block of {block_length} at the end of a group of documents are dropped; use clean"
         )
-    return from_rows(rows, layout, data, len(found))
+    return from_rows(rows, layout, data, len(ids))
 
 
-def grouped(found: Sequence[np.ndarray], block_length: int, protocol: Protocol, end: int | None) -> np.ndarray:
-    """The blocks of a protocol, Int32[N L]: documents dealt to shards, joined in groups of 1,000, cut.
+def grouped(documents: Sequence[np.ndarray], block_length: int, protocol: Protocol, end: int | None) -> np.ndarray:
+    """The blocks of a protocol, Int32[N L]: documents split into shards, joined in groups of 1,000, cut into blocks.
 
-    What does not fill a block at the end of a group is dropped. end: the end-of-text id; where the tokenizer has none,
-    none is added. A vocabulary as GPT-2's has one id for the beginning and the end of a text.
+    Tokens at the end of a group that do not fill a block are dropped. documents: Int[T_i] each; end: the end-of-text
+    id, None where the tokenizer has none, and then none is added. Vocabularies such as GPT-2's have one id for the
+    beginning and the end of a text.
     """
     has_end = [] if end is None else [end]
     wrap = has_end if protocol.wrap_with_eos else []
@@ -115,9 +120,9 @@ def grouped(found: Sequence[np.ndarray], block_length: int, protocol: Protocol, 
     blocks = [np.zeros((0, block_length), np.int32)]
     if inner < 1:
         return blocks[0]
-    for shard in np.array_split(np.arange(len(found)), protocol.shards):
-        for start in range(0, len(shard), GROUP):
-            parts = [np.append(found[number], after) for number in shard[start : start + GROUP]]
+    for shard in np.array_split(np.arange(len(documents)), protocol.shards):
+        for start in range(0, len(shard), GROUP_SIZE):
+            parts = [np.append(documents[number], after) for number in shard[start : start + GROUP_SIZE]]
             joined = np.concatenate(parts).astype(np.int32)
             joined = joined[: len(joined) // inner * inner].reshape(-1, inner)
             blocks.append(np.pad(joined, ((0, 0), (len(wrap),) * 2), constant_values=(*wrap, 0)[0]))

@@ -1,15 +1,16 @@
-"""The quality of samples, for what a bound cannot say: how likely another model finds them, and how varied they are.
+"""The quality of samples: generative perplexity under a scoring model, and diversity.
 
 Neither number means anything alone. Text that repeats itself has a low generative perplexity, noise a high entropy, and
-a sampler can move along the line from one to the other (arXiv 2409.02908 shows how far, for a fault in float32 alone).
-So a Quality always shows both. Entropy and distinct n-grams depend on the length of a sample and on how many there are,
-and perplexity on the judge: compare like with like, and hold them against the same numbers of held-out text.
+a sampler can trade one for the other (arXiv 2409.02908 shows how far, for a float32 error alone). A Quality therefore
+always has both. Entropy and distinct n-grams depend on the length and the number of samples, perplexity on the scoring
+model: compare equal settings only, and compare with the same numbers of held-out text.
 """
 
 import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -23,10 +24,10 @@ from sedd.runtime.disk import absolute
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """Of N samples. Nats throughout; the errors are over samples, and None where there is but one.
+    """The quality of N samples, in nats. Errors are over samples, and None for a single sample.
 
-    distinct: of n-grams for n = 1, 2, 3; None where no sample has n tokens. What a judge says is None without one, and
-    in its own tokens.
+    distinct: distinct n-grams over all n-grams for n = 1, 2, 3; None where no sample has n tokens. The fields from
+    `scorer` on are None without a scoring model; scorer_tokens and nats_per_token count its tokens.
     """
 
     num_samples: int
@@ -34,11 +35,13 @@ class Quality:
     unigram_entropy: float  # the mean over samples
     unigram_entropy_error: float | None
     distinct: tuple[float | None, ...]
-    judge: str | None = None
-    judge_tokens: int | None = None
+    scorer: str | None = None
+    scorer_tokens: int | None = None
     nats_per_token: float | None = None
     standard_error: float | None = None
-    generative_perplexity: float | None = None  # exp of the nats per token, all samples together
+    generative_perplexity: float | None = (
+        None  # exp(nats_per_token), over all samples together; None where it overflows
+    )
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -54,49 +57,50 @@ class Quality:
             f"measured              {self.num_samples:,} samples, {self.num_tokens:,} tokens; "
             "± is one standard error over samples",
         ]
-        if self.judge is not None:
+        if self.scorer is not None:
+            assert self.nats_per_token is not None  # both are set together
             value = self.generative_perplexity
-            spread = value and self.standard_error and value * self.standard_error
-            perplexity = "beyond all numbers" if value is None else with_error(value, spread, 2)
+            error = value and self.standard_error and value * self.standard_error
+            perplexity = "inf" if value is None else with_error(value, error, 2)
             nats = with_error(self.nats_per_token, self.standard_error)
-            said = f"{nats} nats per token, {self.judge_tokens:,} tokens of {self.judge}"
-            lines.insert(0, f"generative perplexity {perplexity}; {said}")
+            details = f"{nats} nats per token, {self.scorer_tokens:,} tokens of {self.scorer}"
+            lines.insert(0, f"generative perplexity {perplexity}; {details}")
         return "\n".join(lines)
 
 
-def quality(texts: Sequence[str] | None, tokens: Sequence[np.ndarray], judge: Scorer | None = None) -> Quality:
-    """Measures samples. texts: None where there are none, which only a judge needs; tokens: Int[L_i] of each sample.
+def quality(texts: Sequence[str] | None, tokens: Sequence[np.ndarray], scorer: Scorer | None = None) -> Quality:
+    """Measures samples.
 
-    Raises:
-      UserError: there is nothing to measure, or the judge gives no finite number for each text.
+    texts: of each sample; may be None without a scorer; tokens: Int[L_i] of each sample. UserError where there is
+    nothing to measure, or the scorer returns a number that is not finite.
     """
     if texts is not None and len(texts) != len(tokens):
-        raise UserError(f"there are {len(texts)} texts and the tokens of {len(tokens)}; give both of each sample")
+        raise UserError(f"there are {len(texts)} texts and the tokens of {len(tokens)} samples; give both for each")
     num_tokens = sum(map(len, tokens))
     if num_tokens == 0:
         raise UserError("the samples hold no tokens; there is nothing to measure")
     entropy = _over_samples(unigram_entropy(tokens), np.ones(len(tokens)))
-    said = {} if judge is None else _judged(texts, judge)
+    scores = {} if scorer is None else _scored(texts, scorer)
     return Quality(
         num_samples=len(tokens),
         num_tokens=num_tokens,
         unigram_entropy=entropy.value,
         unigram_entropy_error=entropy.standard_error,
         distinct=tuple(distinct(tokens, n) for n in (1, 2, 3)),
-        **said,
+        **scores,
     )
 
 
 def unigram_entropy(tokens: Sequence[np.ndarray]) -> np.ndarray:
-    """The entropy of the token frequencies within each sequence, Int[L_i] -> Float64[N], in nats; 0 of an empty one.
+    """Entropy of the token frequencies within each sequence, Int[L_i] -> Float64[N], nats; 0 for an empty sequence.
 
-    At most log L_i, and below the entropy of the language because a sequence is short.
+    It is at most log L_i, so that short sequences lie below the entropy of the language.
     """
     return np.array([_entropy(np.unique(row, return_counts=True)[1]) for row in tokens])
 
 
 def distinct(tokens: Sequence[np.ndarray], n: int) -> float | None:
-    """Distinct n-grams over all n-grams, over all samples together; None where no sample has n tokens. Int[L_i]."""
+    """Distinct n-grams over all n-grams, of all samples together; None where no sample has n tokens. Int[L_i]."""
     rows = [np.asarray(row) for row in tokens if len(row) >= n]
     if not rows:
         return None
@@ -105,43 +109,42 @@ def distinct(tokens: Sequence[np.ndarray], n: int) -> float | None:
 
 
 def read_samples(path: str | Path, tokenizer: Tokenizer | None = None) -> tuple[list[str] | None, list[np.ndarray]]:
-    """The texts, and the tokens Int64[L_i], of the JSON lines that `sedd sample --json` writes.
+    """Reads the JSON lines that `sedd sample --json` writes. Returns the texts and the tokens, Int64[L_i] each.
 
-    texts: None where the model had no tokenizer. tokenizer: encodes the texts anew, so that the samples of several
-    programs are measured in the same tokens; needed for lines that have no tokens.
-
-    Raises:
-      UserError: there is no such file, or a line of it is no such object, or cut off.
+    The texts are None where the model had no tokenizer. tokenizer: encodes the texts again, so that samples of several
+    programs are measured in the same tokens; needed for lines without tokens. UserError for a file that cannot be read,
+    and for a line that is truncated or not such an object.
     """
     try:
         lines = Path(absolute(path)).read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as samples: {getattr(error, 'strerror', None) or error}") from None
-    whole = lines[-1] == ""  # the last line has its end
-    lines = lines[:-1] if whole else lines
+    complete = lines[-1] == ""  # the last line ends with a newline
+    lines = lines[:-1] if complete else lines
     if not lines:
-        raise UserError(f"{path} is empty; sedd sample --json prints what belongs there")
-    found = []
+        raise UserError(f"{path} is empty; write samples to it with sedd sample --json")
+    samples = []
     for number, line in enumerate(lines, 1):
-        cut = number == len(lines) and not whole
-        found.append(_sample(line, f"{path}, line {number}", cut, tokenizer))
-    texts = [text for text, _ in found]
-    if None in texts and any(text is not None for text in texts):
-        raise UserError(f"{path}, line {texts.index(None) + 1} has no text, and others have; keep them apart")
-    return None if None in texts else texts, [ids for _, ids in found]
+        truncated = number == len(lines) and not complete
+        samples.append(_sample(line, f"{path}, line {number}", truncated, tokenizer))
+    texts = [text for text, _ in samples if text is not None]
+    if texts and len(texts) < len(samples):
+        without = next(number for number, (text, _) in enumerate(samples, 1) if text is None)
+        raise UserError(f"{path}, line {without} has no text, and others have; keep them apart")
+    return texts or None, [ids for _, ids in samples]
 
 
-def _sample(line: str, where: str, cut: bool, tokenizer: Tokenizer | None) -> tuple[str | None, np.ndarray]:
-    """The text and the tokens of a line."""
+def _sample(line: str, where: str, truncated: bool, tokenizer: Tokenizer | None) -> tuple[str | None, np.ndarray]:
+    """Returns the text and the tokens of a line."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
-        if cut:
+        if truncated:
             raise UserError(f"{where}, the last, is cut off; delete it, or draw the samples again") from None
         raise UserError(f"{where} is no JSON object; there must be one for each sample") from None
-    wrong = UserError(f"{where} is no sample: an object with a text and its tokens, a list of ids from 0")
+    invalid = UserError(f"{where} is no sample: an object with a text and its tokens, a list of ids from 0")
     if not isinstance(record, dict) or not isinstance(record.get("text"), str | None):
-        raise wrong
+        raise invalid
     text, ids = record.get("text"), record.get("tokens")
     if tokenizer is not None:
         if text is None:
@@ -149,13 +152,15 @@ def _sample(line: str, where: str, cut: bool, tokenizer: Tokenizer | None) -> tu
         return text, encode_with_eos_markers(text, tokenizer, where).astype(np.int64)
     if ids is None and text is not None:
         raise UserError(f"{where} has no tokens; name a tokenizer that encodes the texts")
-    length = record.get("length", len(ids) if isinstance(ids, list) else 0)  # what follows is not of the text
-    if not _are_ids(ids) or type(length) is not int or not 0 <= length <= len(ids):
-        raise wrong
+    if not _are_ids(ids):
+        raise invalid
+    length = record.get("length", len(ids))  # later tokens are padding
+    if type(length) is not int or not 0 <= length <= len(ids):
+        raise invalid
     return text, np.array(ids[:length], np.int64)
 
 
-def _are_ids(ids: object) -> bool:
+def _are_ids(ids: object) -> TypeGuard[list[int]]:
     return isinstance(ids, list) and all(type(token) is int and 0 <= token < 2**31 for token in ids)
 
 
@@ -164,24 +169,27 @@ def _entropy(counts: np.ndarray) -> float:
     return float(np.sum(shares * np.log(1 / shares)))
 
 
-def _judged(texts: Sequence[str] | None, judge: Scorer) -> dict:
-    """What a judge says, as the fields of a Quality."""
+def _scored(texts: Sequence[str] | None, scorer: Scorer) -> dict[str, Any]:
+    """Scores the texts. Returns the fields of a Quality from `scorer` on."""
     if texts is None:
-        raise UserError("a judge reads texts, and these samples have none; their model has no tokenizer")
-    name = getattr(judge, "name", None) or getattr(judge, "__name__", type(judge).__name__)
-    said = judge(list(texts))
-    nats, sizes = np.asarray(said.nats, np.float64), np.asarray(said.tokens)
+        raise UserError("a scoring model reads texts, and these samples have none; their model has no tokenizer")
+    name = getattr(scorer, "name", None) or getattr(scorer, "__name__", type(scorer).__name__)
+    scored = scorer(list(texts))
+    nats, sizes = np.asarray(scored.nats, np.float64), np.asarray(scored.tokens)
     if nats.shape != (len(texts),) or sizes.shape != nats.shape:
-        raise UserError(f"the judge {name} was asked of {len(texts)} texts and spoke of {nats.shape}, {sizes.shape}")
+        raise UserError(
+            f"the scoring model {name} returned nats of shape {nats.shape} and tokens of shape {sizes.shape} for "
+            f"{len(texts)} texts"
+        )
     if not np.isfinite(nats).all():
-        wrong = int(np.argmin(np.isfinite(nats)))
-        raise UserError(f"the judge {name} gives text {wrong + 1} {nats[wrong]} nats; it must be finite")
+        first = int(np.argmin(np.isfinite(nats)))
+        raise UserError(f"the scoring model {name} gives text {first + 1} {nats[first]} nats; it must be finite")
     if sizes.sum() == 0:
-        raise UserError(f"the judge {name} finds no tokens to score; the texts are too short for it")
+        raise UserError(f"the scoring model {name} finds no tokens to score; the texts are too short for it")
     nats_per_token = _over_samples(nats, sizes)
     return {
-        "judge": name,
-        "judge_tokens": int(sizes.sum()),
+        "scorer": name,
+        "scorer_tokens": int(sizes.sum()),
         "nats_per_token": nats_per_token.value,
         "standard_error": nats_per_token.standard_error,
         "generative_perplexity": exponential(nats_per_token.value),
@@ -189,5 +197,5 @@ def _judged(texts: Sequence[str] | None, judge: Scorer) -> dict:
 
 
 def _over_samples(totals: np.ndarray, sizes: np.ndarray) -> Estimate:
-    """The ratio of the sums, each sample a cluster. Float[N], Float[N]."""
+    """sum(totals) / sum(sizes) with each sample a cluster. Float[N], Float[N]."""
     return ratio(totals, sizes, np.arange(len(totals)))

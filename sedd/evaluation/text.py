@@ -1,4 +1,4 @@
-"""Text laid out for scoring: rows of a block each, and what is counted of them."""
+"""Text in rows for scoring: one block a row, with the counts that a bound is divided by."""
 
 import dataclasses
 import hashlib
@@ -15,26 +15,26 @@ from sedd.data.source import Source
 from sedd.data.tokenizers import END_OF_TEXT, WHOLE_TEXT, Ends, Tokenizer
 from sedd.errors import UserError
 
-CLUSTER_BLOCKS = 16  # blocks of packed text in a cluster of the standard error: neighbours come from the same documents
+CLUSTER_BLOCKS = 16  # blocks of packed text in a cluster of the standard error: neighbours share documents
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoringRows:
-    """N rows of a block each. num_bytes, num_characters: of the text they hold, UTF-8; None where some was left out."""
+    """N rows of one block each. num_bytes, num_characters: of their text, UTF-8; None where a protocol dropped some."""
 
     tokens: np.ndarray  # Int32[N L]
-    lengths: np.ndarray  # Int32[N], the positions of a row that are scored: the first ones
-    counts: np.ndarray  # Int32[N], the tokens of text among them, by whose number nats are divided
-    clusters: np.ndarray  # Int[N], rows that stand or fall together in the standard error
+    lengths: np.ndarray  # Int32[N]: the first lengths[i] positions of row i are scored
+    counts: np.ndarray  # Int32[N]: of these, tokens of text; nats per token divide by them
+    clusters: np.ndarray  # Int[N]: the cluster of each row in the standard error, from 0
     num_bytes: int | None
     num_characters: int | None
     layout: Layout
-    data: dict[str, Any]  # where the text comes from, for the record
-    documents: int
+    data: dict[str, Any]  # origin of the text, for the report
+    documents: int  # number of documents
 
     @property
     def hash(self) -> str:
-        """SHA-256, in hexadecimal, of the rows and what is counted of them."""
+        """SHA-256, in hexadecimal, of the rows, lengths, counts and clusters."""
         arrays = (self.tokens, self.lengths, self.counts, self.clusters)
         digest = hashlib.sha256(f"{self.tokens.shape} {self.layout.name}".encode())
         for array in arrays:
@@ -43,8 +43,11 @@ class ScoringRows:
 
 
 def check_compatible(corpus: Corpus, tokenizer: Tokenizer | None, vocab_size: int, layout: Layout) -> Tokenizer:
-    """The corpus' tokenizer. UserError unless the corpus has the model's tokenizer and layout; of a model that has no
-    tokenizer of its own, such as a published one, the size has to fit."""
+    """Returns the corpus' tokenizer.
+
+    UserError unless the corpus has the model's tokenizer and layout; for a model without a tokenizer, such as a
+    published one, unless it has the model's vocabulary size.
+    """
     if tokenizer is None and corpus.vocab_size != vocab_size:
         raise UserError(
             f"{corpus.path} has {corpus.vocab_size} tokens, the model {vocab_size}; prepare it with the tokenizer that "
@@ -61,8 +64,11 @@ def check_compatible(corpus: Corpus, tokenizer: Tokenizer | None, vocab_size: in
 
 
 def from_corpus(corpus: Corpus, split: str, block_length: int) -> ScoringRows:
-    """A split: packed in consecutive blocks, the tail with its own length, in clusters of 16 blocks; padded document
-    by document, each a cluster."""
+    """The rows of a split of a corpus.
+
+    Packed: consecutive blocks, the last with its own length, in clusters of 16 blocks. Padded: each document in rows of
+    its own, and a cluster of its own.
+    """
     tokens, counts, document = blocks(corpus, split, block_length)
     clusters = np.arange(len(tokens)) // CLUSTER_BLOCKS if document is None else document
     size = (corpus.num_bytes(split), corpus.num_characters(split))
@@ -71,45 +77,47 @@ def from_corpus(corpus: Corpus, split: str, block_length: int) -> ScoringRows:
 
 
 def from_source(source: Source, tokenizer: Tokenizer, block_length: int, layout: Layout) -> ScoringRows:
-    """The documents of a source, laid out as `sedd prepare` would for a model of this layout, in the source's order."""
+    """The rows of a source, as `sedd prepare` makes them for a model of this layout, in the order of the source."""
     if layout.padded:
         texts = [text for text in _documents(source) if text]
         scored = from_texts(texts, tokenizer, block_length, layout)
         return dataclasses.replace(scored, data={"source": source.spec, "hash": scored.data["hash"]})
     end = [] if source.joiner is not None or tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    parts, size, count, digest = [], np.zeros(2, int), 0, hashlib.sha256()
+    parts, size, num_documents, digest = [], np.zeros(2, int), 0, hashlib.sha256()
     for text, ends in tokenizer.parts(tqdm(source, desc="tokenising", unit=" documents", delay=2)):
         parts += tokenizer.encode_all([text], [ends])
         if ends.closes:
             parts.append(np.array(end, np.int32))
         size += len(text.encode()), len(text)
         digest.update(text.encode() + b"\0" * ends.closes)
-        count += ends.closes
+        num_documents += ends.closes
     tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     if not tokens.size:
         raise UserError(f"the source {source.spec} holds no text; choose another")
     rows, counts = cut(tokens, block_length)
     data = {"source": source.spec, "hash": digest.hexdigest()}
-    return _scoring_rows(
-        rows, counts, np.arange(len(rows)) // CLUSTER_BLOCKS, tuple(map(int, size)), layout, data, count
-    )
+    clusters = np.arange(len(rows)) // CLUSTER_BLOCKS
+    return _scoring_rows(rows, counts, clusters, (int(size[0]), int(size[1])), layout, data, num_documents)
 
 
 def from_texts(
     texts: Sequence[str], tokenizer: Tokenizer, block_length: int, layout: Layout, has_eos_markers: bool = False
 ) -> ScoringRows:
-    """Texts one by one, cut into blocks where they are longer; each is a cluster. UserError for an empty one.
+    """The rows of texts, each text cut into blocks of its own and a cluster of its own.
 
-    For a model of padded documents each ends as those do, with the end-of-text id. marked: an end of text within them
-    is written as `Tokenizer.decode` shows it, as it is in samples.
+    For a model of padded documents each text ends with the end-of-text id. has_eos_markers: the texts hold the marker
+    that `Tokenizer.decode` writes for an end of text, as samples do. UserError for an empty text, or without texts.
     """
     rows, counts, clusters = [], [], []
-    end = [tokenizer.end_of_text] if layout.padded else []
+    end: list[int] = []
+    if layout.padded:
+        assert tokenizer.end_of_text is not None  # every padded corpus has one
+        end = [tokenizer.end_of_text]
     for number, text in enumerate(texts):
         if not text:
             raise UserError(f"text {number + 1} of {len(texts)} is empty; there is nothing to score")
         what = f"text {number + 1} of {len(texts)}"
-        ids = (encode_with_eos_markers if has_eos_markers else encoded)(text, tokenizer, what)
+        ids = (encode_with_eos_markers if has_eos_markers else encode)(text, tokenizer, what)
         ids = np.concatenate([ids, np.array(end, np.int32)])
         if not len(ids):
             raise UserError(f"text {number + 1} of {len(texts)} has no tokens, {text!r}; there is nothing to score")
@@ -121,43 +129,45 @@ def from_texts(
         raise UserError("there are no texts to score")
     size = sum(len(text.encode()) for text in texts), sum(map(len, texts))
     data = {"texts": len(texts), "hash": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
-    return _scoring_rows(*map(np.concatenate, (rows, counts, clusters)), size, layout, data, len(texts))
+    arrays = (np.concatenate(rows), np.concatenate(counts), np.concatenate(clusters))
+    return _scoring_rows(*arrays, size, layout, data, len(texts))
 
 
 def from_rows(rows: np.ndarray, layout: Layout, data: dict[str, Any], num_documents: int) -> ScoringRows:
-    """Whole blocks, Int32[N L], in clusters of 16, of which every token counts."""
-    counts = np.full(len(rows), rows.shape[1], np.int32)
-    return _scoring_rows(
-        rows, counts, np.arange(len(rows)) // CLUSTER_BLOCKS, (None, None), layout, data, num_documents
-    )
+    """Full blocks, Int32[N L], in clusters of 16; every token is scored and counted."""
+    counts, clusters = np.full(len(rows), rows.shape[1], np.int32), np.arange(len(rows)) // CLUSTER_BLOCKS
+    return _scoring_rows(rows, counts, clusters, (None, None), layout, data, num_documents)
 
 
 def documents(text: Corpus | Source | Sequence[str], split: str, tokenizer: Tokenizer) -> tuple[list, dict[str, Any]]:
-    """The ids of each document, Int32[T], without an end of text, empty documents too; and where they come from."""
+    """Returns the ids of each document, Int32[T], without an end of text, empty documents too; and their origin."""
     if isinstance(text, Corpus):
         end, offsets = text.tokenizer.end_of_text, text.offsets(split)
         tokens = text.checked(np.asarray(text.tokens(split)))
-        found = [tokens[start:stop].astype(np.int32) for start, stop in zip(offsets[:-1], offsets[1:])]
-        found = [ids[:-1] if len(ids) and ids[-1] == end else ids for ids in found]
-        return found, {"corpus": str(text.path), "split": split, "hash": text.hash}
+        rows = [tokens[start:stop].astype(np.int32) for start, stop in zip(offsets[:-1], offsets[1:])]
+        rows = [ids[:-1] if len(ids) and ids[-1] == end else ids for ids in rows]
+        return rows, {"corpus": str(text.path), "split": split, "hash": text.hash}
+    data: dict[str, Any]
     if isinstance(text, Source):
         texts, data = list(_documents(text)), {"source": text.spec}
     else:
         texts, data = list(text), {"texts": len(text)}
-    shown = tqdm(texts, desc="tokenising", unit=" documents", delay=2)
-    found = [encoded(one, tokenizer, f"text {number + 1} of {len(texts)}") for number, one in enumerate(shown)]
-    return found, {**data, "hash": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
+    bar = tqdm(texts, desc="tokenising", unit=" documents", delay=2)
+    rows = [encode(one, tokenizer, f"text {number + 1} of {len(texts)}") for number, one in enumerate(bar)]
+    return rows, {**data, "hash": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
 
 
 def encode_with_eos_markers(text: str, tokenizer: Tokenizer, what: str) -> np.ndarray:
-    """The ids of a text in which an end of text is written as `Tokenizer.decode` shows it, Int32[T]."""
-    parts = [text] if tokenizer.end_of_text is None else text.split(END_OF_TEXT)
-    first, *others = (encoded(part, tokenizer, what) for part in parts)
-    return np.concatenate([first, *(np.append(tokenizer.end_of_text, ids) for ids in others)]).astype(np.int32)
+    """The ids, Int32[T], of a text with the marker that `Tokenizer.decode` writes for an end of text."""
+    end = tokenizer.end_of_text
+    if end is None:
+        return encode(text, tokenizer, what)
+    first, *others = (encode(part, tokenizer, what) for part in text.split(END_OF_TEXT))
+    return np.concatenate([first, *(np.append(end, ids) for ids in others)]).astype(np.int32)
 
 
-def encoded(text: str, tokenizer: Tokenizer, what: str, ends: Ends = WHOLE_TEXT) -> np.ndarray:
-    """The ids of a text, or of a part of one, Int32[T]. UserError where it is no text at all."""
+def encode(text: str, tokenizer: Tokenizer, what: str, ends: Ends = WHOLE_TEXT) -> np.ndarray:
+    """The ids of a text, or of a part of one, Int32[T]. UserError, with `what` in front, for a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -169,11 +179,20 @@ def encoded(text: str, tokenizer: Tokenizer, what: str, ends: Ends = WHOLE_TEXT)
 
 
 def _documents(source: Source) -> Iterable[str]:
-    """Every document of a source, empty ones too, each in one piece."""
+    """Yields every document of a source as one string, empty ones too."""
     for document in source.read():
         yield document if isinstance(document, str) else "".join(document)
 
 
-def _scoring_rows(tokens, counts, clusters, size, layout, data, num_documents) -> ScoringRows:
+def _scoring_rows(
+    tokens: np.ndarray,
+    counts: np.ndarray,
+    clusters: np.ndarray,
+    size: tuple[int, int] | tuple[None, None],
+    layout: Layout,
+    data: dict[str, Any],
+    num_documents: int,
+) -> ScoringRows:
+    num_bytes, num_characters = size
     lengths = np.full_like(counts, tokens.shape[1]) if layout.padding == "scored" else counts
-    return ScoringRows(tokens, lengths, counts, clusters, *size, layout, data, num_documents)
+    return ScoringRows(tokens, lengths, counts, clusters, num_bytes, num_characters, layout, data, num_documents)

@@ -3,8 +3,8 @@ r"""One Billion Words, one sentence per row, absorbing process: the paper's smal
 Data       1-billion-word-language-modeling-benchmark-r13output.tar.gz (1,792,209,805 bytes) of statmt.org/lm-benchmark,
            unpacked to data/raw/lm1b without its top folder: 99 shards for training (30,301,028 sentences) and 50
            held-out ones (306,688), text that is already split at punctuation. Ten of the held-out shards are for
-           validation, 40 for the test; published numbers use all 50. tokenizer.json is that of bert-base-uncased: 30,522 tokens,
-           lower case.
+           validation, 40 for the test; published numbers use all 50. tokenizer.json is that of bert-base-uncased:
+           30,522 tokens, lower case.
 Commands   sedd prepare --train='lines:data/raw/lm1b/training-monolingual.tokenized.shuffled/news.en-*' \
                --validation='lines:data/raw/lm1b/heldout-monolingual.tokenized.shuffled/news.en.heldout-0000?-*' \
                --test='lines:data/raw/lm1b/heldout-monolingual.tokenized.shuffled/news.en.heldout-000[1-4]?-*' \

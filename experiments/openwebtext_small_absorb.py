@@ -15,7 +15,7 @@ Hardware   8 devices of 80 GB: --dry_run estimates 45 GiB each. On others set --
 Time       not run here. 1.8e20 FLOPs, as --dry_run counts them: 50 hours at 1e15 a second, which is 40% of the
            peak of 8 A100s.
 Result     to compare with: a validation perplexity of at most 24.1 (Duo, arXiv 2506.10892, table 1, which retrained
-           it, for a million steps). The paper itself reports other data sets: at most 50.92 on LAMBADA, 41.84 on WikiText2
+           it, for a million steps). The paper reports other data sets: at most 50.92 on LAMBADA, 41.84 on WikiText2
            and 40.62 on WikiText103 (SEDD, arXiv 2310.16834, table 1). It does not say for how many steps: RADD (arXiv
            2406.03736, section 4.1) assumes 400,000; the authors' released settings have 1,300,000.
 """

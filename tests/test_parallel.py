@@ -1,4 +1,4 @@
-"""The same numbers on any devices: the losses of a run on 1, 2, 4 and 8 of them, with and without accumulation."""
+"""Losses are independent of the devices: runs on 1, 2, 4 and 8 of them, with and without accumulation."""
 
 import dataclasses
 import math
@@ -27,33 +27,29 @@ def corpus(tmp_path_factory):
 
 
 def paper_config(corpus):
-    """The paper's recipe on a network of 16: free scores, times, AdamW, an average, dropout 0.1."""
+    """The paper's recipe on a network of width 16: unnormalised scores, times, AdamW, an EMA, dropout 0.1."""
     settings = (f"data.corpus={corpus.path}", *SETTINGS, *DROPOUT, "network.dtype=float32", "evaluation.every=0")
     return configs.override(configs.paper(), [*settings, "training.steps=10", "optimizer.learning_rate=1e-3"])
 
 
 def default_config(corpus):
-    """The default recipe likewise: log r, counts, Muon at its full rate; dropout added."""
+    """The default recipe on the same network: log r, mask counts, Muon at its full learning rate; with dropout."""
     return small_config(corpus, *MUON, *DROPOUT, "training.steps=100")
 
 
 def compiled(config, corpus, devices):
-    """The step as it is compiled for so many devices, its mesh and shardings."""
+    """Returns the step compiled for a number of devices, its mesh and its shardings."""
     objective, optimizer, mesh = parts(config, corpus, devices)
-    init, step, where = make_step(config, objective, optimizer, mesh)
+    init, step, shardings = make_step(config, objective, optimizer, mesh)
     tokens = jax.ShapeDtypeStruct((ROWS, config.data.block_length), jnp.int32)
-    return (
-        step.lower(jax.eval_shape(init), Batch(tokens, None)).compile(),
-        mesh,
-        where,
-    )
+    return step.lower(jax.eval_shape(init), Batch(tokens, None)).compile(), mesh, shardings
 
 
 STARTS = {}  # by recipe
 
 
 def start(recipe, corpus):
-    """The state before the first step, on the host: the same on any devices, and made once."""
+    """Returns the initial state on the host. It does not depend on the devices, and is created once."""
     if recipe not in STARTS:
         objective, optimizer, _ = parts(recipe(corpus), corpus, 1)
         STARTS[recipe] = jax.device_get(jax.jit(lambda: init_state(recipe(corpus), objective, optimizer))())
@@ -61,25 +57,25 @@ def start(recipe, corpus):
 
 
 def losses(recipe, corpus, devices, accumulation=1, mesh=None, steps=10, order=slice(None)):
-    """The losses of the first steps, and the ids that they were taken on."""
+    """Returns the losses of the first steps and the token ids of their batches."""
     config = recipe(corpus)
     config.training.accumulation = accumulation
     config.mesh.update(mesh or {})
-    step, mesh, where = compiled(config, corpus, devices)
-    state, found, seen = jax.device_put(start(recipe, corpus), where), [], []
+    step, mesh, shardings = compiled(config, corpus, devices)
+    state, values, ids = jax.device_put(start(recipe, corpus), shardings), [], []
     for k in range(steps):
         rows = batch(corpus, config.data.block_length, ROWS, config.training.seed, k)
         put = jax.device_put(Batch(rows.tokens[order], rows.lengths), parallel.batch_sharding(mesh))
         assert len(put.tokens.sharding.device_set) == devices
-        seen.append(np.asarray(put.tokens))
+        ids.append(np.asarray(put.tokens))
         state, metrics = step(state, put)
-        found.append(float(metrics["loss"]))
-    return np.array(found), np.array(seen)
+        values.append(float(metrics["loss"]))
+    return np.array(values), np.array(ids)
 
 
 @pytest.fixture(scope="module")
-def alone(corpus):
-    """What each recipe gives on one device."""
+def on_one_device(corpus):
+    """Losses and ids of each recipe on one device."""
     return {recipe: losses(recipe, corpus, 1) for recipe in (paper_config, default_config)}
 
 
@@ -87,50 +83,52 @@ def alone(corpus):
     "devices, accumulation", [(2, 4), *(pytest.param(*both, marks=pytest.mark.slow) for both in ((4, 2), (8, 1)))]
 )
 @pytest.mark.parametrize("recipe, tolerance", [(paper_config, 1e-5), (default_config, 1e-4)], ids=["paper", "default"])
-def test_the_first_losses_are_the_same_on_any_devices(corpus, alone, recipe, tolerance, devices, accumulation):
+def test_losses_are_independent_of_devices_and_microbatches(
+    corpus, on_one_device, recipe, tolerance, devices, accumulation
+):
     """Ten steps, with dropout, on the same ids; in 1, 2 and 4 microbatches."""
-    found, seen = losses(recipe, corpus, devices, accumulation)
-    wanted, ids = alone[recipe]
-    np.testing.assert_array_equal(seen, ids)
-    np.testing.assert_allclose(found, wanted, rtol=tolerance)
+    values, ids = losses(recipe, corpus, devices, accumulation)
+    expected, expected_ids = on_one_device[recipe]
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(values, expected, rtol=tolerance)
 
 
-def test_other_noise_gives_other_losses(corpus, alone):
-    """The control: where each row has the noise of another one, the same comparison fails by far."""
-    for recipe, (wanted, _) in alone.items():
-        found, _ = losses(recipe, corpus, 1, order=slice(None, None, -1))
-        assert np.abs(found / wanted - 1).max() > 1e-3
+def test_other_noise_gives_other_losses(corpus, on_one_device):
+    """Control: if each row has the noise of another row, the losses differ by much more than the tolerance."""
+    for recipe, (expected, _) in on_one_device.items():
+        values, _ = losses(recipe, corpus, 1, order=slice(None, None, -1))
+        assert np.abs(values / expected - 1).max() > 1e-3
 
 
 def eight_heads(corpus):
-    """The paper's recipe with a head for each of eight devices."""
+    """The paper's recipe with eight heads, one for each device."""
     return configs.override(paper_config(corpus), ["network.heads=8"])
 
 
 @pytest.fixture(scope="module")
-def eight_heads_alone(corpus):
+def eight_heads_on_one_device(corpus):
     return losses(eight_heads, corpus, 1)[0]
 
 
 @pytest.fixture
 def all_split(monkeypatch):
-    """As if all the arrays that the table names were large."""
+    """Lowers MIN_SHARD_BYTES, so that all parameters of the table are split."""
     monkeypatch.setattr(parallel, "MIN_SHARD_BYTES", 64)
 
 
-FEW = [(2, 2, 2)]
-MORE = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (4, 1, 1), (1, 4, 1), (1, 1, 4), (8, 1, 1), (1, 8, 1), (1, 1, 8), (1, 4, 2)]
+SLOW_MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (4, 1, 1), (1, 4, 1), (1, 1, 4), (8, 1, 1), (1, 8, 1), (1, 1, 8)]
+MESHES = [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [*SLOW_MESHES, (1, 4, 2)])]
 
 
-@pytest.mark.parametrize("sizes", [*FEW, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE)], ids=str)
-def test_every_mesh_gives_the_same_losses(corpus, all_split, eight_heads_alone, sizes):
-    """Ten steps of the paper's recipe; the parameters, their average and both moments are really split."""
-    found, _ = losses(eight_heads, corpus, math.prod(sizes), mesh=dict(zip(parallel.AXES, sizes)))
-    np.testing.assert_allclose(found, eight_heads_alone, rtol=1e-5)
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_every_mesh_gives_the_same_losses(corpus, all_split, eight_heads_on_one_device, sizes):
+    """Ten steps of the paper's recipe; the parameters, their EMA and both moments are split."""
+    values, _ = losses(eight_heads, corpus, math.prod(sizes), mesh=dict(zip(parallel.AXES, sizes)))
+    np.testing.assert_allclose(values, eight_heads_on_one_device, rtol=1e-5)
     state = start(eight_heads, corpus)
-    places = parallel.shardings(AbstractMesh(sizes, parallel.AXES), state)
-    split = jax.tree.map(lambda leaf, where: where.shard_shape(leaf.shape) != leaf.shape, state, places)
-    # Eight matrices; model splits all but the two of the modulation, which have no vocabulary, head or hidden unit.
+    shardings = parallel.shardings(AbstractMesh(sizes, parallel.AXES), state)
+    split = jax.tree.map(lambda leaf, sharding: sharding.shard_shape(leaf.shape) != leaf.shape, state, shardings)
+    # Eight matrices; model splits all but the two of the modulation, which have no axis of that kind.
     kernels = 8 if sizes[1] > 1 else 6 if sizes[2] > 1 else 0
     assert sum(jax.tree.leaves(split.params)) == sum(jax.tree.leaves(split.ema)) == kernels
     assert sum(jax.tree.leaves(split.optimizer)) == 2 * kernels
@@ -148,75 +146,75 @@ def test_every_mesh_gives_the_same_losses(corpus, all_split, eight_heads_alone, 
     ],
     ids=["full", "unrolled dots", "accumulated dots", "accumulated full in bfloat16"],
 )
-def test_recomputation_accumulation_and_meshes_together(
-    corpus, all_split, eight_heads_alone, settings, tolerance, sizes
+def test_recomputation_and_accumulation_on_a_mesh_give_the_same_losses(
+    corpus, all_split, eight_heads_on_one_device, settings, tolerance, sizes
 ):
-    """Against one device that keeps everything and takes the batch at once in float32."""
+    """Compared with one device, without recomputation or accumulation, in float32."""
 
     def recipe(corpus):
         return configs.override(eight_heads(corpus), list(settings))
 
-    def unrolled(corpus):  # which has other fresh parameters
+    def unrolled(corpus):  # its initial parameters differ
         return configs.override(eight_heads(corpus), ["network.scan=false"])
 
-    wanted = eight_heads_alone if recipe(corpus).network.scan else losses(unrolled, corpus, 1)[0]
-    found, _ = losses(recipe, corpus, 8, recipe(corpus).training.accumulation, dict(zip(parallel.AXES, sizes)))
-    np.testing.assert_allclose(found, wanted, rtol=tolerance)
+    expected = eight_heads_on_one_device if recipe(corpus).network.scan else losses(unrolled, corpus, 1)[0]
+    values, _ = losses(recipe, corpus, 8, recipe(corpus).training.accumulation, dict(zip(parallel.AXES, sizes)))
+    np.testing.assert_allclose(values, expected, rtol=tolerance)
 
 
 @pytest.mark.slow
-def test_ragged_rows_on_devices_and_in_microbatches(corpus):
-    """Lengths travel with their rows: the shown loss is that of a token that counts, log V of an untrained network."""
+def test_padded_rows_on_devices_and_in_microbatches(corpus):
+    """The loss is a mean over valid tokens: log V for an untrained network."""
     config = default_config(corpus)
     config.training.accumulation = 2
     objective, optimizer, mesh = parts(config, corpus, 8)
-    _, step, where = make_step(config, objective, optimizer, mesh)
+    _, step, shardings = make_step(config, objective, optimizer, mesh)
     lengths = np.random.default_rng(0).integers(1, 17, ROWS).astype(np.int32)
     rows = Batch(batch(corpus, 16, ROWS, 0, 0).tokens, lengths)
-    state = jax.device_put(start(default_config, corpus), where)
+    state = jax.device_put(start(default_config, corpus), shardings)
     rows = jax.device_put(rows, parallel.batch_sharding(mesh))
     _, metrics = step(state, rows)
     np.testing.assert_allclose(metrics["loss"], np.log(corpus.vocab_size), rtol=1e-4)
 
 
-def spread(levels, slices):
-    """Whether each contiguous slice has one level in each of as many equal shares of [0, 1) as it has rows."""
-    found = np.floor(np.sort(levels.reshape(slices, -1)) * (levels.size // slices)).astype(int)
-    return (found == np.arange(levels.size // slices)).all()
+def is_stratified(levels, slices):
+    """True if each contiguous slice of n rows has one level in each of n equal parts of [0, 1)."""
+    parts = np.floor(np.sort(levels.reshape(slices, -1)) * (levels.size // slices)).astype(int)
+    return (parts == np.arange(levels.size // slices)).all()
 
 
 @pytest.mark.parametrize("slices", [1, 2, 4, 8])
-def test_every_slice_spans_the_levels(corpus, slices):
-    """Every device's and microbatch's: in strata, in times and in counts. Strata in order fail, and so does chance."""
+def test_noise_levels_are_stratified_in_every_slice_of_a_batch(corpus, slices):
+    """On every device and in every microbatch: strata, times, mask counts. Controls: strata in order, random levels."""
     count, length, key = 64, 64, jax.random.key(3)
-    assert spread(strata(count) / count, slices)
+    assert is_stratified(strata(count) / count, slices)
     config = default_config(corpus)
     objective = dataclasses.replace(parts(config, corpus, 1)[0], batch_size=count)
     times = (np.asarray(objective.times(jnp.arange(count), key)) - 1e-3) / (1 - 1e-3)
-    assert spread(times, slices)
+    assert is_stratified(times, slices)
     counts = np.asarray(objective.counts(jnp.arange(count), key, length))
-    assert spread((counts[::2] - 1) / length, slices)  # k - 1 of L, of the first rows of the pairs
-    assert spread((length - counts[1::2]) / length, slices)
-    assert slices == 1 or not spread(np.arange(count) / count, slices)
-    assert not spread(np.random.default_rng(0).random(count), slices)
+    assert is_stratified((counts[::2] - 1) / length, slices)  # k - 1 of L, of the first rows of the pairs
+    assert is_stratified((length - counts[1::2]) / length, slices)
+    assert slices == 1 or not is_stratified(np.arange(count) / count, slices)
+    assert not is_stratified(np.random.default_rng(0).random(count), slices)
 
 
 @pytest.mark.parametrize("count", [2, 6, 12, 20, 64])
-def test_strata_of_any_number(count):
-    """A permutation; and the slices of a batch that is no power of two have no two neighbours where it matters."""
-    found = strata(count)
-    assert sorted(found) == list(range(count))
+def test_strata_are_a_balanced_permutation(count):
+    """The means of the two halves of a batch agree, also if its size is not a power of two."""
+    order = strata(count)
+    assert sorted(order) == list(range(count))
     if count % 4 == 0:
-        halves = found.reshape(2, -1)
+        halves = order.reshape(2, -1)
         assert (np.abs(halves.mean(1) - (count - 1) / 2) <= 1).all()
-        assert abs(np.arange(count).reshape(2, -1).mean(1) - (count - 1) / 2).min() > 1  # in order: the control
+        assert abs(np.arange(count).reshape(2, -1).mean(1) - (count - 1) / 2).min() > 1  # control: in order
 
 
 def test_large_arrays_are_split_by_their_path(corpus):
-    """fsdp splits the width, model the padded vocabulary; the optimiser's copies follow; what is small stays whole."""
+    """fsdp splits the width, model the padded vocabulary; optimiser state likewise; small arrays are replicated."""
     config = small_config(corpus, "network.width=512", "network.heads=4", "mesh.fsdp=2", "mesh.model=2")
-    _, _, places = make_step(config, *parts(config, corpus, 8))
-    specs = {name: tuple(where.spec) for name, where in parallel.named(places).items()}
+    _, _, shardings = make_step(config, *parts(config, corpus, 8))
+    specs = {name: tuple(sharding.spec) for name, sharding in parallel.named(shardings).items()}
     assert specs["params/trunk/block_0/qkv/kernel"] == ("fsdp", None, "model")
     assert specs["params/trunk/block_0/up/kernel"] == ("fsdp", "model")
     assert specs["params/trunk/block_1/down/kernel"] == ("model", "fsdp")
@@ -236,7 +234,7 @@ def test_large_arrays_are_split_by_their_path(corpus):
         ("training.accumulation=2", "4 rows .* cannot be split over 8 devices"),
     ],
 )
-def test_a_mesh_that_does_not_fit(corpus, setting, message):
+def test_a_mesh_that_does_not_fit_is_refused(corpus, setting, message):
     with pytest.raises(UserError, match=message) as caught:
         parallel.make_mesh(small_config(corpus, setting))
     assert "\n" not in str(caught.value)

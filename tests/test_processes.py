@@ -1,4 +1,4 @@
-"""Several processes: they find one another or say who is missing, agree, and go down together, in seconds."""
+"""Several processes: they connect or name the missing ones, compute the same, and end together within seconds."""
 
 import json
 import signal
@@ -24,9 +24,9 @@ def corpus(tmp_path_factory):
 
 
 def train(corpus, workdir, *settings, layers=1):
-    """The command that trains a small model."""
-    told = (f"data.corpus={corpus.path}", *SETTINGS, f"network.layers={layers}", *settings)
-    return ["train", f"--workdir={workdir}", *(f"--config.{setting}" for setting in told)]
+    """Returns the arguments of a command that trains a small model."""
+    settings = (f"data.corpus={corpus.path}", *SETTINGS, f"network.layers={layers}", *settings)
+    return ["train", f"--workdir={workdir}", *(f"--config.{setting}" for setting in settings)]
 
 
 def losses(workdir):
@@ -35,7 +35,7 @@ def losses(workdir):
 
 
 def meet_in_threads(indices, count, timeout, port=None):
-    """The mistake of each process, or None."""
+    """Returns the error message of each process, or None."""
     port = port or jobs.free_port()
 
     def one(index):
@@ -48,21 +48,21 @@ def meet_in_threads(indices, count, timeout, port=None):
         return list(pool.map(one, indices))
 
 
-def test_all_meet():
+def test_meet_returns_when_all_processes_are_present():
     assert meet_in_threads(range(5), 5, 20) == [None] * 5
 
 
-def test_those_that_are_missing_are_named_to_all():
-    found = meet_in_threads([0, 2, 4], 5, 1.5)
-    assert len(set(found)) == 1 and "processes 1, 3 of 5 did not come" in found[0] and "\n" not in found[0]
-    (alone,) = meet_in_threads([1], 2, 1)
-    assert "process 0 at localhost" in alone and "did not answer" in alone
+def test_missing_processes_are_named_in_all_others():
+    messages = meet_in_threads([0, 2, 4], 5, 1.5)
+    assert len(set(messages)) == 1 and "processes 1, 3 of 5 did not come" in messages[0] and "\n" not in messages[0]
+    (message,) = meet_in_threads([1], 2, 1)
+    assert "process 0 at localhost" in message and "did not answer" in message
 
 
-def test_processes_that_do_not_fit(monkeypatch):
-    """Two with one number; and one that was told of another number of processes."""
-    found = meet_in_threads([0, 1, 1], 3, 3)
-    assert any("two processes 1" in message for message in found)
+def test_inconsistent_processes_are_refused():
+    """Two with the same id; and one that expects another number of processes."""
+    messages = meet_in_threads([0, 1, 1], 3, 3)
+    assert any("two processes 1" in message for message in messages)
     port = jobs.free_port()
 
     def one(index, count):
@@ -71,25 +71,25 @@ def test_processes_that_do_not_fit(monkeypatch):
         return str(caught.value)
 
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(one, (0, 1), (3, 2)))
-    assert all("was told of 2 processes, process 0 of 3" in message for message in found)
+        messages = list(pool.map(one, (0, 1), (3, 2)))
+    assert all("expects 2 processes, process 0 expects 3" in message for message in messages)
 
 
-def test_somebody_else_at_the_port():
-    """What is said there in another language is not listened to; a port that is taken is one line."""
+def test_other_programs_at_the_port():
+    """Connections of other programs are ignored; a port in use is an error of one line."""
     port = jobs.free_port()
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(meet, f"localhost:{port}", 2, 0, 30, "wait")
-        jobs.wait_for(lambda: knocks(port), 10)
+        jobs.wait_for(lambda: connects(port), 10)
         meet(f"localhost:{port}", 2, 1, 30, hint="wait")
         assert first.result() is None
     with socket.create_server(("", port)):
-        (found,) = meet_in_threads([0], 2, 1, port)
-        assert f"port {port} of this host cannot be used" in found
+        (message,) = meet_in_threads([0], 2, 1, port)
+        assert f"port {port} of this host cannot be used" in message
 
 
-def knocks(port):
-    """Whether somebody listens there, who is told what is no message."""
+def connects(port):
+    """Connects and sends an HTTP request. True if a process listens at the port."""
     try:
         with socket.create_connection(("localhost", port)) as caller:
             caller.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -99,7 +99,7 @@ def knocks(port):
 
 
 @pytest.mark.parametrize(
-    "told, message",
+    "variables, message",
     [
         ({"SEDD_COORDINATOR": "localhost:1"}, "go together; SEDD_NUM_PROCESSES is not set"),
         ({"SEDD_COORDINATOR": "host", "SEDD_NUM_PROCESSES": "2", "SEDD_PROCESS_ID": "0"}, "must be HOST:PORT"),
@@ -107,8 +107,8 @@ def knocks(port):
         ({"SEDD_COORDINATOR": "h:1", "SEDD_NUM_PROCESSES": "two", "SEDD_PROCESS_ID": "0"}, "must be a whole number"),
     ],
 )
-def test_what_the_environment_says(monkeypatch, told, message):
-    for name, value in told.items():
+def test_invalid_environment_variables_are_refused(monkeypatch, variables, message):
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(sedd.UserError, match=message) as caught:
         processes._job_from_env()
@@ -116,15 +116,15 @@ def test_what_the_environment_says(monkeypatch, told, message):
 
 
 def hardware(root, *files):
-    """A root of a file system in which there are these."""
+    """Creates the files below a root of a file system; returns the root."""
     for file, text in files:
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text(text)
     return root
 
 
-def test_accelerators_that_jax_does_not_see(tmp_path, monkeypatch):
-    """A GPU, a TPU; Google's network card is no TPU. The CPU is used where that was asked for, and else refused."""
+def test_an_accelerator_that_jax_does_not_see_is_an_error(tmp_path, monkeypatch):
+    """A GPU, a TPU; not Google's network card. With JAX_PLATFORMS=cpu it is no error."""
     at = "sys/bus/pci/devices/0000:00:04.0"
     card = hardware(tmp_path / "card", (f"{at}/vendor", "0x1ae0\n"), (f"{at}/device", "0x0042\n"))
     tpu = hardware(tmp_path / "tpu", (f"{at}/vendor", "0x1ae0\n"), (f"{at}/device", "0x0063\n"))
@@ -133,24 +133,27 @@ def test_accelerators_that_jax_does_not_see(tmp_path, monkeypatch):
     assert processes.unused_accelerator(tpu) == ("a TPU", "tpu")
     assert processes.unused_accelerator(gpu)[0] == "an NVIDIA GPU"
     monkeypatch.setattr(processes, "unused_accelerator", lambda: ("a TPU", "tpu"))
-    processes._look_at_devices()  # JAX_PLATFORMS=cpu, as the tests have it
+    processes._check_devices()  # the tests set JAX_PLATFORMS=cpu
     monkeypatch.setattr(processes, "_platforms", lambda: "")
     with pytest.raises(sedd.UserError, match="has a TPU, but JAX sees only the CPU; pip install 'sedd\\[tpu\\]'"):
-        processes._look_at_devices()
+        processes._check_devices()
 
 
-@pytest.mark.parametrize("platform, told, kept", [("gpu", None, True), ("gpu", "here", False), ("cpu", None, False)])
-def test_what_is_compiled_for_accelerators_is_kept(monkeypatch, platform, told, kept):
-    """In the user's own cache, unless another place was told; for CPUs not, whose programs fit one machine only."""
+@pytest.mark.parametrize(
+    "platform, cache, expected",
+    [("gpu", None, str(Path.home() / ".cache/sedd/compiled")), ("gpu", "here", "here"), ("cpu", None, None)],
+)
+def test_the_compilation_cache_is_enabled_for_accelerators(monkeypatch, platform, cache, expected):
+    """Unless the user has set another one; not for CPUs, whose programs run on one kind of machine only."""
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setattr(processes.jax, "default_backend", lambda: platform)
     try:
-        jax.config.update("jax_compilation_cache_dir", told)
-        processes._keep_compiled()
-        place = jax.config.jax_compilation_cache_dir
+        jax.config.update("jax_compilation_cache_dir", cache)
+        processes._enable_compilation_cache()
+        folder = jax.config.jax_compilation_cache_dir
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-    assert place == (str(Path.home() / ".cache/sedd/compiled") if kept else told)
+    assert folder == expected
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +168,8 @@ def pair(corpus, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(pair):
-    """Losses to 1e-6; held-out bounds; one record a step; the same samples during training."""
+def test_two_processes_train_as_one(pair):
+    """Losses agree to 1e-6; one record a step; the same samples during training."""
     two, one = losses(pair / "two"), losses(pair / "one")
     assert len(two) == len(one) == 6
     np.testing.assert_allclose(two, one, rtol=1e-6)
@@ -176,44 +179,44 @@ def test_two_processes_are_one(pair):
 
 @pytest.mark.slow
 def test_evaluation_and_sampling_in_two_processes(pair):
-    """The same number and the same texts as in one; process 0 alone prints; an interrupted evaluation goes on."""
+    """The same number and texts as with one process; only process 0 prints; an interrupted evaluation resumes."""
     evaluate = ["eval", f"--model={pair}/one", "--json", f"--out={pair}/scores"]
     infill = ["infill", f"--model={pair}/one", "the <blank:4> times", "--num_samples=5", "--steps=4", "--json"]
-    wanted, texts = (jobs.run(command, processes=1, devices=1)[0] for command in (evaluate, infill))
+    expected, texts = (jobs.run(command, processes=1, devices=1)[0] for command in (evaluate, infill))
     draws = pair / "scores/draws.f32"
     draws.write_bytes(draws.read_bytes()[: draws.stat().st_size // 2 - 3])
     first, second = jobs.run(evaluate, processes=2, devices=2)
-    found, wanted = json.loads(first), json.loads(wanted)
-    np.testing.assert_allclose(found["nats_per_token"], wanted["nats_per_token"], rtol=1e-6)
+    report, expected = json.loads(first), json.loads(expected)
+    np.testing.assert_allclose(report["nats_per_token"], expected["nats_per_token"], rtol=1e-6)
     assert second == "" and jobs.run(infill, processes=2, devices=2) == [texts, ""]
 
 
 @pytest.mark.slow
-def test_other_processes_and_another_mesh_take_the_same_examples(corpus, tmp_path):
-    """Two processes, then four, then one on a mesh of its own: each example of each batch once, and in order."""
+def test_each_example_is_read_once_with_any_processes_and_mesh(corpus, tmp_path):
+    """Two processes, then four, then one with another mesh: each example of each batch once, in order."""
     watched = Path(__file__).parent / "watched.py"
 
-    def go_on(steps, count, *settings):
+    def train_to(steps, count, *settings):
         settings = (f"training.steps={steps}", "optimizer.decay=constant", *settings)
         command = [str(watched), str(tmp_path / "seen"), *train(corpus, tmp_path / "run", *settings)]
         jobs.run(command, processes=count, devices=8 // count)
 
-    go_on(3, 2)
-    go_on(5, 4, "mesh.model=2")
-    go_on(8, 1, "mesh.fsdp=4")
+    train_to(3, 2)
+    train_to(5, 4, "mesh.model=2")
+    train_to(8, 1, "mesh.fsdp=4")
     records = [json.loads(line) for file in tmp_path.glob("seen.*") for line in file.read_text().splitlines()]
-    taken = sorted((record["k"], example) for record in records for example in record["examples"])
-    read = [example for k, example in taken if k < 8]  # a few more batches are read ahead
-    ahead = [record["k"] for record in records if record["k"] in (3, 5)]
-    assert ahead, "the control: those who went on read again what was only read ahead before"
+    examples = sorted((record["k"], example) for record in records for example in record["examples"])
+    read = [example for k, example in examples if k < 8]  # a few more batches are prefetched
+    prefetched = [record["k"] for record in records if record["k"] in (3, 5)]
+    assert prefetched, "control: a resumed run reads again the batches that were only prefetched"
     assert sorted(set(read)) == list(range(8 * 8))
-    jobs.run(train(corpus, tmp_path / "whole", "training.steps=8", "optimizer.decay=constant"), processes=1)
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-5)
+    jobs.run(train(corpus, tmp_path / "once", "training.steps=8", "optimizer.decay=constant"), processes=1)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "once"), rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_a_missing_host_is_named(corpus, tmp_path):
-    """The others end within the timeout, with one line."""
+def test_a_missing_process_is_named_after_the_timeout(corpus, tmp_path):
+    """The others end with one line."""
     begin = time.monotonic()
     ended = jobs.finish(jobs.start(train(corpus, tmp_path / "run"), processes=3, only=[0, 2], timeout=5))
     assert time.monotonic() - begin < 60
@@ -224,7 +227,7 @@ def test_a_missing_host_is_named(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_an_exception_in_one_ends_the_other_in_seconds(corpus, tmp_path):
-    """A corpus that only worker 1 lacks; and one that differs there. No time-out is waited for."""
+    """A corpus that only worker 1 lacks; and one that differs there. Neither waits for a timeout."""
     folder = tmp_path / "workers"
     for index in (0, 1):
         (folder / f"worker{index}").mkdir(parents=True)
@@ -242,8 +245,8 @@ def test_an_exception_in_one_ends_the_other_in_seconds(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_that_not_all_see(corpus, tmp_path):
-    """Each worker in its own: noticed before anything is compiled."""
+def test_a_workdir_that_is_not_shared_is_refused(corpus, tmp_path):
+    """Each worker has its own; the error comes before compilation."""
     ended = jobs.finish(jobs.start(train(corpus, "run"), folder=tmp_path))
     assert all(status in (1, 2) for status, _, _ in ended)
     assert any("process 1" in err and "is not the folder that process 0 writes to" in err for _, _, err in ended)
@@ -253,7 +256,7 @@ def test_a_folder_that_not_all_see(corpus, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_sigterm_to_one_of_two_saves_in_both(corpus, tmp_path, victim):
-    """Both stop at the same step and end with 0; the same command goes on to the end."""
+    """Both stop at the same step and exit with 0."""
     command = train(corpus, tmp_path / "run", "training.steps=400", "checkpoint.every=1000")
     started = jobs.start(command)
     metrics = tmp_path / "run/metrics.jsonl"
@@ -268,7 +271,7 @@ def test_sigterm_to_one_of_two_saves_in_both(corpus, tmp_path, victim):
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other(corpus, tmp_path):
-    """Without a word: its silence is noticed."""
+    """Its heartbeat stops."""
     command = train(corpus, tmp_path / "run", "training.steps=100000", "checkpoint.every=100000")
     started = jobs.start(command)
     metrics = tmp_path / "run/metrics.jsonl"

@@ -1,4 +1,4 @@
-"""What a command prints where stdout or stderr is full, closed or ASCII."""
+"""Output of a command if stdout or stderr is full, closed or ASCII."""
 
 import errno
 import io
@@ -16,7 +16,7 @@ TEXT = "Grüße, 漢字\n"
 
 
 class Full(io.StringIO):
-    """A stream on a full disk, of which so many writes succeed."""
+    """A stream on a full disk. room: number of writes that succeed."""
 
     def __init__(self, room=0):
         super().__init__()
@@ -30,18 +30,18 @@ class Full(io.StringIO):
 
 
 class Broken(io.StringIO):
-    """A pipe that nobody reads."""
+    """A pipe without a reader."""
 
     def write(self, text):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 @pytest.fixture
-def ends(tmp_path, monkeypatch):
-    """Runs a program that prints three times, with a stdout; its exit status and what it said on stderr."""
+def run(tmp_path, monkeypatch):
+    """Runs a program, by default one that prints three times, with a stdout. Returns exit status and stderr."""
     monkeypatch.chdir(tmp_path)
 
-    def run(stdout, stderr=None, program=None):
+    def run_with(stdout, stderr=None, program=None):
         stderr = io.StringIO() if stderr is None else stderr
         monkeypatch.setattr(sys, "stdout", stdout)
         monkeypatch.setattr(sys, "stderr", stderr)
@@ -51,77 +51,77 @@ def ends(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         return status, stderr.getvalue() if isinstance(stderr, io.StringIO) else None
 
-    return run
+    return run_with
 
 
 @pytest.mark.parametrize("room", [0, 1])
-def test_results_that_do_not_fit_are_in_a_file(ends, room):
-    """All of them, whatever was written before the disk was full."""
-    status, said = ends(Full(room))
+def test_results_go_to_a_file_if_stdout_is_full(run, room):
+    """All of them, including those written before the disk was full."""
+    status, err = run(Full(room))
     (file,) = Path().glob("sedd-results-*.txt")
     assert file.read_text(encoding="utf-8") == 3 * TEXT
-    assert (status, said) == (
+    assert (status, err) == (
         2,
         f"sedd: error: stdout cannot be written (No space left on device); the results are in {file.absolute()}\n",
     )
 
 
-def test_results_that_fit_nowhere_are_on_stderr(ends, monkeypatch):
+def test_results_go_to_stderr_if_no_file_can_be_written(run, monkeypatch):
     monkeypatch.setattr(streams.tempfile, "mkstemp", lambda *_: Full().write(""))
-    status, said = ends(Full())
-    assert status == 2 and said.endswith(f"the results are these\n{3 * TEXT}\n") and not list(Path().iterdir())
+    status, err = run(Full())
+    assert status == 2 and err.endswith(f"the results are these\n{3 * TEXT}\n") and not list(Path().iterdir())
 
 
-def test_results_are_kept_after_an_exception(ends):
+def test_results_are_saved_after_an_exception(run):
     def program():
         print(TEXT, end="")
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        ends(Full(), program=program)
+        run(Full(), program=program)
     assert [file.read_text(encoding="utf-8") for file in Path().iterdir()] == [TEXT]
 
 
-def test_a_reader_that_ends_early_ends_the_program(ends):
-    assert ends(Broken()) == (0, "") and not list(Path().iterdir())
+def test_a_reader_that_ends_early_ends_the_program(run):
+    assert run(Broken()) == (0, "") and not list(Path().iterdir())
 
 
-def test_what_an_encoding_lacks_is_replaced(ends):
+def test_characters_that_an_encoding_lacks_are_replaced(run):
     ascii = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    assert ends(ascii) == (0, "")
+    assert run(ascii) == (0, "")
     assert ascii.buffer.getvalue().decode() == 3 * "Gr??e, ??\n"
 
 
 @pytest.mark.parametrize("stderr", [Full(), Broken()])
-def test_progress_that_cannot_be_shown_stops_nothing(ends, stderr):
+def test_errors_of_stderr_are_ignored(run, stderr):
     def program():
         print("progress", file=sys.stderr)
         print(TEXT, end="")
         return 0
 
     results = io.StringIO()
-    assert ends(results, stderr, program) == (0, "") and results.getvalue() == TEXT
+    assert run(results, stderr, program) == (0, "") and results.getvalue() == TEXT
 
 
-def test_a_closed_stdout_is_refused_before_anything_starts(ends):
-    status, said = ends(None, program=lambda: 1 / 0)
-    assert (status, said) == (2, "sedd: error: stdout is closed; send the results somewhere, as in > FILE\n")
+def test_a_closed_stdout_is_refused_before_the_program_starts(run):
+    status, err = run(None, program=lambda: 1 / 0)
+    assert (status, err) == (2, "sedd: error: stdout is closed; send the results somewhere, as in > FILE\n")
 
 
-@pytest.mark.parametrize("code, status, said", [(None, 0, ""), (3, 3, ""), ("why", 1, "why\n")])
-def test_an_exit_of_the_program_is_its_status(ends, code, status, said):
-    assert ends(io.StringIO(), program=lambda: sys.exit(code)) == (status, said)
+@pytest.mark.parametrize("code, status, err", [(None, 0, ""), (3, 3, ""), ("why", 1, "why\n")])
+def test_the_exit_status_is_that_of_the_program(run, code, status, err):
+    assert run(io.StringIO(), program=lambda: sys.exit(code)) == (status, err)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_real_descriptors(tmp_path):
-    """stdout full or closed, stderr closed too: no traceback and nothing from the interpreter's own end."""
+def test_full_and_closed_file_descriptors(tmp_path):
+    """stdout full or closed, stderr also closed: no traceback, also not at exit of the interpreter."""
     code = """
 import os, sys
 import streams
 def program():
     print("result", flush=True)
-    with open("file", "w") as file:  # gets none of the descriptors that are closed
+    with open("file", "w") as file:  # must not get a closed descriptor 0, 1 or 2
         print("progress", file=sys.stderr)
         os.write(2, b"progress\\n")
         file.write("text")
@@ -129,7 +129,8 @@ def program():
 sys.exit(streams.run(program))
 """
     (tmp_path / "program.py").write_text(code)
-    runs = [f"{sys.executable} program.py {ends}; echo $? >&2" for ends in ("> /dev/full", ">&-", "<&- 2>&-")]
+    redirections = ("> /dev/full", ">&-", "<&- 2>&-")
+    runs = [f"{sys.executable} program.py {redirection}; echo $? >&2" for redirection in redirections]
     environment = {**os.environ, "PYTHONPATH": str(Path(streams.__file__).parent)}  # so that no JAX is imported
     command = ["bash", "-c", "; ".join(runs)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -162,7 +162,7 @@ def test_text8_is_one_document_in_parts(tmp_path, monkeypatch):
     assert corpus.vocab_size == 27 and corpus.tokenizer.end_of_text is None
 
 
-def test_text8_is_read_in_constant_memory(tmp_path):
+def test_text8_is_read_in_little_memory(tmp_path):
     """31 MB of text, small when compressed. Control: the text as one string."""
     (tmp_path / "text8.gz").write_bytes(gzip.compress(b"a line of text " * 2**21, 1))
     (document,) = data.open_source(f"text8:{tmp_path}/text8.gz").read()

@@ -176,7 +176,7 @@ def test_a_long_text_has_the_same_ids_when_encoded_in_parts(kind, monkeypatch):
     text = "\n".join(NAMES[:40]) + "\n\n  " + " ".join(WORDS) + " "
     expected = tokenizer_of(kind).encode(text)
     monkeypatch.setattr(source_file, "LONGEST_PIECE", 100)
-    assert len(list(source_file.pieces(text))) > 10
+    assert len(list(source_file.split_document(text))) > 10
     assert np.array_equal(tokenizer_of(kind).encode(text), expected)
 
 

@@ -67,7 +67,7 @@ def test_a_config_refuses_invalid_seeds_and_steps():
         configs.override(configs.default(), [f"training.steps={2**31}"])
 
 
-def test_row_indices_beyond_31_bits_have_independent_noise():
+def test_row_indices_beyond_31_bits_have_different_noise():
     """Rows are keyed by 32-bit numbers; later blocks of long texts have numbers from 2**31 on."""
     rows = jnp.array([5, 2**31 - 1, 2**31, 2**31 + 5, 2**32 - 1], jnp.uint32)
     assert len(np.unique(keyed_random.uniform(keyed_random.row_keys(keyed_random.root_key(0), rows)))) == len(rows)

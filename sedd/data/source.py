@@ -35,7 +35,7 @@ class Source:
         """Yields the documents in pieces, each document followed by the joiner; empty documents are skipped."""
         for document in self.read():
             previous = None
-            for text in pieces(document):
+            for text in split_document(document):
                 if previous is not None:
                     yield Piece(previous, False)
                 previous = text
@@ -43,7 +43,7 @@ class Source:
                 yield Piece(previous + (self.joiner or ""), True)
 
 
-def pieces(document: str | Iterable[str]) -> Iterator[str]:
+def split_document(document: str | Iterable[str]) -> Iterator[str]:
     """Yields a document in pieces of at most `LONGEST_PIECE` characters, cut after a newline, else before a space.
 
     document: a string, or its parts; the cuts do not depend on the parts.

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, cast
 import numpy as np
 from etils import epath
 
-from sedd.data.source import pieces as cut
+from sedd.data.source import split_document
 from sedd.data.tokenizer_bytes import Bytes
 from sedd.data.tokenizer_characters import Characters
 from sedd.data.tokenizer_huggingface import HuggingFace, gpt2_data
@@ -135,7 +135,7 @@ class Tokenizer:
         ends: the ends of the part that are ends of the text. Some tokenizers put a space before a text, or drop spaces
         at its ends, and must not do so where a part adjoins other text or a blank.
         """
-        pieces = list(cut(text))
+        pieces = list(split_document(text))
         texts, all_ends = zip(*self.parts(zip(pieces, [False] * (len(pieces) - 1) + [True]), ends.opens))
         return np.concatenate(self.encode_all(texts, [*all_ends[:-1], all_ends[-1]._replace(closes=ends.closes)]))
 

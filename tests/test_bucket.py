@@ -1,4 +1,4 @@
-"""Runs, exports and reports in a bucket, without a network: through a stand-in for Google Cloud Storage."""
+"""Runs, exports and reports in a bucket: a local fake of Google Cloud Storage."""
 
 import importlib.util
 import json
@@ -32,11 +32,11 @@ pytest.importorskip("gcsfs", reason="buckets need gcsfs: pip install 'sedd[gcs]'
 
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory):
-    """The stand-in, which both clients are told of, here and in the processes that are started; without credentials."""
+    """The fake storage, which gcsfs and tensorstore use here and in subprocesses, without credentials."""
     with Bucket() as cloud, pytest.MonkeyPatch.context() as patch:
         for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
             patch.setenv(name, cloud.url)
-        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # so that tensorstore looks for no others
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # so that tensorstore looks for no credentials
         patch.setenv("CLOUDSDK_CONFIG", str(tmp_path_factory.mktemp("none")))
         patch.setenv("NO_GCE_CHECK", "true")
         patch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
@@ -45,11 +45,11 @@ def cloud(tmp_path_factory):
 
 @pytest.fixture
 def bucket(cloud, request):
-    """A bucket of the test's own, as gs://NAME; what it changes of the stand-in is undone."""
+    """A new bucket, as gs://NAME. Settings of the fake are reset after the test."""
     name = f"bucket{len(cloud.objects)}"
     cloud.objects[name] = {}
     yield f"gs://{name}"
-    cloud.page, cloud.refuse, cloud.writes = 1000, lambda method, path: None, lambda bucket, name: None
+    cloud.page, cloud.refuse, cloud.on_write = 1000, lambda method, path: None, lambda bucket, name: None
     storage._ask.cache_clear()
 
 
@@ -58,7 +58,7 @@ def objects(cloud, bucket):
 
 
 def copied(cloud, bucket, name):
-    """Another bucket with all that is in this one."""
+    """Returns another bucket with the same objects."""
     cloud.objects[name] = dict(objects(cloud, bucket))
     return f"gs://{name}"
 
@@ -69,15 +69,15 @@ def corpus(tmp_path_factory):
 
 
 def refusal(call, *args):
-    """The one line of a mistake."""
+    """Returns the one line of a UserError."""
     with pytest.raises(sedd.UserError) as caught:
         call(*args)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_the_stand_in(cloud, bucket):
-    """Both clients see what the other wrote; generations, conditions, ranges, pages and uploads in parts hold."""
+def test_the_fake_storage_serves_both_clients(cloud, bucket):
+    """Each reads what the other wrote; generations, conditions, ranges, pages and multipart uploads work."""
     import tensorstore
 
     store = tensorstore.KvStore.open(f"{bucket}/folder/").result()
@@ -85,8 +85,8 @@ def test_the_stand_in(cloud, bucket):
     second = store.write("a/x", b"second").result()
     assert int(objects(cloud, bucket)["folder/a/x"].generation) > 0 and first.generation != second.generation
     assert store.write("a/x", b"late", if_equal=first.generation).result().generation != second.generation
-    found = store.read("a/x").result()
-    assert found.value == b"second" and found.stamp.generation == second.generation
+    result = store.read("a/x").result()
+    assert result.value == b"second" and result.stamp.generation == second.generation
     assert store.read("a/x", if_not_equal=second.generation).result().state == "unspecified"
     assert store["a/x"] == b"second"
     folder = storage.folder_of(f"{bucket}/folder")
@@ -105,8 +105,7 @@ def test_the_stand_in(cloud, bucket):
     assert store.read("nothing").result().state == "missing"
 
 
-def test_what_others_write_is_seen(cloud, bucket):
-    """A listing is never that of before."""
+def test_listings_are_not_cached(cloud, bucket):
     folder = storage.folder_of(f"{bucket}/run")
     (folder / "1/x").write_text("mine")
     assert [path.name for path in folder.iterdir()] == ["1"] and not (folder / "2").is_dir()
@@ -125,8 +124,8 @@ def forbidden(method, path, of=("GET", "POST", "DELETE"), end=""):
     return 403 if method in of and path.split("?")[0].endswith(end) else None
 
 
-def test_a_bucket_that_cannot_be_used(cloud, bucket, corpus, capfd, caplog, monkeypatch):
-    """One line, before anything is compiled, whatever is wanted of it; nothing else is printed, and none is made."""
+def test_a_bucket_that_cannot_be_used_is_refused(cloud, bucket, corpus, capfd, caplog, monkeypatch):
+    """In one line, before compilation; nothing else is printed, and no bucket is created."""
     config, name = small_config(corpus), bucket.removeprefix("gs://")
     monkeypatch.setattr("sedd.training.fit._Run", None)
     for call in (lambda: fit(config, "gs://other/run"), lambda: sedd.load("gs://other/run")):
@@ -139,7 +138,7 @@ def test_a_bucket_that_cannot_be_used(cloud, bucket, corpus, capfd, caplog, monk
     assert "there are no credentials; gcloud auth application-default login" in refusal(fit, config, f"{bucket}/run")
     cloud.refuse = forbidden
     assert "(refused): the roles storage.objectUser and" in refusal(fit, config, f"{bucket}/run")
-    cloud.refuse = lambda *request: forbidden(*request, end=f"/b/{name}")  # what removing a checkpoint needs
+    cloud.refuse = lambda *request: forbidden(*request, end=f"/b/{name}")  # needed to remove a checkpoint
     assert "storage.legacyBucketReader are needed" in refusal(fit, config, f"{bucket}/run")
     cloud.refuse = lambda *request: forbidden(*request, of=("POST",))
     for call in (fit, lambda _, path: enter(storage.locked(storage.folder_of(path)))):
@@ -152,8 +151,7 @@ def test_a_bucket_that_cannot_be_used(cloud, bucket, corpus, capfd, caplog, monk
     assert capfd.readouterr().err in ("", "sedd: 8 device(s) (cpu)\n") and caplog.records == []
 
 
-def test_a_bucket_that_does_not_answer(bucket, monkeypatch):
-    """Not for long."""
+def test_a_bucket_that_does_not_answer_is_an_error_after_the_timeout(bucket, monkeypatch):
     with socket.create_server(("localhost", 0)) as silent:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{silent.getsockname()[1]}")
         monkeypatch.setattr(storage, "_TIMEOUT_SECONDS", 1)
@@ -162,20 +160,20 @@ def test_a_bucket_that_does_not_answer(bucket, monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Leases that are renewed all the time, and are silent soon."""
+    """Leases with short times between renewals and until expiry."""
     monkeypatch.setattr(lease, "_RENEWAL_SECONDS", 0.1)
     monkeypatch.setattr(lease, "_EXPIRY_SECONDS", 1.0)
 
 
-def owner(cloud, bucket, **changes):
-    """Leaves the lock of another job, one that runs on this machine unless it is told otherwise."""
+def lock_by_other(cloud, bucket, **changes):
+    """Writes the lock of another job. By default its process runs on this machine."""
     about = {"token": "another", "pid": os.getppid(), "machine": lease.machine(), "who": "process 1 on another"}
     generation = next(cloud.generations)
     objects(cloud, bucket)["run/.lock"] = Object(json.dumps(about | changes).encode(), generation)
 
 
 def test_a_folder_in_a_bucket_has_one_owner(cloud, bucket, quick, capfd):
-    """A second job is refused as soon as the first gives a sign of life; the lock goes with its job."""
+    """A second job is refused once the first renews its lock; the lock is removed at the end of the first."""
     folder = storage.folder_of(f"{bucket}/run")
     with storage.locked(folder):
         (mine,) = lease._held.values()
@@ -186,38 +184,38 @@ def test_a_folder_in_a_bucket_has_one_owner(cloud, bucket, quick, capfd):
     assert cloud.names(f"{bucket}/run") == [] and "waiting up to 1 s" in capfd.readouterr().err
 
 
-def test_a_killed_job_holds_no_bucket(cloud, bucket, quick, capfd):
-    """It is taken over at once where its process is known to be gone, and else after a silence."""
+def test_the_lock_of_a_killed_job_is_taken_over(cloud, bucket, quick, capfd):
+    """At once if its process is known to have ended, else after it expires."""
     folder = storage.folder_of(f"{bucket}/run")
     gone = subprocess.Popen(["true"])
     gone.wait()
     for known in ({"pid": gone.pid}, {"pid": os.getpid()}):
-        owner(cloud, bucket, **known)
+        lock_by_other(cloud, bucket, **known)
         enter(storage.locked(folder))
     assert capfd.readouterr().err == ""
     for unknown in ({}, {"machine": "another", "pid": gone.pid}, {"pid": None}):
-        owner(cloud, bucket, **unknown)
+        lock_by_other(cloud, bucket, **unknown)
         start = time.monotonic()
         with storage.locked(folder):
             assert time.monotonic() - start > 1
-    assert capfd.readouterr().err.count("waiting up to 1 s for a sign of it") == 3
+    assert capfd.readouterr().err.count("waiting up to 1 s for a renewal") == 3
 
 
-def test_a_job_whose_folder_was_taken_over_ends(cloud, bucket, quick):
-    """Before it writes anything more, and it leaves the other's lock."""
+def test_a_job_whose_lock_was_taken_over_ends(cloud, bucket, quick):
+    """Before it writes again. It does not remove the lock of the other job."""
     folder = storage.folder_of(f"{bucket}/run")
     with pytest.raises(sedd.UserError, match="another job took gs://.*/run over"):
         with storage.locked(folder), storage.Mirror(folder, ()) as mirror:
             (mirror.local / "mine").write_text("mine")
             (mine,) = lease._held.values()
-            owner(cloud, bucket)
+            lock_by_other(cloud, bucket)
             jobs.wait_for(lambda: mine._lost)
             mirror.sync()
     assert cloud.names(f"{bucket}/run") == [".lock"]
 
 
 def state_of(value, step):
-    """A state of a few numbers."""
+    """Returns a training state with small arrays."""
     params = {"kernel": jnp.full((4, 3), value), "bias": jnp.arange(3.0)}
     return TrainState(jnp.int32(step), params, None, {"count": jnp.int32(step)})
 
@@ -244,28 +242,28 @@ def test_older_checkpoints_are_removed(cloud, bucket):
     assert {name.split("/")[0] for name in cloud.names(f"{bucket}/run")} == {"3", "5", "6"}
 
 
-def no_marker(there):
-    del there["run/2/commit_success.txt"]
+def no_marker(objects):
+    del objects["run/2/commit_success.txt"]
 
 
-def cut_off(there):
-    """What is there when a writer dies in the middle."""
-    no_marker(there)
-    for name in [name for name in there if name.startswith("run/2/optimizer/")]:
-        del there[name]
+def cut_off(objects):
+    """The objects after the writer was killed in the middle."""
+    no_marker(objects)
+    for name in [name for name in objects if name.startswith("run/2/optimizer/")]:
+        del objects[name]
 
 
-def no_arrays(there):
-    for name in [name for name in there if name.startswith("run/2/params/") and "/d/" in name]:
-        del there[name]
+def no_arrays(objects):
+    for name in [name for name in objects if name.startswith("run/2/params/") and "/d/" in name]:
+        del objects[name]
 
 
-def changed_byte(there):
-    for name, item in list(there.items()):
+def changed_byte(objects):
+    for name, item in list(objects.items()):
         if name.startswith("run/2/params/") and "/d/" in name:
             middle = len(item.data) // 2
             data = item.data[:middle] + bytes([item.data[middle] ^ 1]) + item.data[middle + 1 :]
-            there[name] = Object(data, item.generation + 1)
+            objects[name] = Object(data, item.generation + 1)
 
 
 @pytest.fixture(scope="module")
@@ -279,8 +277,8 @@ def two_steps(cloud):
 
 
 @pytest.mark.parametrize("fault", [no_marker, cut_off], ids=lambda fault: fault.__name__)
-def test_what_was_cut_off_is_passed_over(cloud, two_steps, bucket, capfd, fault):
-    """In silence by who reads beside its writer, with a line by who goes on; and what is written next replaces it."""
+def test_an_incomplete_checkpoint_is_skipped(cloud, two_steps, bucket, capfd, fault):
+    """Silently by a reader, with a line by a resumed run; the next checkpoint replaces it."""
     bucket = copied(cloud, two_steps, bucket.removeprefix("gs://"))
     fault(objects(cloud, bucket))
     assert first_number(f"{bucket}/run") == 1.0 and capfd.readouterr().err == ""
@@ -293,37 +291,36 @@ def test_what_was_cut_off_is_passed_over(cloud, two_steps, bucket, capfd, fault)
     assert {name.split("/")[0] for name in cloud.names(f"{bucket}/run")} == {"1", "3"}
 
 
-def test_the_first_one_was_cut_off(cloud, two_steps, bucket):
-    """There is none to go back to, and none that is damaged: a run starts anew."""
+def test_a_run_restarts_if_its_first_checkpoint_is_incomplete(cloud, two_steps, bucket):
     bucket = copied(cloud, two_steps, bucket.removeprefix("gs://"))
-    there = objects(cloud, bucket)
-    for name in [name for name in there if name.startswith("run/1/")]:
-        del there[name]
-    cut_off(there)
+    remaining = objects(cloud, bucket)
+    for name in [name for name in remaining if name.startswith("run/1/")]:
+        del remaining[name]
+    cut_off(remaining)
     assert checkpoints(f"{bucket}/run").restore(LIKE) is None
     with pytest.raises(sedd.UserError, match="holds no checkpoint yet; train a little longer"):
         first_number(f"{bucket}/run")
 
 
 @pytest.mark.parametrize("fault", [no_arrays, changed_byte], ids=lambda fault: fault.__name__)
-def test_a_fault_costs_one_line_and_one_interval(cloud, two_steps, bucket, capfd, fault):
+def test_restore_skips_an_unusable_checkpoint_and_keeps_it_renamed(cloud, two_steps, bucket, capfd, fault):
     """The step before is found; a run puts aside what it passes over, and keeps it when it writes that step again."""
     bucket = copied(cloud, two_steps, bucket.removeprefix("gs://"))
     fault(objects(cloud, bucket))
     before = cloud.names(f"{bucket}/run")
     assert first_number(f"{bucket}/run") == 1.0 and cloud.names(f"{bucket}/run") == before
     assert "sedd: the checkpoint of step 2 is damaged" in capfd.readouterr().err
-    bad = cloud.names(f"{bucket}/run/2")
+    damaged = cloud.names(f"{bucket}/run/2")
     with checkpoints(f"{bucket}/run") as saved:
         assert int(saved.restore(LIKE).step) == 1
         saved.save(state_of(3.0, 2))
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[0].endswith("going back to step 1") and lines[1] == "sedd: it is kept as damaged-2"
-    assert cloud.names(f"{bucket}/run/damaged-2") == bad
+    assert cloud.names(f"{bucket}/run/damaged-2") == damaged
     assert first_number(f"{bucket}/run") == 3.0 and steps_saved(storage.folder_of(f"{bucket}/run")) == [1, 2]
 
 
-def test_nothing_is_passed_over_without_a_fault(cloud, two_steps, bucket, capfd):
+def test_restore_uses_the_newest_checkpoint_without_a_fault(cloud, two_steps, bucket, capfd):
     bucket = copied(cloud, two_steps, bucket.removeprefix("gs://"))
     with checkpoints(f"{bucket}/run") as saved:
         assert int(saved.restore(LIKE).step) == 2
@@ -331,8 +328,8 @@ def test_nothing_is_passed_over_without_a_fault(cloud, two_steps, bucket, capfd)
     assert "sedd:" not in capfd.readouterr().err and first_number(f"{bucket}/run") == 3.0
 
 
-def test_a_checkpoint_that_cannot_be_written(cloud, two_steps, bucket, capfd):
-    """One line; those that are there stay, and once it can be, the next is written."""
+def test_a_checkpoint_that_cannot_be_written_is_an_error(cloud, two_steps, bucket, capfd):
+    """In one line. Earlier checkpoints are kept, and later ones can be written."""
     bucket = copied(cloud, two_steps, bucket.removeprefix("gs://"))
 
     def save(step):
@@ -352,29 +349,29 @@ def records(workdir, name="metrics.jsonl"):
 
 
 def arrays(workdir, corpus):
-    """All of the newest checkpoint, by their paths."""
+    """Returns the arrays of the newest checkpoint by their paths."""
     workdir = storage.folder_of(workdir)
     config = configs.from_dict(json.loads((workdir / "config.json").read_text())["config"])
-    init, _, where = make_step(config, *parts(config, corpus))
+    init, _, shardings = make_step(config, *parts(config, corpus))
     with Checkpoints(workdir / "checkpoints", config.checkpoint) as saved:
-        state = saved.restore(parallel.abstract_arrays(jax.eval_shape(init), where))
+        state = saved.restore(parallel.abstract_arrays(jax.eval_shape(init), shardings))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
 
 
 def check_same(workdir, other, corpus):
-    """Bit for bit the same state, and the same losses, each once."""
-    wanted, found = arrays(workdir, corpus), arrays(other, corpus)
-    assert wanted.keys() == found.keys()
-    for name, array in wanted.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
-    told = [[(r["step"], r["loss"]) for r in records(run) if "loss" in r] for run in (workdir, other)]
-    assert told[0] == told[1]
+    """Asserts that the states are equal bit for bit, and the same losses are recorded once."""
+    expected, actual = arrays(workdir, corpus), arrays(other, corpus)
+    assert expected.keys() == actual.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+    losses = [[(r["step"], r["loss"]) for r in records(run) if "loss" in r] for run in (workdir, other)]
+    assert losses[0] == losses[1]
     bounds = [[r for r in records(run) if "loss" not in r] for run in (workdir, other)]
     assert bounds[0] == bounds[1]
 
 
 def newest(cloud, bucket):
-    """The last step with a commit marker."""
+    """Returns the last step with a commit marker."""
     names = [name.split("/") for name in list(objects(cloud, bucket)) if name.endswith("/commit_success.txt")]
     return max([int(parts[2]) for parts in names if len(parts) == 4 and parts[2].isdigit()], default=0)
 
@@ -383,43 +380,42 @@ SHORT = ("checkpoint.every=2", "network.layers=1")
 
 
 @pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
+def on_disk(corpus, tmp_path_factory):
     """A run of six steps on a disk."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
+    workdir = tmp_path_factory.mktemp("on_disk") / "run"
     fit(small_config(corpus, *SHORT), workdir)
     return workdir
 
 
 @pytest.fixture(scope="module")
 def trained(cloud, corpus):
-    """The same run in a bucket, and that bucket as it was when each of its objects was about to be written."""
+    """The same run in a bucket. Returns the objects of the bucket before each write, by the name of the written one."""
     cloud.objects["trained"], moments = {}, {}
 
     def note(bucket, name):
-        moments[name] = dict(cloud.objects[bucket])  # as a process leaves it that is killed now
+        moments[name] = dict(cloud.objects[bucket])  # the state if the process were killed now
         if name.endswith("metrics.jsonl"):
-            time.sleep(1)  # so that whatever does not wait for it is there first
+            time.sleep(1)  # so that writes that do not wait for this one come first
 
-    cloud.writes = note
+    cloud.on_write = note
     fit(small_config(corpus, *SHORT), "gs://trained/run")
-    cloud.writes = lambda *_: None
+    cloud.on_write = lambda *_: None
     return moments
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_is_one_on_a_disk(cloud, corpus, whole, trained):
-    """Nothing else is left, and it can be loaded, the step of one's choice too."""
-    check_same(whole, "gs://trained/run", corpus)
-    there = cloud.names("gs://trained/run")
+def test_a_run_in_a_bucket_is_that_on_a_disk(cloud, corpus, on_disk, trained):
+    """No other files are left. It can be loaded, also at an earlier step."""
+    check_same(on_disk, "gs://trained/run", corpus)
     tops = {"checkpoints", "config.json", "metrics.jsonl", "tokenizer"}
-    assert {name.split("/")[0] for name in there} == tops
+    assert {name.split("/")[0] for name in cloud.names("gs://trained/run")} == tops
     model, older = sedd.load("gs://trained/run"), sedd.load("gs://trained/run/checkpoints/4")
-    jax.tree.map(np.testing.assert_array_equal, model.params, sedd.load(whole).params)
-    jax.tree.map(np.testing.assert_array_equal, older.params, sedd.load(whole / "checkpoints/4").params)
+    jax.tree.map(np.testing.assert_array_equal, model.params, sedd.load(on_disk).params)
+    jax.tree.map(np.testing.assert_array_equal, older.params, sedd.load(on_disk / "checkpoints/4").params)
 
 
 MOMENTS = [
-    "config.json",  # which is moved there
+    "config.json",  # which is moved to its place
     "tokenizer/tokenizer.json",
     "checkpoints/2/manifest/metadata",
     "checkpoints/4/commit_success.txt",
@@ -430,44 +426,43 @@ MOMENTS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MOMENTS)
-def test_killed_at_any_moment_it_goes_on(cloud, corpus, whole, trained, bucket, name, capfd):
-    """As if nothing had been: no record is lost, none is there twice."""
+def test_a_run_killed_at_any_moment_resumes(cloud, corpus, on_disk, trained, bucket, name, capfd):
+    """With the same result: no record is lost or repeated."""
     cloud.objects[bucket.removeprefix("gs://")].update(trained[f"run/{name}"])
-    left = newest(cloud, bucket)
-    assert fit(small_config(corpus, *SHORT), f"{bucket}/run").steps == 6 - left
-    check_same(whole, f"{bucket}/run", corpus)
-    problem = f"step {left + 2} is incomplete: its write was interrupted"
+    saved = newest(cloud, bucket)
+    assert fit(small_config(corpus, *SHORT), f"{bucket}/run").steps == 6 - saved
+    check_same(on_disk, f"{bucket}/run", corpus)
+    problem = f"step {saved + 2} is incomplete: its write was interrupted"
     assert name[:11] != "checkpoints" or problem in capfd.readouterr().err
 
 
 @pytest.mark.slow
-def test_records_are_there_before_the_checkpoint(cloud, corpus, trained):
-    """Whatever is committed, what was recorded until then is in the bucket."""
+def test_records_are_uploaded_before_a_checkpoint_is_committed(cloud, corpus, trained):
     for step in (2, 4, 6):
-        there = trained[f"run/checkpoints/{step}/commit_success.txt"]
-        steps = [json.loads(line)["step"] for line in there["run/metrics.jsonl"].data.splitlines()]
+        uploaded = trained[f"run/checkpoints/{step}/commit_success.txt"]
+        steps = [json.loads(line)["step"] for line in uploaded["run/metrics.jsonl"].data.splitlines()]
         assert steps == list(range(1, len(steps) + 1)) and len(steps) >= step  # it may be committed later
 
 
 @pytest.mark.slow
-def test_records_that_cannot_be_written(cloud, corpus, bucket):
-    """One line; and the same command goes on."""
+def test_records_that_cannot_be_written_are_an_error(cloud, corpus, bucket):
+    """In one line. The same command resumes the run."""
 
     def fail(bucket, name):
         if name.endswith("metrics.jsonl"):
             cloud.refuse = lambda *request: forbidden(*request, of=("POST",))
 
-    cloud.writes = fail
+    cloud.on_write = fail
     config = small_config(corpus, *SHORT, "training.steps=4", "optimizer.decay=constant")
     assert "cannot be written to" in refusal(fit, config, f"{bucket}/run")
-    cloud.refuse, cloud.writes = lambda *_: None, lambda *_: None
+    cloud.refuse, cloud.on_write = lambda *_: None, lambda *_: None
     fit(config, f"{bucket}/run")
     assert [record["step"] for record in records(f"{bucket}/run")] == [1, 2, 3, 4]
 
 
 def command(corpus, workdir, *settings):
-    told = (f"data.corpus={corpus.path}", *SETTINGS, "network.layers=1", *settings)
-    return ["train", f"--workdir={workdir}", *(f"--config.{setting}" for setting in told)]
+    settings = (f"data.corpus={corpus.path}", *SETTINGS, "network.layers=1", *settings)
+    return ["train", f"--workdir={workdir}", *(f"--config.{setting}" for setting in settings)]
 
 
 LONG = ("training.steps=120", "training.ema_decay=0.9", "checkpoint.every=20", "checkpoint.keep=2")
@@ -475,8 +470,8 @@ LONG = (*LONG, "evaluation.every=50")
 
 
 @pytest.mark.slow
-def test_stopped_and_started_again_is_uninterrupted(cloud, corpus, bucket, tmp_path):
-    """Through the command line, by SIGTERM; with samples, bounds and files for TensorBoard."""
+def test_a_resumed_run_equals_an_uninterrupted_one(cloud, corpus, bucket, tmp_path):
+    """On the command line, after SIGTERM; with samples, bounds and files for TensorBoard."""
     tensorboard = ("metrics.tensorboard=true",) if importlib.util.find_spec("tensorboardX") else ()
     (run,) = jobs.start(command(corpus, f"{bucket}/run", *LONG, *tensorboard), processes=1)
     jobs.wait_for(lambda: newest(cloud, bucket) >= 20)
@@ -498,20 +493,20 @@ def test_stopped_and_started_again_is_uninterrupted(cloud, corpus, bucket, tmp_p
 
 
 @pytest.mark.slow
-def test_loading_while_a_run_writes(cloud, corpus, bucket, whole):
-    """Again and again, whatever is being written or removed; what is found is never old."""
+def test_a_model_can_be_loaded_while_a_run_writes(cloud, corpus, bucket):
+    """At any moment; later calls load later checkpoints."""
     settings = ("training.steps=400", "checkpoint.every=10", "checkpoint.keep=2")
     (run,) = jobs.start(command(corpus, f"{bucket}/run", *settings), processes=1)
     jobs.wait_for(lambda: newest(cloud, bucket))
-    seen = []
+    loaded = []
     while run.poll() is None:
-        seen.append(np.asarray(sedd.load(f"{bucket}/run").params["trunk"]["embedding"]).tobytes())
-    assert run.wait() == 0 and len(set(seen)) >= 3
+        loaded.append(np.asarray(sedd.load(f"{bucket}/run").params["trunk"]["embedding"]).tobytes())
+    assert run.wait() == 0 and len(set(loaded)) >= 3
 
 
 @pytest.mark.slow
 def test_two_processes_train_into_one_bucket(cloud, corpus, bucket, tmp_path):
-    """As one process with as many devices does; a second call continues."""
+    """With the losses of one process with as many devices; a second call resumes."""
     settings = ("training.steps=6", "checkpoint.every=2", "checkpoint.keep=2", "optimizer.decay=constant")
     jobs.run(command(corpus, f"{bucket}/run", *settings), processes=2, devices=2, folder=tmp_path)
     assert cloud.names(f"{bucket}/run/checkpoints/4") and not cloud.names(f"{bucket}/run/checkpoints/2")
@@ -525,9 +520,9 @@ def test_two_processes_train_into_one_bucket(cloud, corpus, bucket, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_export(cloud, bucket, whole):
-    """The same model comes back; nothing is written over; what is missing or damaged is said."""
-    model = sedd.load(whole)
+def test_an_export_to_a_bucket_loads_as_the_same_model(cloud, bucket, on_disk):
+    """Nothing is overwritten; a missing file is an error of one line."""
+    model = sedd.load(on_disk)
     model.save(f"{bucket}/exported")
     again = sedd.load(f"{bucket}/exported")
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
@@ -537,20 +532,19 @@ def test_an_export(cloud, bucket, whole):
     assert f"{bucket}/other cannot be written to (refused)" in refusal(model.save, f"{bucket}/other")
     cloud.refuse = lambda *_: None
     assert "there is no folder" in refusal(sedd.load, f"{bucket}/nothing")
-    there = objects(cloud, bucket)
-    del there["exported/tokenizer/tokenizer.model"]
+    del objects(cloud, bucket)["exported/tokenizer/tokenizer.model"]
     assert "tokenizer.model is missing" in refusal(sedd.load, f"{bucket}/exported")
 
 
 @pytest.mark.slow
-def test_an_evaluation_goes_on(cloud, corpus, bucket, whole, monkeypatch, capfd):
-    """Interrupted in the middle of a record it gives the same report; another one is refused."""
+def test_an_interrupted_evaluation_resumes(cloud, corpus, bucket, on_disk, monkeypatch, capfd):
+    """Interrupted in the middle of a record, it gives the same report; another evaluation is refused."""
     monkeypatch.setattr(scoring, "_SYNC", 0)
-    flags, starts, moments = ["eval", f"--model={whole}", "--batch_size=8", "--draws=2", "--json"], [], []
-    cloud.writes = lambda bucket, name: moments.append((name, dict(cloud.objects[bucket])))
+    flags, starts, moments = ["eval", f"--model={on_disk}", "--batch_size=8", "--draws=2", "--json"], [], []
+    cloud.on_write = lambda bucket, name: moments.append((name, dict(cloud.objects[bucket])))
     assert cli.main([*flags, f"--out={bucket}/report"]) == 0
-    cloud.writes = lambda *_: None
-    half = [there for name, there in moments if name == "report/draws.f32"][1]
+    cloud.on_write = lambda *_: None
+    half = [copy for name, copy in moments if name == "report/draws.f32"][1]
     record = half["report/draws.f32"]
     half["report/draws.f32"] = Object(record.data[:-7], record.generation)
     cloud.objects["half"] = half
@@ -561,7 +555,7 @@ def test_an_evaluation_goes_on(cloud, corpus, bucket, whole, monkeypatch, capfd)
     out = capfd.readouterr().out
     assert out[: len(out) // 2] * 2 == out and json.loads(out[: len(out) // 2])
     assert starts == [7] and "report/report.json" in half
-    whole_record, other_record = (cloud.objects[name]["report/draws.f32"].data for name in (bucket[5:], "half"))
-    assert whole_record == other_record
+    record, resumed = (cloud.objects[name]["report/draws.f32"].data for name in (bucket[5:], "half"))
+    assert record == resumed
     assert cli.main([*flags, "--out=gs://half/report", "--seed=1"]) == 2
     assert "gs://half/report holds another evaluation: its seed differs" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Folders and paths: which job holds a folder, what its name may be, what a path means, and what a disk refuses."""
+"""Folders and paths: locks, names of folders, path resolution, and errors of the disk and of memory."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ def model(corpus):
 
 
 def refusal(call, *args, **settings):
-    """The one line of a UserError."""
+    """Returns the one line of a UserError."""
     with pytest.raises(sedd.UserError) as caught:
         call(*args, **settings)
     assert "\n" not in str(caught.value)
@@ -45,8 +45,8 @@ def refusal(call, *args, **settings):
 
 
 @contextlib.contextmanager
-def files_of(size):
-    """A disk on which no file can be larger than so many bytes."""
+def max_file_size(size):
+    """A disk on which a file has at most `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -56,7 +56,7 @@ def files_of(size):
 
 
 def test_a_second_job_in_a_folder_is_refused(corpus, model, tmp_path, capsys):
-    """By every command that writes one, and without a trace."""
+    """By every command that writes a folder; no file is left."""
     folder, source = tmp_path / "r", write_files(tmp_path / "text", TEXT)
     model.save(tmp_path / "model")
     calls = [
@@ -78,8 +78,8 @@ def test_a_second_job_in_a_folder_is_refused(corpus, model, tmp_path, capsys):
     assert os.listdir(folder) == []
 
 
-def test_a_killed_job_holds_nothing(corpus, model, tmp_path):
-    """The lock file that it leaves does not block the next job, which removes it."""
+def test_the_lock_file_of_a_killed_job_does_not_block(corpus, model, tmp_path):
+    """The next job removes it."""
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / disk.LOCK).write_text("process 1 on another machine")
     model.perplexity(corpus, out=tmp_path / "r", **SETTINGS)
@@ -91,17 +91,17 @@ def twice(records):
 
 
 def in_another_order(records):
-    """As two jobs append to one file that start at the same row."""
+    """The file after two jobs that start at the same row append to it."""
     return np.concatenate([records[:4], records[:4], records[4:-4]])
 
 
 @pytest.mark.parametrize("fault, message", [(twice, "and this evaluation has"), (in_another_order, "of row 4; remove")])
 def test_a_record_that_two_jobs_wrote_is_refused(corpus, model, tmp_path, fault, message):
-    """It would give a wrong number. What one job wrote is taken."""
-    whole = model.perplexity(corpus, out=tmp_path / "r", **SETTINGS)
-    assert model.perplexity(corpus, out=tmp_path / "r", **SETTINGS) == whole
+    """It would give a wrong number. Control: the file of one job is accepted."""
+    report = model.perplexity(corpus, out=tmp_path / "r", **SETTINGS)
+    assert model.perplexity(corpus, out=tmp_path / "r", **SETTINGS) == report
     file = tmp_path / "r/draws.f32"
-    records = np.fromfile(file, np.float32).reshape(whole.rows, -1)
+    records = np.fromfile(file, np.float32).reshape(report.rows, -1)
     fault(records).tofile(file)
     assert message in refusal(model.perplexity, corpus, out=tmp_path / "r", **SETTINGS)
 
@@ -117,8 +117,8 @@ NAMES = [HOSTILE, "**", "[!a]", "a.orbax-checkpoint-tmp", "7", " ", "a" * 200]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpoints_in_a_folder_of_any_name(tmp_path, name):
-    """They are read again, and older ones go; a name is no pattern."""
-    (tmp_path / "laa/1.orbax-checkpoint-tmp").mkdir(parents=True)  # what the last pattern would match
+    """They are restored, and older ones removed; a name is not read as a pattern."""
+    (tmp_path / "laa/1.orbax-checkpoint-tmp").mkdir(parents=True)  # would match the pattern [!a]
     folder = storage.folder_of(tmp_path / name)
     config = configs.default().checkpoint
     config.keep = 1
@@ -133,14 +133,13 @@ def test_checkpoints_in_a_folder_of_any_name(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a\\b", "a\nb", "a\tb", "a\udcffb", "gs://bucket/lr[0.1]", "gs://bucket/a*"])
 def test_names_that_a_library_misreads_are_refused(corpus, tmp_path, monkeypatch, name):
-    """Before the first step; in a bucket also patterns, for which objects of others would be removed."""
+    """Before the first step; in a bucket also patterns, which would remove objects of other folders."""
     monkeypatch.chdir(tmp_path)
     assert "in the name of a folder is misread; choose another name" in refusal(fit, small_config(corpus), name)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_of_that_very_name_is_the_source(tmp_path):
-    """A pattern is one only where there is no such file."""
+def test_a_source_is_a_pattern_only_if_no_file_has_that_name(tmp_path):
     for name in ("data[1].txt", "data1.txt"):
         (tmp_path / name).write_text(name)
     for name in ("data[1].txt", "data1.txt"):
@@ -150,7 +149,7 @@ def test_a_file_of_that_very_name_is_the_source(tmp_path):
 
 
 def test_a_run_in_a_folder_of_any_name_finds_its_corpus_from_anywhere(tmp_path, monkeypatch, capsys):
-    """From a relative path to what a user does with the run elsewhere; where the corpus is gone, one line says so."""
+    """The corpus is given as a relative path. If it was moved, the error is one line."""
     home = tmp_path / "home"
     (home / HOSTILE).mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
@@ -174,14 +173,14 @@ def test_a_run_in_a_folder_of_any_name_finds_its_corpus_from_anywhere(tmp_path, 
     assert f"{HOSTILE}/mine" in line and line.endswith("say where it is with --data=")
 
 
-def test_a_path_means_the_same_everywhere(tmp_path, monkeypatch):
+def test_paths_are_resolved_in_one_way(tmp_path, monkeypatch):
     """`~` is the home, also in Python and in tokenizers, corpora, samples and judges; a bucket is no folder."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert disk.absolute("~/a/../b") == disk.absolute("b") == f"{tmp_path}/b"
     assert disk.absolute("./~") == f"{tmp_path}/~" and disk.absolute("gs://a/b") == "gs://a/b"
     assert "a path is empty" in refusal(sedd.load, "")
-    assert "there is no user nobody-here" in refusal(sedd.load, "~nobody-here/x")
+    assert "there is no user absent" in refusal(sedd.load, "~absent/x")
     assert "pathlib drops a slash" in refusal(sedd.load, tmp_path.__class__("gs://bucket/run"))
     write_files(tmp_path / "text", TEXT)
     corpus = sedd.prepare("text:~/text/*.txt", "bytes", "~/corpus", split="position:80,10,10")
@@ -190,19 +189,19 @@ def test_a_path_means_the_same_everywhere(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["corpus", "text", "tokenizer"]
 
 
-def test_a_disk_that_is_full_loses_nothing(corpus, model, tmp_path):
-    """One line for each; with room again the same call resumes, and its result is the same."""
-    whole = model.perplexity(corpus, **SETTINGS)
-    with files_of(1500):
+def test_calls_resume_after_a_full_disk(corpus, model, tmp_path):
+    """The error is one line; later the same call resumes, and its result is the same."""
+    report = model.perplexity(corpus, **SETTINGS)
+    with max_file_size(1500):
         line = refusal(model.perplexity, corpus, out=tmp_path / "r", **SETTINGS)
         assert "(File too large); make room there" in line and line.endswith("what is scored is kept")
         assert "make room there" in refusal(model.save, tmp_path / "model")
         source = write_files(tmp_path / "text", ["short"])
     assert (tmp_path / "r/draws.f32").stat().st_size > 0 and os.listdir(tmp_path / "model") == []
-    assert model.perplexity(corpus, out=tmp_path / "r", **SETTINGS) == whole
+    assert model.perplexity(corpus, out=tmp_path / "r", **SETTINGS) == report
     model.save(tmp_path / "model")
     source = write_files(tmp_path / "text", TEXT)
-    with files_of(1500):
+    with max_file_size(1500):
         line = refusal(sedd.prepare, source, "bytes", tmp_path / "corpus", split="position:80,10,10")
         assert "make room there" in line and line.endswith("what is done is kept")
     assert (tmp_path / ".corpus.preparing/survey.json").is_file()
@@ -211,12 +210,12 @@ def test_a_disk_that_is_full_loses_nothing(corpus, model, tmp_path):
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path):
-    """Its writing fails in a thread of the library's; the line is there by the end at the latest."""
+    """The write fails in a thread of Orbax; the error is raised at the end at the latest."""
     folder = storage.folder_of(tmp_path / "checkpoints")
     config = configs.default().checkpoint
     with Checkpoints(folder, config) as saved:
         saved.save(state_of(1.0, 1))
-    with files_of(64), pytest.raises(sedd.UserError, match="could not be written .*; earlier ones are kept"):
+    with max_file_size(64), pytest.raises(sedd.UserError, match="could not be written .*; earlier ones are kept"):
         with Checkpoints(folder, config) as saved:
             saved.save(state_of(2.0, 2))
     assert os.listdir(folder) == ["1"]
@@ -226,8 +225,8 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path):
     assert steps_saved(folder) == [1, 2]
 
 
-def test_a_file_in_the_way(corpus, model, tmp_path, capsys):
-    """One line and status 2, before anything is drawn or scored."""
+def test_a_file_in_place_of_a_folder_is_an_error(corpus, model, tmp_path, capsys):
+    """One line and status 2, before sampling or scoring."""
     (tmp_path / "file").write_text("mine")
     source = write_files(tmp_path / "text", TEXT)
     model.save(tmp_path / "model")
@@ -267,8 +266,8 @@ def no_memory(_):
         (read_only, "model cannot be used (Read-only file system); choose another place"),
     ],
 )
-def test_faults_of_the_machine_are_one_line(monkeypatch, capsys, fault, message):
-    """Those of memory name what to change; other exceptions stay as they are."""
+def test_errors_of_disk_and_memory_are_one_line(monkeypatch, capsys, fault, message):
+    """Those of memory name the setting to change; other exceptions are not caught."""
     monkeypatch.setattr("sedd.loading.load", lambda path, *_: fault(path))
     flags = {"sample": ["--model=model"], "train": ["--init_from=model", "--workdir=none"]}
     for command, words in (("sample", "--batch_size"), ("train", "training.accumulation, or set network.remat")):
@@ -280,9 +279,9 @@ def test_faults_of_the_machine_are_one_line(monkeypatch, capsys, fault, message)
         main(["sample", "--model=model"])
 
 
-def test_a_file_is_whole_or_not_there(tmp_path):
-    """Also where an older one is replaced."""
+def test_a_file_is_written_atomically(tmp_path):
+    """A failed write leaves the older file."""
     disk.write_json_atomic(tmp_path / "a.json", json.dumps({"a": 1}))
-    with files_of(64), pytest.raises(OSError):
+    with max_file_size(64), pytest.raises(OSError):
         disk.write_json_atomic(tmp_path / "a.json", "x" * 100)
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]

@@ -1,4 +1,4 @@
-"""The global settings of JAX, which people switch on for their own programs: no result depends on one."""
+"""Results do not depend on the global settings of JAX, which users change for their own programs."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generator(corpus):
-    """A small model that was never trained, but believes something."""
+    """An untrained model with fixed, nonzero parameters."""
     config = small_config(corpus, "network.layers=1")
     _, schedule, network = configs.build(config, corpus.vocab_size)
     params = jax.tree.map(
@@ -44,47 +44,48 @@ def generator(corpus):
 
 
 def numbers(generator, corpus):
-    """A bound in batches of two sizes, samples, and the likelihood of an answer."""
+    """Returns a bound in batches of two sizes, samples, and the log-likelihood of an answer."""
     model = generator.network, generator.schedule, generator.params
-    scored, device, found = from_corpus(corpus, "train", 16), data_mesh(jax.devices()[:1]), {}
-    for rows in (8, 32):
-        settings = dict(num_draws=2, batch_size=rows, mesh=device, progress=False)
-        found[f"bound, {rows} rows"] = perplexity(*model, scored, **settings)[0].nats_per_token
-    found["samples"] = generator.sample(32, length=12, steps=3, sampler="counts", batch_size=8).tokens
+    rows, mesh, results = from_corpus(corpus, "train", 16), data_mesh(jax.devices()[:1]), {}
+    for batch_size in (8, 32):
+        settings = dict(num_draws=2, batch_size=batch_size, mesh=mesh, progress=False)
+        results[f"bound, {batch_size} rows"] = perplexity(*model, rows, **settings)[0].nats_per_token
+    results["samples"] = generator.sample(32, length=12, steps=3, sampler="counts", batch_size=8).tokens
     tokens, free = np.zeros((1, 16), np.int32), np.arange(16)[None] == 3
-    found["answer"] = log_likelihoods(*model, Answers(tokens, free, None), "exact")[0].nats
-    return found
+    results["answer"] = log_likelihoods(*model, Answers(tokens, free, None), "exact")[0].nats
+    return results
 
 
 @pytest.fixture(scope="module")
-def usual(generator, corpus):
+def by_default(generator, corpus):
+    """The numbers under the default settings."""
     return numbers(generator, corpus)
 
 
 @pytest.mark.parametrize("name", JAX_SETTINGS)
-def test_evaluation_and_sampling_do_not_depend_on_a_setting(generator, corpus, usual, name):
-    """Bit for bit; and a bound depends on no batch size, but for the rounding of its sums."""
+def test_evaluation_and_sampling_do_not_depend_on_a_setting(generator, corpus, by_default, name):
+    """Bit for bit. A bound depends on the batch size only by the rounding of its sums."""
     with unusual_jax_settings(name):
-        found = numbers(generator, corpus)
-    for what, value in usual.items():
-        np.testing.assert_array_equal(found[what], value, err_msg=what)
-    assert found["bound, 8 rows"] == pytest.approx(found["bound, 32 rows"], rel=1e-6)
+        results = numbers(generator, corpus)
+    for key, value in by_default.items():
+        np.testing.assert_array_equal(results[key], value, err_msg=key)
+    assert results["bound, 8 rows"] == pytest.approx(results["bound, 32 rows"], rel=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [(), MUON], ids=["adamw", "muon"])
 def test_training_does_not_depend_on_settings(corpus, tmp_path, optimizer):
-    """State and losses, bit for bit; each trained model loads under the other's settings. Parameters are float32."""
+    """Parameters and losses, bit for bit; a trained model loads under other settings. Parameters are float32."""
     config = small_config(corpus, "training.ema_decay=0.9", "evaluation.every=3", *optimizer)
-    wanted = sedd.train(config, tmp_path / "usual")
+    expected = sedd.train(config, tmp_path / "usual")
     with unusual_jax_settings():
-        found = sedd.train(config, tmp_path / "unusual")
-        again = sedd.load(tmp_path / "usual")
-        again.save(tmp_path / "exported")
+        trained = sedd.train(config, tmp_path / "unusual")
+        loaded = sedd.load(tmp_path / "usual")
+        loaded.save(tmp_path / "exported")
         exported = sedd.load(tmp_path / "exported")
-    for params in (found.params, again.params, exported.params, sedd.load(tmp_path / "unusual").params):
+    for params in (trained.params, loaded.params, exported.params, sedd.load(tmp_path / "unusual").params):
         assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
-        jax.tree.map(np.testing.assert_array_equal, params, wanted.params)
+        jax.tree.map(np.testing.assert_array_equal, params, expected.params)
     usual, unusual = (read_records(tmp_path / run / "metrics.jsonl") for run in ("usual", "unusual"))
     for name in ("loss", "gradient_norm", "validation_nats_per_token"):
         assert [record.get(name) for record in usual] == [record.get(name) for record in unusual]
@@ -95,28 +96,28 @@ def read_records(file):
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg", "untyped"])
-def test_keys_of_any_kind_draw_as_independently_of_the_batch(impl):
-    """A key of the caller's is one of threefry: noise of a row is the same alone and among others."""
+def test_noise_of_a_row_is_independent_of_the_batch_for_keys_of_any_kind(impl):
+    """Keys of the caller are converted to threefry, whose noise is the same in a slice of the batch."""
     key = jax.random.PRNGKey(7) if impl == "untyped" else jax.random.key(7, impl=impl)
     keys = jax.random.split(key, 8)
     for make in (lambda rows: keyed_random.row_keys(key, rows), lambda rows: keyed_random.fold(keys[rows], 3)):
-        whole = keyed_random.uniform(make(jnp.arange(8)))
-        assert len(np.unique(whole)) == 8
-        np.testing.assert_array_equal(keyed_random.uniform(make(jnp.arange(2, 5))), whole[2:5])
-    if impl != "unsafe_rbg":  # the same seed draws the same
-        usual, found = (
-            keyed_random.uniform(keyed_random.row_keys(one, jnp.arange(8))) for one in (keyed_random.root_key(7), key)
+        noise = keyed_random.uniform(make(jnp.arange(8)))
+        assert len(np.unique(noise)) == 8
+        np.testing.assert_array_equal(keyed_random.uniform(make(jnp.arange(2, 5))), noise[2:5])
+    if impl != "unsafe_rbg":  # the same seed gives the same noise
+        expected, noise = (
+            keyed_random.uniform(keyed_random.row_keys(root, jnp.arange(8))) for root in (keyed_random.root_key(7), key)
         )
-        np.testing.assert_array_equal(found, usual)
+        np.testing.assert_array_equal(noise, expected)
 
 
-def test_what_is_no_key_is_refused():
-    for nothing in (0, None, np.zeros(2), jnp.zeros((), jnp.uint32)):
+def test_an_invalid_key_is_refused():
+    for invalid in (0, None, np.zeros(2), jnp.zeros((), jnp.uint32)):
         with pytest.raises(sedd.UserError, match="a key is made by jax.random.key"):
-            keyed_random.row_keys(nothing, jnp.arange(3))
+            keyed_random.row_keys(invalid, jnp.arange(3))
 
 
-# What runs inside a caller's own program, under the caller's settings. All is traced only: promotions fail there.
+# Functions that run inside a caller's program, under its settings. They are only traced: promotions fail in tracing.
 
 STRICT = ("strict dtypes", "strict ranks")
 V, L, B = 5, 8, 4
@@ -129,75 +130,75 @@ def small_network(process, **settings):
 
 
 @pytest.mark.parametrize(
-    "name, levels, settings, jax_settings",
+    "name, noise_sampling, settings, jax_settings",
     [
-        ("absorbing", "counts", dict(prediction="denoiser", dropout=0.1, scan=True), STRICT),
-        ("uniform", "times", dict(prediction="score", given_embedding=True), STRICT),
-        ("uniform", "times", dict(prediction="score", given_embedding=True), ("x64", "prng rbg")),
+        ("absorbing", "mask_count", dict(prediction="denoiser", dropout=0.1, scan=True), STRICT),
+        ("uniform", "time", dict(prediction="score", given_embedding=True), STRICT),
+        ("uniform", "time", dict(prediction="score", given_embedding=True), ("x64", "prng rbg")),
     ],
 )
-def test_a_network_is_float32_under_any_settings(name, levels, settings, jax_settings):
-    """Parameters, gradients, scores and beliefs."""
+def test_a_network_is_float32_under_any_settings(name, noise_sampling, settings, jax_settings):
+    """Parameters, gradients, scores and log r."""
     network = small_network(PROCESSES[name], **settings)
-    objective = Objective(network, sedd.LogLinear(), B, levels)
+    objective = Objective(network, sedd.LogLinear(), B, noise_sampling)
     tokens, lengths = jnp.ones((B, L), jnp.int32), jnp.array([3, 8, 5, 8])
 
     def step(key, sigma):
         params = network.init(key)
         gradient = jax.grad(lambda params: jnp.sum(objective(params, tokens, jnp.arange(B), key, lengths)))(params)
-        believed = network.denoiser(params)(tokens, sigma, tokens[:, :2])
-        return params, gradient, believed, network.log_score(params, tokens, sigma)
+        log_clean = network.denoiser(params)(tokens, sigma, tokens[:, :2])
+        return params, gradient, log_clean, network.log_score(params, tokens, sigma)
 
     with unusual_jax_settings(*jax_settings):
-        found = jax.eval_shape(step, jax.random.key(0), jnp.ones(B))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32"}
+        shapes = jax.eval_shape(step, jax.random.key(0), jnp.ones(B))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes)} == {"float32"}
 
 
-def believed(process):
-    """A Denoiser of a few numbers that see the tokens and the noise, under the strictest settings."""
+def make_denoiser():
+    """Returns a Denoiser that depends on tokens and noise, without parameters."""
 
     def denoiser(x, sigma, positions=None):
-        seen = jax.nn.one_hot(x, V, dtype=sigma.dtype) * sigma[:, None, None]
-        log_clean = jax.nn.log_softmax(seen + jnp.sum(seen, axis=1, keepdims=True), axis=-1)
+        features = jax.nn.one_hot(x, V, dtype=sigma.dtype) * sigma[:, None, None]
+        log_clean = jax.nn.log_softmax(features + jnp.sum(features, axis=1, keepdims=True), axis=-1)
         return log_clean if positions is None else jnp.take_along_axis(log_clean, positions[..., None], axis=1)
 
     return denoiser
 
 
 def sampled_and_scored(process, sampler, key, tokens, free):
-    """Samples with every wrapper of a Denoiser, and their likelihood where the sampler has one."""
-    denoiser = edited(believed(process), lambda log_r: nucleus(temperature(log_r, 0.9), 0.8))
+    """Returns samples with every wrapper of a Denoiser, and their log-likelihood if the sampler has one."""
+    denoiser = edited(make_denoiser(), lambda log_r: nucleus(temperature(log_r, 0.9), 0.8))
     if process is PROCESSES["absorbing"]:
         denoiser = in_block(condition_on_mask_ratio(process, denoiser), L + 2, V)
-    drawn = sedd.sample(key, denoiser, sampler, tokens, free, trace=True)
+    sampled = sedd.sample(key, denoiser, sampler, tokens, free, trace=True)
     likelihood = getattr(sampler, "log_likelihood", lambda *_: jnp.zeros(B))
-    return drawn, likelihood(denoiser, tokens, free)
+    return sampled, likelihood(denoiser, tokens, free)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_run_under_strict_promotion(name):
     for process in PROCESSES.values():
-        wanted = SamplerContext(process, sedd.LogLinear(), 3, L, ignores_given=process is PROCESSES["uniform"])
+        context = SamplerContext(process, sedd.LogLinear(), 3, L, ignores_given=process is PROCESSES["uniform"])
         try:
-            sampler = named_sampler(name, wanted)
+            sampler = named_sampler(name, context)
         except sedd.UserError:
-            continue  # of the other process
+            continue  # the sampler needs the other process
         rows = jnp.zeros((B, L), jnp.int32), jnp.tile(np.arange(L) % 3 > 0, (B, 1))
         run = functools.partial(sampled_and_scored, process, sampler)
         with unusual_jax_settings(*STRICT):
-            drawn, _ = jax.eval_shape(run, jax.random.key(0), *rows)
-        assert drawn.tokens.dtype == drawn.trace.dtype == jnp.int32
+            sampled, _ = jax.eval_shape(run, jax.random.key(0), *rows)
+        assert sampled.tokens.dtype == sampled.trace.dtype == jnp.int32
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_likelihoods_run_under_strict_promotion(name):
     process, lengths = PROCESSES[name], jnp.array([3, 8, 5, 8])
-    stats, tokens = stats_from(process, believed(process)), jnp.ones((B, L), jnp.int32)
+    stats, tokens = stats_from(process, make_denoiser()), jnp.ones((B, L), jnp.int32)
     free = jnp.arange(L)[None] < lengths[:, None]
 
     def run(key):
         keys = keyed_random.row_keys(key, jnp.arange(B))
-        found = [
+        results = [
             denoising_loss(process, sedd.Geometric(), stats, keys, tokens, jnp.full(B, 0.5), free),
             level_draws(process, stats, keys, tokens, 4, 1e-3, 12.0, free),
             time_draws(process, sedd.LogLinear(), stats, keys, tokens, 2, 1e-3, jnp.arange(B), B),
@@ -205,10 +206,10 @@ def test_likelihoods_run_under_strict_promotion(name):
             process.rate_matrix(),
         ]
         if name == "absorbing":
-            found += [count_draws(process, stats, keys, tokens, number, free, lengths) for number in (3, 4)]
-            found.append(order_log_likelihoods(process, believed(process), keys, tokens, free, lengths))
-            found.append(subset_log_likelihood(process, believed(process), tokens[0], jnp.arange(3), 4, lengths[0]))
-        return found
+            results += [count_draws(process, stats, keys, tokens, number, free, lengths) for number in (3, 4)]
+            results.append(order_log_likelihoods(process, make_denoiser(), keys, tokens, free, lengths))
+            results.append(subset_log_likelihood(process, make_denoiser(), tokens[0], jnp.arange(3), 4, lengths[0]))
+        return results
 
     with unusual_jax_settings(*STRICT):
         jax.eval_shape(run, jax.random.key(0))

@@ -1,6 +1,6 @@
-"""A stand-in for Google Cloud Storage: the part of its JSON API that gcsfs and tensorstore use, in memory, on loopback.
+"""A fake of Google Cloud Storage: the part of its JSON API that gcsfs and tensorstore use, in memory, on loopback.
 
-Every write makes a new generation of an object, as there; conditions on generations, ranges and pages are kept to.
+Every write creates a new generation of an object. Conditions on generations, ranges and pages are supported.
 """
 
 import itertools
@@ -21,10 +21,10 @@ class Object(NamedTuple):
 
 
 class Bucket(ThreadingHTTPServer):
-    """A context manager. objects: of each bucket by name; only the buckets that are in it exist.
+    """A context manager that runs the server. objects: by bucket and name; only its buckets exist.
 
-    page: names in an answer to a list at most. refuse: given the method and the path, a status to refuse with, or None.
-    writes: is called with the bucket and the name of an object before it is there.
+    page: maximum number of names in a listing. refuse: given method and path, returns an error status or None.
+    on_write: called with bucket and name before an object is written.
     """
 
     daemon_threads, page = True, 1000
@@ -33,8 +33,8 @@ class Bucket(ThreadingHTTPServer):
         super().__init__(("localhost", 0), Request)
         self.objects: dict[str, dict[str, Object]] = {bucket: {} for bucket in buckets}
         self.lock, self.generations, self.uploads = threading.RLock(), itertools.count(1_700_000_000_000_001), {}
-        self.refuse, self.writes = lambda method, path: None, lambda bucket, name: None
-        self.counts = defaultdict(int)  # of requests, by method
+        self.refuse, self.on_write = lambda method, path: None, lambda bucket, name: None
+        self.counts = defaultdict(int)  # number of requests, by method
         self.url = f"http://localhost:{self.server_port}"
 
     def __enter__(self):
@@ -46,10 +46,10 @@ class Bucket(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, *_):
-        """A caller that has gone away in the middle, as gcsfs does when it asks two things at once."""
+        """Ignores a client that disconnects in the middle, as gcsfs does with concurrent requests."""
 
     def names(self, folder):
-        """Of the objects below gs://BUCKET/FOLDER, without what is common."""
+        """Returns the names of the objects below gs://BUCKET/FOLDER, relative to it."""
         bucket, _, prefix = folder.removeprefix("gs://").partition("/")
         return sorted(name[len(prefix) + 1 :] for name in self.objects[bucket] if name.startswith(f"{prefix}/"))
 
@@ -72,7 +72,7 @@ class Request(BaseHTTPRequestHandler):
             match = re.fullmatch(pattern, split.path)
             if match and self.command in methods:
                 return methods[self.command](self, *map(unquote, match.groups()))
-        return self.fail(501, "the stand-in knows no such request")
+        return self.fail(501, "not supported by the fake")
 
     do_GET = do_POST = do_PUT = do_DELETE = answer
 
@@ -94,7 +94,7 @@ class Request(BaseHTTPRequestHandler):
         return known | dict(generation=str(item.generation), timeCreated=time, updated=time)
 
     def holds(self, bucket, name):
-        """Whether the bucket is there and the conditions hold; says so where not."""
+        """True if the bucket exists and the conditions hold; else sends the error."""
         if bucket not in self.server.objects:
             return self.fail(404, "The specified bucket does not exist.")
         item = self.server.objects[bucket].get(name)
@@ -106,7 +106,7 @@ class Request(BaseHTTPRequestHandler):
         return True
 
     def put(self, bucket, name, data):
-        self.server.writes(bucket, name)
+        self.server.on_write(bucket, name)
         with self.server.lock:
             if self.holds(bucket, name):
                 item = self.server.objects[bucket][name] = Object(data, next(self.server.generations))
@@ -124,38 +124,38 @@ class Request(BaseHTTPRequestHandler):
             self.media(item)
 
     def media(self, item):
-        told, size = dict(x_goog_generation=item.generation, Content_Type="application/octet-stream"), len(item.data)
-        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-        if not asked:
-            return self.send(200, item.data, **told)
-        first, last = asked.groups()
+        headers, size = dict(x_goog_generation=item.generation, Content_Type="application/octet-stream"), len(item.data)
+        requested = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        if not requested:
+            return self.send(200, item.data, **headers)
+        first, last = requested.groups()
         begin = int(first) if first else max(0, size - int(last))
         end = min(size, int(last) + 1) if first and last else size
         if begin >= size:
             return self.fail(416, "The requested range is not satisfiable")
-        self.send(206, item.data[begin:end], Content_Range=f"bytes {begin}-{end - 1}/{size}", **told)
+        self.send(206, item.data[begin:end], Content_Range=f"bytes {begin}-{end - 1}/{size}", **headers)
 
     def delete(self, bucket, name):
         with self.server.lock:
             if self.holds(bucket, name):
-                there = self.server.objects[bucket].pop(name, None)
-                self.send(204) if there else self.fail(404, f"No such object: {bucket}/{name}")
+                item = self.server.objects[bucket].pop(name, None)
+                self.send(204) if item else self.fail(404, f"No such object: {bucket}/{name}")
 
     def list(self, bucket):
         if not self.holds(bucket, ""):
             return
         prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter")
         begin, end = self.query.get("startOffset", ""), self.query.get("endOffset")
-        found = {}  # what a page counts: objects, and what lies below the delimiter as one
+        entries = {}  # name: True for a prefix, which is one entry of a page
         for name in sorted(self.server.objects[bucket]):
             if name.startswith(prefix) and name >= begin and not (end and name >= end):
                 head, more, _ = name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
-                found[prefix + head + more if more else name] = bool(more)
-        left = [name for name in found if name > self.query.get("pageToken", "")]
-        shown = left[: min(self.server.page, int(self.query.get("maxResults", 1000)))]
-        items = [self.about(bucket, name, self.server.objects[bucket][name]) for name in shown if not found[name]]
-        page = {"kind": "storage#objects", "items": items, "prefixes": [name for name in shown if found[name]]}
-        self.send(200, page | ({"nextPageToken": shown[-1]} if len(shown) < len(left) else {}))
+                entries[prefix + head + more if more else name] = bool(more)
+        left = [name for name in entries if name > self.query.get("pageToken", "")]
+        listed = left[: min(self.server.page, int(self.query.get("maxResults", 1000)))]
+        items = [self.about(bucket, name, self.server.objects[bucket][name]) for name in listed if not entries[name]]
+        page = {"kind": "storage#objects", "items": items, "prefixes": [name for name in listed if entries[name]]}
+        self.send(200, page | ({"nextPageToken": listed[-1]} if len(listed) < len(left) else {}))
 
     def upload(self, bucket):
         kind = self.query["uploadType"]
@@ -180,7 +180,7 @@ class Request(BaseHTTPRequestHandler):
             self.put(bucket, name, bytes(data))
 
     def copy(self, bucket, name, other, to, move=False):
-        self.server.writes(other, to)
+        self.server.on_write(other, to)
         with self.server.lock:
             item = self.server.objects.get(bucket, {}).get(name)
             if item is None:

@@ -1,6 +1,6 @@
-"""What every test shares. The environment is set before JAX is imported: eight virtual devices, on the CPU.
+"""Fixtures and options of all tests. The environment is set before JAX is imported: eight virtual devices, on the CPU.
 
-What one test compiles is kept for the others, and for the processes that they start, until the end of the session.
+Compiled programs are cached for the other tests, and for the processes that they start, until the end of the session.
 """
 
 import os
@@ -29,7 +29,7 @@ def pytest_addoption(parser):
 
 
 def pytest_sessionfinish(session):
-    """A skip that nobody expected is a failure, where that was asked for."""
+    """Fails the session on skips whose reason is not expected, if --skips is given."""
     expected, reporter = session.config.option.skips, session.config.pluginmanager.get_plugin("terminalreporter")
     if expected is None or reporter is None:
         return
@@ -42,7 +42,7 @@ def pytest_sessionfinish(session):
 
 @pytest.fixture
 def float64():
-    """Laws are tested in float64; without this a test runs in float32, as production does."""
+    """Runs a test in float64, for exact distributions; without it a test runs in float32, as production does."""
     with jax.enable_x64(True):
         yield
 
@@ -55,5 +55,5 @@ def process(request):
 
 @pytest.fixture(scope="session")
 def joint():
-    """A random correlated law of three tokens over three positions."""
+    """A random joint distribution of three dependent positions over three tokens."""
     return Joint.random()

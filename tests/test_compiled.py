@@ -1,8 +1,8 @@
-"""Compiled sums of the closed forms are those of their operations one by one, at thousands of noise levels.
+"""Compiled sums of the closed forms equal those of the operations one by one, at thousands of noise levels.
 
-XLA on CPUs (jaxlib 0.10.2 and 0.12.0.1, at every level of optimisation) computes wrong numbers where a reduction of
-4,096 entries or more is over an expression with f(s) and f(c s), c a constant other than 1, f one of expm1, log1p, log:
-it takes both for one. What is computed operation by operation is right.
+XLA on CPUs (jaxlib 0.10.2 and 0.12.0.1, at every optimisation level) computes wrong numbers in a reduction of 4,096
+entries or more over an expression with f(s) and f(c s), where c is a constant other than 1 and f is expm1, log1p or
+log: it merges the two. Computed operation by operation the numbers are right.
 """
 
 import jax
@@ -17,61 +17,61 @@ from sedd.diffusion.samplers import Interval, halves, leap
 from sedd.diffusion.schedule import Geometric, LogLinear
 from sedd.diffusion.score import clean_stats, score_stats
 
-V, SITES = 3, 12_288
+V, NUM_INPUTS = 3, 12_288
 PROCESSES = {"absorbing": Absorbing(V), "uniform": Uniform(V)}
 SCHEDULES = (LogLinear(), Geometric(1e-3, 12.0))
 
 
-def off(function, *arguments):
-    """How far the compiled sums of what a function returns are from those of its operations one by one, at most.
+def error(function, *arguments):
+    """The largest error of the compiled sums of a function's outputs, against its operations one by one.
 
-    In units of the sums of sizes. Each sum is a program of its own: several of one array hide the fault.
+    Relative to the sums of absolute values. Each sum is compiled separately: several sums of one array hide the fault.
     """
     with jax.disable_jit():
         due = jax.tree.leaves(function(*arguments))
     sums = (lambda *arguments, i=i: jnp.sum(jax.tree.leaves(function(*arguments))[i]) for i in range(len(due)))
     sizes = (max(float(jnp.sum(jnp.abs(leaf))), 1e-30) for leaf in due)
-    found = (float(jax.jit(total)(*arguments)) for total in sums)
-    return max(abs(one - float(jnp.sum(leaf))) / size for one, leaf, size in zip(found, due, sizes))
+    compiled = (float(jax.jit(total)(*arguments)) for total in sums)
+    return max(abs(one - float(jnp.sum(leaf))) / size for one, leaf, size in zip(compiled, due, sizes))
 
 
-def test_the_comparison_finds_what_is_wrong():
-    """The control, which says whether the installed XLA has the fault; the rest shows little where it has not."""
+def test_the_comparison_detects_the_xla_fault():
+    """The control: it tests whether the installed XLA has the fault; without it the other tests show little."""
     u = jnp.linspace(0.01, 0.9, 5000)
     has_fault = float(jax.jit(lambda u: jnp.sum(jnp.log1p(u) - jnp.log1p(-u)))(u)) == 0
-    assert (off(lambda u: jnp.log1p(u) - jnp.log1p(-u), u) > 0.1) == has_fault
-    assert (off(lambda u: jnp.expm1(u) * jnp.exp(-log_expm1(u)), u) > 0.1) == has_fault
-    assert off(jnp.log1p, u) < 1e-5
+    assert (error(lambda u: jnp.log1p(u) - jnp.log1p(-u), u) > 0.1) == has_fault
+    assert (error(lambda u: jnp.expm1(u) * jnp.exp(-log_expm1(u)), u) > 0.1) == has_fault
+    assert error(jnp.log1p, u) < 1e-5
 
 
-def sites(process):
-    """(s, t, r, f, x, x0), each site with a noise of its own: two noises s > t, log r, a log score, tokens and x0."""
-    s = jnp.exp(jnp.linspace(jnp.log(1e-3), jnp.log(12.0), SITES))
-    r = jax.nn.log_softmax(2 * jnp.sin(jnp.arange(1.0, SITES * V + 1) ** 2).reshape(SITES, V))
-    f = jnp.cos(jnp.arange(SITES * V) * 0.7).reshape(SITES, V)
-    x = jnp.full(SITES, V) if isinstance(process, Absorbing) else jnp.arange(SITES) % V
-    return s, s * (0.5 + 0.4 * jnp.sin(s)), r, f, x, jnp.arange(SITES) // V % V
+def inputs(process):
+    """(s, t, r, f, x, x0), each token at its own noise level: two noises s > t, log r, a log score, tokens and x0."""
+    s = jnp.exp(jnp.linspace(jnp.log(1e-3), jnp.log(12.0), NUM_INPUTS))
+    r = jax.nn.log_softmax(2 * jnp.sin(jnp.arange(1.0, NUM_INPUTS * V + 1) ** 2).reshape(NUM_INPUTS, V))
+    f = jnp.cos(jnp.arange(NUM_INPUTS * V) * 0.7).reshape(NUM_INPUTS, V)
+    x = jnp.full(NUM_INPUTS, V) if isinstance(process, Absorbing) else jnp.arange(NUM_INPUTS) % V
+    return s, s * (0.5 + 0.4 * jnp.sin(s)), r, f, x, jnp.arange(NUM_INPUTS) // V % V
 
 
 def entropies(p):
-    """What losses and bounds are made of."""
+    """The terms of losses and bounds."""
 
     def entropy(s, t, r, f, x, x0):
         return p.score_entropy(score_stats(f, x, x0), x, x0, s)
 
-    found = {
+    functions = {
         "score_entropy": entropy,
         "score_entropy of log r": lambda s, t, r, f, x, x0: p.score_entropy(clean_stats(p, r, x, x0, s), x, x0, s),
         "its gradient": jax.grad(lambda s, t, r, f, x, x0: jnp.sum(entropy(s, t, r, f, x, x0)), 3),
         "reconstruction": lambda s, t, r, f, x, x0: p.reconstruction(score_stats(f, x, x0), x, x0, s),
     }
     if isinstance(p, Absorbing):
-        found["cross_entropy"] = lambda s, t, r, f, x, x0: p.cross_entropy(score_stats(f, x, x0), x, s)
-    return found
+        functions["cross_entropy"] = lambda s, t, r, f, x, x0: p.cross_entropy(score_stats(f, x, x0), x, s)
+    return functions
 
 
 def others(p):
-    """All other methods of a process, and what samplers make of them. What can be -inf stands as its exponential."""
+    """All other methods of a process, and the jumps of samplers. Outputs that can be -inf are exponentiated."""
 
     def here(r, x):
         return jnp.take_along_axis(r, jnp.minimum(x, V - 1)[:, None], axis=-1)[:, 0]
@@ -79,13 +79,13 @@ def others(p):
     def weights(jump):
         return jump.p_move, jnp.exp(jump.log_dest)
 
-    found = {
+    functions = {
         "log_noised": lambda s, t, r, *_: p.log_noised(r, s),
         "log_transition": lambda s, t, r, f, x, x0: jnp.exp(p.log_transition(x, x0, s)),
         "log_score": lambda s, t, r, f, x, x0: p.log_score(r, here(r, x), s),
         "clean_from_score": lambda s, t, r, f, *_: jnp.exp(p.clean_from_score(f, s)),
         "tightened": lambda s, t, r, f, *_: p.tightened(f, s),
-        "rate": lambda s, t, r, f, x, x0: p.reverse_rate(r, x, s),
+        "reverse_rate": lambda s, t, r, f, x, x0: p.reverse_rate(r, x, s),
         "leap": lambda s, t, r, f, x, x0: weights(leap(p.reverse_rate(r, x, s), t)),
         "gibbs": lambda s, t, r, *_: weights(p.gibbs(r, s)),
         "tweedie": lambda s, t, r, f, x, x0: weights(p.tweedie(r, x, s, t)),
@@ -93,14 +93,14 @@ def others(p):
         "halves": lambda s, t, *_: halves(Interval(s, 0.5 * s, t)),
     }
     if isinstance(p, Uniform):
-        found["barker"] = lambda s, t, r, f, x, x0: p.barker(r, x, s)
-    return found
+        functions["barker"] = lambda s, t, r, f, x, x0: p.barker(r, x, s)
+    return functions
 
 
 def bounds(p):
-    """Losses and bounds of rows with a noise of their own each, of a score that a factor scales."""
-    rows, x0 = jnp.arange(SITES), jnp.zeros((SITES, 2), int)
-    keys, t, k = keyed_random.row_keys(keyed_random.root_key(0), rows), (rows + 0.5) / SITES, 1 + rows % 2
+    """Losses and bounds of rows at a noise level each, for a score scaled by a factor."""
+    rows, x0 = jnp.arange(NUM_INPUTS), jnp.zeros((NUM_INPUTS, 2), int)
+    keys, t, k = keyed_random.row_keys(keyed_random.root_key(0), rows), (rows + 0.5) / NUM_INPUTS, 1 + rows % 2
     place = jnp.arange(2 * V).reshape(1, 2, V)
 
     def stats(factor):
@@ -112,33 +112,33 @@ def bounds(p):
         )
         for schedule in SCHEDULES
     }
-    found = {
+    functions = {
         "level_draws": lambda factor: level_draws(p, stats(factor), keys, x0, 2, 1e-3, 12.0),
-        "time_draws": lambda factor: time_draws(p, LogLinear(), stats(factor), keys, x0, 2, 1e-3, rows, SITES),
+        "time_draws": lambda factor: time_draws(p, LogLinear(), stats(factor), keys, x0, 2, 1e-3, rows, NUM_INPUTS),
     }
     if isinstance(p, Absorbing):
         losses["count_loss"] = lambda factor: count_loss(p, stats(factor), keys, x0, k)
         for n in (3, 4):
-            found[f"count_draws, {n}"] = lambda factor, n=n: count_draws(p, stats(factor), keys, x0, n)
+            functions[f"count_draws, {n}"] = lambda factor, n=n: count_draws(p, stats(factor), keys, x0, n)
     for name, loss in losses.items():
-        found[f"{name}, gradient"] = jax.grad(lambda factor, loss=loss: jnp.sum(loss(factor)))
-    return found | losses
+        functions[f"{name}, gradient"] = jax.grad(lambda factor, loss=loss: jnp.sum(loss(factor)))
+    return functions | losses
 
 
 def check(functions, arguments, tolerance):
     for name, function in functions.items():
-        assert off(function, *arguments) < tolerance, name
+        assert error(function, *arguments) < tolerance, name
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_entropies(name):
-    check(entropies(PROCESSES[name]), sites(PROCESSES[name]), 1e-5)
+    check(entropies(PROCESSES[name]), inputs(PROCESSES[name]), 1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROCESSES)
 def test_entropies_in_float64(name, float64):
-    check(entropies(PROCESSES[name]), sites(PROCESSES[name]), 1e-12)
+    check(entropies(PROCESSES[name]), inputs(PROCESSES[name]), 1e-12)
 
 
 @pytest.mark.slow
@@ -146,7 +146,7 @@ def test_entropies_in_float64(name, float64):
 @pytest.mark.parametrize("name", PROCESSES)
 def test_every_other_method_of_a_process(name, x64):
     with jax.enable_x64(x64):
-        check(others(PROCESSES[name]), sites(PROCESSES[name]), 1e-12 if x64 else 1e-5)
+        check(others(PROCESSES[name]), inputs(PROCESSES[name]), 1e-12 if x64 else 1e-5)
 
 
 @pytest.mark.slow
@@ -165,4 +165,4 @@ def test_every_schedule(schedule):
         "alpha": schedule.alpha,
         "time": lambda t: schedule.time(schedule.sigma(t)),
     }
-    check(functions, (jnp.linspace(1e-3, 1.0, SITES),), 1e-5)
+    check(functions, (jnp.linspace(1e-3, 1.0, NUM_INPUTS),), 1e-5)

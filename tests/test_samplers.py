@@ -1,4 +1,4 @@
-"""Samplers against their exactly enumerated laws, and those against the law they are to draw from."""
+"""Samplers against their exact distributions by enumeration, and those against the target distribution."""
 
 import operator
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import channel, index, kernel, p_value, sampler_law, states, step_law, total_variation
+from oracle import channel, index, kernel, p_value, sampler_distribution, states, step_matrix, total_variation
 
 from sedd.diffusion.process import Absorbing, Uniform
 from sedd.diffusion.samplers import Euler, Trapezoidal, Tweedie, sample
@@ -16,20 +16,21 @@ run = jax.jit(sample, static_argnames=("denoiser", "sampler", "trace"))
 both_tau_leaps = pytest.mark.parametrize("kind", [Euler, Tweedie])
 every_sampler = pytest.mark.parametrize("kind", [Euler, Tweedie, Trapezoidal])
 
-# Different given positions in each row of a batch: one, two, and none.
+# The given positions differ by row: one, two, and none.
 TOKENS = np.array([[0, 1, 2], [2, 0, 1], [1, 1, 0], [0, 2, 2], [1, 0, 2]])
 FREE = np.array([[0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
 
 
 def test_tweedie_is_exact_in_one_step_where_tokens_are_independent(process, joint, float64):
-    """Any error in the posterior step shows. Control: one step over tokens that depend on each other is not exact."""
+    """Any error in the posterior step shows. Control: one step over dependent tokens is not exact."""
     x = states(process.num_states, 3)
     tweedie = jax.jit(process.tweedie)
 
-    def error(law, sigma, sigma_next):
-        log_clean = law.denoiser(process)(x, jnp.full(len(x), sigma))
+    def error(joint, sigma, sigma_next):
+        log_clean = joint.denoiser(process)(x, jnp.full(len(x), sigma))
         step = kernel(tweedie(log_clean, x, sigma, sigma_next), x, process.num_states)
-        return total_variation(law.law(process, sigma) @ step, law.law(process, sigma_next))
+        due = joint.noisy_distribution(process, sigma_next)
+        return total_variation(joint.noisy_distribution(process, sigma) @ step, due)
 
     for sigma, sigma_next in [(7.0, 0.0), (2.0, 0.3), (1e-2, 1e-3)]:
         assert error(joint.independent(), sigma, sigma_next) < 1e-12
@@ -38,7 +39,7 @@ def test_tweedie_is_exact_in_one_step_where_tokens_are_independent(process, join
 
 @pytest.mark.parametrize("schedule", [LogLinear(), Geometric()], ids=str)
 def test_the_grid_is_even_in_time_and_ends_without_noise(schedule, float64):
-    """A last noise above 0 leaves noise in every sample; another step for Euler is another sampler."""
+    """A last noise above 0 would leave noise in every sample; `linear` is the step of Euler."""
     plan, t = Tweedie(Uniform(3), schedule, 4).plan(None, None), np.array([1.0, 0.75, 0.5, 0.25])
     np.testing.assert_allclose(plan.sigma, schedule.sigma(t), rtol=1e-12)
     assert np.array_equal(plan.sigma_next, [*plan.sigma[1:], 0.0])
@@ -47,63 +48,65 @@ def test_the_grid_is_even_in_time_and_ends_without_noise(schedule, float64):
 
 @every_sampler
 def test_rows_of_every_step_are_probabilities(process, kind, joint, float64):
-    """Even where steps are long and what is extrapolated has to be cut. Control: uncut, the second stage is no law."""
+    """Even where steps are long and extrapolations are clipped. Control: unclipped, a row sum exceeds 1."""
 
-    class Uncut(Trapezoidal):
+    class Unclipped(Trapezoidal):
         def second_jump(self, before, after, x, entry):
             old, new = self.jump(before, x, entry), self.jump(after, x, entry)
             return new._replace(p_move=2 * new.p_move - old.p_move)
 
-    def laws(kind):
+    def matrices(kind):
         plan, free = kind(process, Geometric(0.1, 6.0), 4).plan(None, None), np.ones(3, bool)
         entries = [jax.tree.map(operator.itemgetter(k), plan) for k in range(4)]
         one = kind(process, Geometric(0.1, 6.0), 1)
-        return np.array([step_law(one, joint.denoiser(process), entry, np.zeros(3, int), free) for entry in entries])
+        return np.array([step_matrix(one, joint.denoiser(process), entry, np.zeros(3, int), free) for entry in entries])
 
-    assert laws(kind).min() >= 0
-    np.testing.assert_allclose(laws(kind).sum(-1), 1, rtol=1e-12)
+    assert matrices(kind).min() >= 0
+    np.testing.assert_allclose(matrices(kind).sum(-1), 1, rtol=1e-12)
     if kind is Trapezoidal and process == Uniform(3):
-        assert laws(Uncut).sum(-1).max() > 1.001
+        assert matrices(Unclipped).sum(-1).max() > 1.001
 
 
 @both_tau_leaps
 def test_tau_leaps_converge_at_first_order(process, kind, joint):
-    """The distance to the law halves with each doubling: a wrong rate or grid, or noise left over, breaks the ratio."""
-    denoiser, truth = joint.denoiser(process), joint.law(process, 0.0)
+    """The distance halves with each doubling of the steps. A wrong rate or grid, or remaining noise, would show."""
+    denoiser, truth = joint.denoiser(process), joint.noisy_distribution(process, 0.0)
     samplers = [kind(process, Geometric(1e-2, 12.0), steps) for steps in (16, 32, 64, 128)]
-    distances = np.array([total_variation(sampler_law(sampler, denoiser, [0, 0, 0]), truth) for sampler in samplers])
+    distances = np.array(
+        [total_variation(sampler_distribution(sampler, denoiser, [0, 0, 0]), truth) for sampler in samplers]
+    )
     ratios = distances[:-1] / distances[1:]
     assert np.all((ratios > 1.7) & (ratios < 2.3))
 
 
 def test_trapezoidal_is_closer_than_tweedie_at_equal_calls(process, joint):
-    """At 64 calls by what is due, at 7 already, and at better than first order.
+    """From 7 calls on, and at 63 calls by a known factor; its distance falls faster than first order.
 
-    Control: a second stage that does not extrapolate is Tweedie's on the same grid, and gains nothing.
+    Control: a second stage without extrapolation is Tweedie on the same grid, and no closer.
     """
 
-    class Plain(Trapezoidal):
+    class NotExtrapolated(Trapezoidal):
         def second_jump(self, before, after, x, entry):
             return self.jump(after, x, entry)
 
-    denoiser, truth, schedule = joint.denoiser(process), joint.law(process, 0.0), Geometric(1e-3, 12.0)
+    denoiser, truth, schedule = joint.denoiser(process), joint.noisy_distribution(process, 0.0), Geometric(1e-3, 12.0)
 
     def distance(kind, steps):
-        return total_variation(sampler_law(kind(process, schedule, steps), denoiser, [0, 0, 0]), truth)
+        return total_variation(sampler_distribution(kind(process, schedule, steps), denoiser, [0, 0, 0]), truth)
 
     tweedie, due = distance(Tweedie, 64), 2 if process == Uniform(3) else 1.3
     distances = np.array([distance(Trapezoidal, steps) for steps in (4, 8, 16, 32)])
     assert tweedie > 3 * due * distances[-1] and distance(Tweedie, 7) > 2.5 * distances[0]
     ratios = distances[:-1] / distances[1:]
     assert np.all((ratios > 1.7) & (ratios < 3.4)) and ratios[-1] > 2.1
-    assert tweedie < 1.3 * distance(Plain, 32)
+    assert tweedie < 1.3 * distance(NotExtrapolated, 32)
 
 
 @pytest.mark.parametrize("kind", [Tweedie, Trapezoidal, pytest.param(Euler, marks=pytest.mark.slow)])
-def test_the_jitted_loop_draws_the_law(process, kind, joint):
-    """The float32 production path, with other given positions in each row.
+def test_the_jitted_loop_samples_the_exact_distribution(process, kind, joint):
+    """The float32 production path, with different given positions in each row.
 
-    Controls: the law of half as many steps, and that of another sampler.
+    Controls: the distributions of half as many steps, and of another sampler.
     """
     rows, denoiser, schedule = 20_000, joint.denoiser(process), Geometric(0.1, 6.0)
     tokens, free = np.tile(TOKENS, (rows, 1)), np.tile(FREE, (rows, 1))
@@ -112,9 +115,10 @@ def test_the_jitted_loop_draws_the_law(process, kind, joint):
     assert np.array_equal(np.where(free, tokens, drawn), tokens)
 
     def fits(kind, steps):
-        laws = [sampler_law(kind(process, schedule, steps), denoiser, *row) for row in zip(TOKENS, FREE, strict=True)]
-        cells = index(drawn, process.num_states).reshape(rows, -1) + len(laws[0]) * np.arange(len(laws))
-        return p_value(cells, np.concatenate(laws) / len(laws))
+        sampler = kind(process, schedule, steps)
+        exact = [sampler_distribution(sampler, denoiser, *row) for row in zip(TOKENS, FREE, strict=True)]
+        cells = index(drawn, process.num_states).reshape(rows, -1) + len(exact[0]) * np.arange(len(exact))
+        return p_value(cells, np.concatenate(exact) / len(exact))
 
     other = Euler if kind is Tweedie else Tweedie
     assert fits(kind, 4) > 1e-3
@@ -122,16 +126,16 @@ def test_the_jitted_loop_draws_the_law(process, kind, joint):
 
 
 def infilling_distances(process, joint, denoisers, steps):
-    """How far a sampler's law is from Bayes' conditional, for each row of given tokens."""
-    laws = [
-        sampler_law(Tweedie(process, Geometric(1e-3, 12.0), steps), *row)
+    """The total variation distance to the exact conditional, for each row of given tokens."""
+    sampled = [
+        sampler_distribution(Tweedie(process, Geometric(1e-3, 12.0), steps), *row)
         for row in zip(denoisers, TOKENS, FREE, strict=True)
     ]
-    return np.abs(np.array(laws) - joint.conditional(TOKENS, FREE) @ channel(process, 0.0, 3)).sum(-1) / 2
+    return np.abs(np.array(sampled) - joint.conditional(TOKENS, FREE) @ channel(process, 0.0, 3)).sum(-1) / 2
 
 
 def test_infilling_absorbing_converges_to_the_conditional(joint):
-    """Given tokens that were lost, moved or re-noised would leave a distance that more steps do not cure."""
+    """Given tokens that are lost, moved or re-noised would leave a distance that does not shrink with the steps."""
     process = Absorbing(3)
     denoisers = [joint.denoiser(process)] * len(TOKENS)
     distances = np.array([infilling_distances(process, joint, denoisers, steps) for steps in (64, 128, 256)])
@@ -142,34 +146,34 @@ def test_infilling_absorbing_converges_to_the_conditional(joint):
     assert np.all((ratios > 1.7) & (ratios < 2.3))
 
 
-def test_infilling_uniform_needs_a_denoiser_that_knows_what_is_given(joint):
-    """A clean token among noisy ones is weak evidence at much noise: clamped only, the sampler stays biased.
+def test_infilling_uniform_needs_a_denoiser_conditioned_on_what_is_given(joint):
+    """A clean token among noisy ones is weak evidence at high noise: clamped only, the sampler stays biased.
 
-    A Denoiser that is told which tokens are given, and so are without noise, draws the conditional.
+    With a Denoiser conditioned on which tokens are given, and so clean, it samples the conditional.
     """
     process, steps = Uniform(3), 256
     ignores_given = infilling_distances(process, joint, [joint.denoiser(process)] * len(TOKENS), steps)
-    aware = infilling_distances(process, joint, [joint.informed(process, ~free) for free in FREE], steps)
-    assert np.all(aware < 0.005)
-    assert ignores_given.max() > 0.03 and ignores_given[-1] == aware[-1]  # nothing is given in the last row
+    conditioned = infilling_distances(process, joint, [joint.denoiser_given(process, ~free) for free in FREE], steps)
+    assert np.all(conditioned < 0.005)
+    assert ignores_given.max() > 0.03 and ignores_given[-1] == conditioned[-1]  # nothing is given in the last row
 
 
 def test_every_call_of_a_step_sees_the_given_tokens(joint):
-    """Whatever a step of several calls asks about: clamped in the state alone, the inner calls would lose them."""
+    """Also in steps of several calls: clamped in the state only, the inner calls would not see them."""
 
-    class Lost(Tweedie):
+    class IgnoresState(Tweedie):
         def step(self, keys, denoiser, x, entry):
             return jnp.argmax(denoiser(jnp.zeros_like(x), jnp.zeros(len(x))), axis=-1)
 
-    def echo(x, sigma, positions):  # says of each token the sum of all
+    def echo(x, sigma, positions):  # puts each token's mass on the sum of all tokens
         return jax.nn.one_hot(jnp.broadcast_to(x.sum(-1, keepdims=True), x.shape), 9)
 
-    out = run(jax.random.key(0), echo, Lost(Uniform(9), LogLinear(), 1), TOKENS, FREE)
+    out = run(jax.random.key(0), echo, IgnoresState(Uniform(9), LogLinear(), 1), TOKENS, FREE)
     assert np.array_equal(out.tokens, np.where(FREE, np.where(FREE, 0, TOKENS).sum(-1, keepdims=True), TOKENS))
 
 
 def test_the_loop_ends_when_every_row_is_finished(joint):
-    """Calls are what sampling costs. A given mask stays, and keeps nothing going; with nothing free none is made."""
+    """A given mask stays, and adds no calls; without free positions there is no call."""
     process, steps = Absorbing(3), 64
     sampler, tokens = Tweedie(process, LogLinear(), steps), np.where([[0], [1], [1], [1], [1]] | FREE, TOKENS, 3)
     out = run(jax.random.key(1), joint.denoiser(process), sampler, tokens, FREE, trace=True)
@@ -186,18 +190,18 @@ def test_a_row_draws_the_same_in_any_batch(process, joint):
     """Bit for bit, by its global index. Control: the index within the batch gives other samples."""
     tokens, free = np.tile(TOKENS, (4, 1)), np.tile(FREE, (4, 1))
     args = jax.random.key(0), joint.denoiser(process), Tweedie(process, LogLinear(), 6)
-    whole = run(*args, tokens, free, rows=np.arange(20)).tokens
+    batch = run(*args, tokens, free, rows=np.arange(20)).tokens
     for part in (np.arange(5), np.arange(5, 10), np.array([11, 3, 17, 0, 19])):
-        np.testing.assert_array_equal(run(*args, tokens[part], free[part], rows=part).tokens, whole[part])
-    assert np.any(run(*args, tokens[5:10], free[5:10], rows=np.arange(5)).tokens != whole[5:10])
+        np.testing.assert_array_equal(run(*args, tokens[part], free[part], rows=part).tokens, batch[part])
+    assert np.any(run(*args, tokens[5:10], free[5:10], rows=np.arange(5)).tokens != batch[5:10])
 
 
-def test_calls_are_the_times_that_the_network_was_asked(process, joint):
-    """Of a method with two calls a step, run to the end (Uniform), and finished before (Absorbing, one free token)."""
-    asked = []
+def test_calls_is_the_number_of_network_calls(process, joint):
+    """With two calls a step, run to the last step (Uniform), and finished earlier (Absorbing, one free token)."""
+    network_calls = []
 
     def counting(x, sigma, positions=None):
-        jax.debug.callback(lambda _: asked.append(1), sigma)
+        jax.debug.callback(lambda _: network_calls.append(1), sigma)
         return joint.denoiser(process)(x, sigma, positions)
 
     free = np.array([[True, False, False]])
@@ -205,10 +209,10 @@ def test_calls_are_the_times_that_the_network_was_asked(process, joint):
         jax.random.key(0), counting, Trapezoidal(process, LogLinear(), 16), np.zeros_like(free, int), free
     ).calls
     jax.effects_barrier()
-    assert calls == len(asked) and (calls == 31 if process == Uniform(3) else calls < 31)
+    assert calls == len(network_calls) and (calls == 31 if process == Uniform(3) else calls < 31)
 
 
-def test_a_plan_needs_a_step(process):
-    """Zero steps would return the prior as if it were a sample."""
+def test_a_sampler_without_steps_is_refused(process):
+    """Zero steps would return a draw of the prior as a sample."""
     with pytest.raises(ValueError, match="at least one step"):
         Tweedie(process, LogLinear(), 0)

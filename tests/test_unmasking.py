@@ -1,10 +1,10 @@
-"""Samplers that choose what to reveal as they go: their choices, their laws, and their own exact likelihoods."""
+"""Adaptive samplers: the positions they pick, their distributions, and their exact likelihoods."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import answers, index, p_value, random_tables, states, untrained
+from oracle import index, p_value, random_tables, states, table_denoiser, table_log_clean
 
 from sedd.diffusion.pickers import Entropy, EntropyBounded, Margin
 from sedd.diffusion.process import Absorbing, Uniform
@@ -14,12 +14,12 @@ from sedd.diffusion.unmasking import Adaptive
 
 V, L = 3, 3
 PROCESS, MASK = Absorbing(V), V
-TABLE = random_tables(1, L, seed=3)[0]  # of one in which all pickers differ
-UNTRAINED = untrained(TABLE)
+TABLE = random_tables(1, L, seed=3)[0]  # with a seed for which all pickers differ
+UNTRAINED = table_denoiser(TABLE)
 PICKERS = [Margin(1), Margin(2), Entropy(1), Entropy(2), EntropyBounded(0.6)]
 all_pickers = pytest.mark.parametrize("picker", PICKERS, ids=str)
 
-# Other given positions in each row of a batch: none, one, two, one of them a mask that stays.
+# The given positions differ by row: none, one, two, one of them a mask that stays.
 TOKENS = np.array([[0, 1, 2], [2, 0, 1], [1, 1, 0], [0, 2, 2], [MASK, 0, 2]])
 FREE = np.array([[1, 1, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1]], bool)
 
@@ -39,26 +39,26 @@ ROWS_FREE = np.repeat(FREE, V ** FREE.sum(-1), axis=0)
 GROUPS = np.repeat(np.arange(len(FREE)), V ** FREE.sum(-1))
 
 
-def log_laws(picker, denoiser=UNTRAINED):
+def log_likelihoods(picker, denoiser=UNTRAINED):
     """The log-likelihood of every completion of each row."""
     return np.asarray(likelihood(Adaptive(PROCESS, picker), denoiser, ROWS, ROWS_FREE))
 
 
 @all_pickers
-def test_the_likelihood_is_a_law(picker, float64):
-    """It sums to one over what is free, whatever the network, and whatever else is given or stays masked."""
-    sums = np.bincount(GROUPS, np.exp(log_laws(picker)))
+def test_the_likelihood_sums_to_one(picker, float64):
+    """Over the free tokens, for any network, and whichever tokens are given or stay masked."""
+    sums = np.bincount(GROUPS, np.exp(log_likelihoods(picker)))
     np.testing.assert_allclose(sums, 1, rtol=1e-12)
 
 
 def certainty(picker, log_r):
-    """How certain one position is, written out."""
+    """The certainty of one position, written out."""
     p = np.sort(np.exp(log_r))
     return p[-1] - p[-2] if isinstance(picker, Margin) else np.sum(p * np.log(p))
 
 
-def first_of(picker, order, log_clean):
-    """How many of the most certain positions are taken, written out."""
+def picked(picker, order, log_clean):
+    """The positions that a picker picks, written out. order: positions, the most certain first."""
     count = picker.count
     if isinstance(picker, EntropyBounded):
         entropies = -np.sum(np.exp(log_clean) * log_clean, axis=-1)[order]
@@ -67,30 +67,30 @@ def first_of(picker, order, log_clean):
     return order[:count]
 
 
-def walked(picker, x0, free):
-    """The log-likelihood by hand: ask, choose, be told, one call after the other."""
-    hidden, total = set(np.flatnonzero(free)), 0.0
-    while hidden:
-        x = np.where(np.isin(np.arange(L), list(hidden)), MASK, x0)
-        log_clean = answers(TABLE, x)
-        chosen = first_of(picker, sorted(hidden, key=lambda i: -certainty(picker, log_clean[i])), log_clean)
+def stepwise(picker, x0, free):
+    """The log-likelihood, one call after the other, written out."""
+    masked, total = set(np.flatnonzero(free)), 0.0
+    while masked:
+        x = np.where(np.isin(np.arange(L), list(masked)), MASK, x0)
+        log_clean = table_log_clean(TABLE, x)
+        chosen = picked(picker, sorted(masked, key=lambda i: -certainty(picker, log_clean[i])), log_clean)
         total += sum(log_clean[i, x0[i]] for i in chosen)
-        hidden -= set(chosen)
+        masked -= set(chosen)
     return total
 
 
 @all_pickers
-def test_the_likelihood_is_that_of_its_choices(picker, float64):
-    """Every row walked by hand. Control: the walks of the other pickers."""
-    laws = [np.array([walked(kind, *row) for row in zip(ROWS, ROWS_FREE, strict=True)]) for kind in PICKERS]
-    gaps = [np.abs(log_laws(picker) - law).max() for law in laws]
+def test_the_likelihood_is_that_of_the_picked_positions(picker, float64):
+    """Against the likelihood written out, for every row. Control: that of the other pickers."""
+    exact = [np.array([stepwise(kind, *row) for row in zip(ROWS, ROWS_FREE, strict=True)]) for kind in PICKERS]
+    gaps = [np.abs(log_likelihoods(picker) - of_kind).max() for of_kind in exact]
     assert gaps.pop(PICKERS.index(picker)) < 1e-12
     assert min(gaps) > 1e-2
 
 
 @all_pickers
-def test_the_jitted_loop_draws_the_law_of_the_likelihood(picker):
-    """The float32 production path, given other tokens in each row. Control: the laws of the other pickers."""
+def test_the_jitted_loop_samples_the_distribution_of_the_likelihood(picker):
+    """The float32 production path, with different given tokens in each row. Control: the other pickers."""
     repeats = 20_000
     tokens, free = np.tile(TOKENS, (repeats, 1)), np.tile(FREE, (repeats, 1))
     drawn, calls, _ = run(jax.random.key(0), UNTRAINED, Adaptive(PROCESS, picker), tokens, free)
@@ -100,20 +100,20 @@ def test_the_jitted_loop_draws_the_law_of_the_likelihood(picker):
     cells = index(drawn, V + 1).reshape(repeats, -1) + size * np.arange(len(TOKENS))
 
     def fits(picker):
-        law = np.zeros(size * len(TOKENS))
-        law[index(ROWS, V + 1) + size * GROUPS] = np.exp(log_laws(picker)) / len(TOKENS)
-        return p_value(cells, law)
+        p = np.zeros(size * len(TOKENS))
+        p[index(ROWS, V + 1) + size * GROUPS] = np.exp(log_likelihoods(picker)) / len(TOKENS)
+        return p_value(cells, p)
 
     assert fits(picker) > 1e-3
     assert max(fits(other) for other in PICKERS if other != picker) < 1e-6
 
 
-def test_an_exact_denoiser_one_position_a_call_gives_the_law(joint, float64):
-    """Whatever the order. Control: two tokens a call are drawn as if they did not depend on each other."""
-    rows = GROUPS < 4  # the last holds a mask that stays
+def test_an_exact_denoiser_one_position_a_call_gives_the_exact_distribution(joint, float64):
+    """In any order. Control: two tokens a call, which are drawn independently."""
+    rows = GROUPS < 4  # the last has a mask that stays
 
     def gap(picker):
-        return np.abs(log_laws(picker, joint.denoiser(PROCESS)) + joint.surprise(ROWS % V, ROWS_FREE))[rows].max()
+        return np.abs(log_likelihoods(picker, joint.denoiser(PROCESS)) + joint.nll(ROWS % V, ROWS_FREE))[rows].max()
 
     assert gap(Margin(1)) < 1e-12 and gap(Entropy(1)) < 1e-12
     assert gap(EntropyBounded(0.0)) < 1e-12
@@ -121,7 +121,7 @@ def test_an_exact_denoiser_one_position_a_call_gives_the_law(joint, float64):
 
 
 def test_pickers_choose_the_most_certain():
-    """By hand: the two orders differ, ties go to the first position, and what is not masked does not count."""
+    """By hand: the two orders differ, ties go to the first position, and unmasked positions do not count."""
     p = jnp.array([[0.5, 0.5, 0.0], [0.62, 0.37, 0.01], [0.46, 0.27, 0.27], [0.46, 0.27, 0.27], [0.0, 1.0, 0.0]])
     log_clean = jnp.log(jnp.stack([p, p, p, p[::-1], p[::-1]])).at[1, 4].set(jnp.nan)
     masked = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [0, 0, 1, 1, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
@@ -138,17 +138,20 @@ def test_pickers_choose_the_most_certain():
     assert chosen(Entropy(9)) == [[0, 1, 2, 3, 4], [0, 1, 2, 3], [2, 3], [0, 1, 2], []]
 
 
-def test_a_bounded_picker_takes_the_largest_prefix():
-    """By hand: in order of entropy, all but the largest within gamma; at least `count`, and only what is masked."""
-    halves = jnp.array([[0.5, 0.5, 0.0, 0.0], [0.25] * 4, [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]])
-    log_clean = jnp.log(jnp.stack([halves, halves])).at[1, 2].set(jnp.nan)
+def test_an_entropy_bounded_picker_takes_the_longest_prefix():
+    """By hand: in order of entropy, all but the largest within gamma; at least `count`, and only masked positions."""
+    p = jnp.array([[0.5, 0.5, 0.0, 0.0], [0.25] * 4, [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]])
+    log_clean = jnp.log(jnp.stack([p, p])).at[1, 2].set(jnp.nan)
     masked = jnp.array([[1, 1, 1, 1], [1, 1, 0, 1]], bool)  # entropies log 2 of 1, 2, 0 and 1
     bit = float(np.log(2))
 
     def chosen(picker):
         return [list(np.flatnonzero(row)) for row in jax.jit(picker)(log_clean, masked)]
 
-    assert chosen(EntropyBounded(0.0)) == [[0, 2], [0]]  # one that is certain costs nothing, nor does the largest
+    assert chosen(EntropyBounded(0.0)) == [
+        [0, 2],
+        [0],
+    ]  # a certain position adds 0, and the largest entropy is not counted
     assert chosen(EntropyBounded(0.9 * bit)) == [[0, 2], [0]]
     assert chosen(EntropyBounded(1.1 * bit)) == [[0, 2, 3], [0, 3]]
     assert chosen(EntropyBounded(2.1 * bit)) == [[0, 1, 2, 3], [0, 1, 3]]
@@ -156,8 +159,8 @@ def test_a_bounded_picker_takes_the_largest_prefix():
     assert not np.any(jax.jit(EntropyBounded(9.0))(log_clean, jnp.zeros_like(masked)))
 
 
-def test_what_is_no_number_ends_the_loop():
-    """A network gone wrong is to be seen in the likelihood, not to hang."""
+def test_nan_from_the_network_ends_the_loop_and_is_returned():
+    """An invalid network output shows in the likelihood; the loop does not hang."""
 
     def wrong(x, *_):
         return jnp.full((*x.shape, V), jnp.nan)
@@ -166,50 +169,50 @@ def test_what_is_no_number_ends_the_loop():
         assert np.all(np.isnan(likelihood(Adaptive(PROCESS, picker), wrong, TOKENS, FREE)))
 
 
-def test_a_reshaped_opinion_keeps_its_likelihood(float64):
-    """What top-p rules out has no chance, and spoils neither a choice nor the sum."""
+def test_an_edited_denoiser_has_a_likelihood_that_sums_to_one(float64):
+    """Tokens that top-p excludes have probability 0, and give NaN neither in a choice nor in the sum."""
     kept = edited(UNTRAINED, lambda log_clean: nucleus(log_clean, 0.6))
     for picker in (Margin(1), Entropy(2), EntropyBounded(0.6)):
-        found = log_laws(picker, kept)
-        np.testing.assert_allclose(np.bincount(GROUPS, np.exp(found)), 1, rtol=1e-12)
-        assert np.any(found == -np.inf) and not np.any(np.isnan(found))
+        values = log_likelihoods(picker, kept)
+        np.testing.assert_allclose(np.bincount(GROUPS, np.exp(values)), 1, rtol=1e-12)
+        assert np.any(values == -np.inf) and not np.any(np.isnan(values))
 
 
-def test_work_in_a_longer_block(float64):
-    """Cut to what is free, or with the block's masks given: the same draws, likelihood and calls.
+def test_in_block_and_a_block_with_given_masks_draw_the_same(float64):
+    """The same draws, likelihood and calls, for a network that does not depend on the noise.
 
-    For a network that is not told the noise; what is told is the share of masks in the row as the sampler has it.
+    (The sampler conditions on the mask ratio of its own rows, which differ in length.)
     """
     table = random_tables(1, L + 1)[0]
 
-    def blind(x, sigma, positions=None):
-        return untrained(table)(x, jnp.ones_like(sigma), positions)
+    def ignores_noise(x, sigma, positions=None):
+        return table_denoiser(table)(x, jnp.ones_like(sigma), positions)
 
-    sampler, cut = Adaptive(PROCESS, Entropy(1)), in_block(blind, L + 1, MASK)
+    sampler, padded = Adaptive(PROCESS, Entropy(1)), in_block(ignores_noise, L + 1, MASK)
     short = np.tile(TOKENS, (80, 1)), np.tile(FREE, (80, 1))
-    whole = np.pad(short[0], ((0, 0), (0, 1)), constant_values=MASK), np.pad(short[1], ((0, 0), (0, 1)))
-    drawn = run(jax.random.key(0), cut, sampler, *short)
-    in_whole = run(jax.random.key(0), blind, sampler, *whole)
-    assert np.array_equal(drawn.tokens, in_whole.tokens[:, :L]) and np.all(in_whole.tokens[:, L] == MASK)
-    assert drawn.calls == in_whole.calls == L
-    found = likelihood(sampler, cut, drawn.tokens, short[1])
-    np.testing.assert_allclose(found, likelihood(sampler, blind, in_whole.tokens, whole[1]), atol=1e-12)
+    full = np.pad(short[0], ((0, 0), (0, 1)), constant_values=MASK), np.pad(short[1], ((0, 0), (0, 1)))
+    drawn = run(jax.random.key(0), padded, sampler, *short)
+    in_full = run(jax.random.key(0), ignores_noise, sampler, *full)
+    assert np.array_equal(drawn.tokens, in_full.tokens[:, :L]) and np.all(in_full.tokens[:, L] == MASK)
+    assert drawn.calls == in_full.calls == L
+    log_likelihood = likelihood(sampler, padded, drawn.tokens, short[1])
+    np.testing.assert_allclose(log_likelihood, likelihood(sampler, ignores_noise, in_full.tokens, full[1]), atol=1e-12)
 
 
-def test_a_network_told_the_share_of_its_block_draws_the_law_of_the_whole_block():
-    """Work cut to what is free, scored in the block that holds it. Control: told the share of the short text."""
-    network, repeats = untrained(random_tables(1, L + 1)[0]), 20_000
-    sampler, cut = Adaptive(PROCESS, Entropy(1)), in_block(condition_on_mask_ratio(PROCESS, network), L + 1, MASK)
+def test_conditioned_on_the_mask_ratio_of_the_block_the_distribution_is_that_of_the_block():
+    """Short rows inside `in_block`, scored in the full block. Control: the mask ratio of the short rows."""
+    network, repeats = table_denoiser(random_tables(1, L + 1)[0]), 20_000
+    sampler, padded = Adaptive(PROCESS, Entropy(1)), in_block(condition_on_mask_ratio(PROCESS, network), L + 1, MASK)
     short, free = completions(np.zeros(L, int), np.ones(L, bool)), np.ones((V**L, L), bool)
-    whole = np.pad(short, ((0, 0), (0, 1)), constant_values=MASK), np.pad(free, ((0, 0), (0, 1)))
-    drawn = run(jax.random.key(0), cut, sampler, np.zeros((repeats, L), int), np.ones((repeats, L), bool)).tokens
-    law = np.exp(np.asarray(likelihood(sampler, network, *whole)))
+    full = np.pad(short, ((0, 0), (0, 1)), constant_values=MASK), np.pad(free, ((0, 0), (0, 1)))
+    drawn = run(jax.random.key(0), padded, sampler, np.zeros((repeats, L), int), np.ones((repeats, L), bool)).tokens
+    due = np.exp(np.asarray(likelihood(sampler, network, *full)))
     other = np.exp(np.asarray(likelihood(sampler, in_block(network, L + 1, MASK), short, free)))
-    assert p_value(index(drawn, V), law) > 1e-3 and p_value(index(drawn, V), other) < 1e-6
+    assert p_value(index(drawn, V), due) > 1e-3 and p_value(index(drawn, V), other) < 1e-6
 
 
-def test_the_likelihood_takes_a_call_a_round():
-    """As many as the row with the most to reveal; none where nothing is free."""
+def test_the_likelihood_takes_as_many_calls_as_sampling():
+    """As many as the row with the most free positions needs; none if nothing is free."""
     calls = []
 
     @jax.jit
@@ -220,49 +223,51 @@ def test_the_likelihood_takes_a_call_a_round():
 
         return Adaptive(PROCESS, Margin(2)).log_likelihood(denoiser, TOKENS, free)
 
-    def taken(free):
+    def num_calls(free):
         calls.clear()
-        found = counted(free).block_until_ready()
+        log_likelihood = counted(free).block_until_ready()
         jax.effects_barrier()
-        return len(calls), found
+        return len(calls), log_likelihood
 
-    assert taken(FREE)[0] == 2 and taken(FREE & (np.arange(L) < 2))[0] == 1
-    none, found = taken(np.zeros_like(FREE))
-    assert none == 0 and np.all(found == 0)
+    assert num_calls(FREE)[0] == 2 and num_calls(FREE & (np.arange(L) < 2))[0] == 1
+    none, log_likelihood = num_calls(np.zeros_like(FREE))
+    assert none == 0 and np.all(log_likelihood == 0)
 
 
-def test_a_valid_length_is_told():
-    """What follows it is not counted into the share of masked tokens."""
+def test_positions_after_the_valid_length_do_not_count():
+    """They do not count in the mask ratio."""
     padded, free = np.pad(ROWS[:27], ((0, 0), (0, 2))), np.pad(ROWS_FREE[:27], ((0, 0), (0, 2)))
     picker = Margin(1)
 
     def denoiser(x, sigma, positions):
         return jnp.pad(UNTRAINED(x[:, :L], sigma, positions), ((0, 0), (0, 2), (0, 0)))
 
-    told = jax.jit(lambda n: Adaptive(PROCESS, picker).log_likelihood(denoiser, padded, free, n))(np.full(27, L))
-    np.testing.assert_allclose(told, log_laws(picker)[:27], rtol=1e-5)
+    with_lengths = jax.jit(lambda n: Adaptive(PROCESS, picker).log_likelihood(denoiser, padded, free, n))(
+        np.full(27, L)
+    )
+    np.testing.assert_allclose(with_lengths, log_likelihoods(picker)[:27], rtol=1e-5)
 
 
 def test_equal_samplers_are_compiled_once():
-    """They are static arguments of jit. Control: another count is another sampler."""
+    """They are static arguments of jit. Control: a sampler with another count compiles again."""
     traced = []
 
     def denoiser(x, sigma, positions):
         traced.append(x.shape)
         return UNTRAINED(x, sigma, positions)
 
-    def times(picker):
+    def num_traces(picker):
         traced.clear()
         run(jax.random.key(0), denoiser, Adaptive(Absorbing(V), picker), TOKENS, FREE)
         return len(traced)
 
-    assert times(Margin(1)) > 0 and times(Margin(1)) == 0 and times(Margin(2)) > 0
+    assert num_traces(Margin(1)) > 0 and num_traces(Margin(1)) == 0 and num_traces(Margin(2)) > 0
     assert Adaptive(PROCESS, Margin()) == Adaptive(Absorbing(3), Margin(1)) != Adaptive(PROCESS, Entropy(1))
     assert len({Adaptive(PROCESS, picker) for picker in PICKERS * 2}) == len(PICKERS)
 
 
-def test_what_cannot_work_is_refused():
-    """A uniform process has no masks to reveal; a picker that picks nothing would never end."""
+def test_invalid_samplers_and_pickers_are_refused():
+    """The uniform process has no masks; with a picker that picks nothing the loop would not end."""
     with pytest.raises(ValueError, match="needs the absorbing process"):
         Adaptive(Uniform(V), Margin(1))
     for refused in (lambda: Entropy(0), lambda: EntropyBounded(0.1, 0)):

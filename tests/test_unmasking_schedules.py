@@ -1,4 +1,4 @@
-"""Samplers whose calls are settled beforehand: their exact laws, their plans, and the schedules of their counts."""
+"""Samplers with planned calls: their exact distributions, their plans, and the schedules of their counts."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import answers, index, kernel, p_value, random_tables, sampler_law, states, untrained
+from oracle import index, kernel, p_value, random_tables, sampler_distribution, states, table_denoiser, table_log_clean
 
 from sedd.diffusion import keyed_random, samplers, unmasking
 from sedd.diffusion.exact_likelihood import subset_log_likelihood
@@ -25,10 +25,10 @@ from sedd.evaluation.statistics import profile as measured
 V, L = 3, 3
 PROCESS, MASK = Absorbing(V), V
 TABLE = random_tables(1, L, seed=3)[0]
-UNTRAINED = untrained(TABLE)  # the answers of no law, in which every order counts
-SCHEDULE = Geometric(0.1, 2.0)  # many tokens are never touched
+UNTRAINED = table_denoiser(TABLE)  # its likelihoods depend on the order of decoding
+SCHEDULE = Geometric(0.1, 2.0)  # many tokens are never corrupted
 
-# Other given positions in each row of a batch: none, one, two, one of them a mask that stays.
+# The given positions differ by row: none, one, two, one of them a mask that stays.
 TOKENS = np.array([[0, 1, 2], [2, 0, 1], [1, 1, 0], [0, 2, 2], [MASK, 0, 2]])
 FREE = np.array([[1, 1, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1]], bool)
 
@@ -36,21 +36,21 @@ run = jax.jit(sample, static_argnames=("denoiser", "sampler"))
 
 
 def outcomes(sampler):
-    """The uniform numbers of L positions that lead to each plan, and how likely these are. Float[N L], Float[N]."""
+    """Uniform numbers of L positions that lead to each plan, and the probability of each. Float[N L], Float[N]."""
     if not isinstance(sampler, Counts):
         orders = np.array(list(itertools.permutations(range(L)))) / L
         return orders, np.full(len(orders), 1 / len(orders))
     edges = sampler.p_masked()
-    chosen = states(sampler.steps, L)
-    return ((edges[1:] + edges[:-1]) / 2)[chosen], -np.diff(edges)[chosen].prod(-1)
+    intervals = states(sampler.steps, L)
+    return ((edges[1:] + edges[:-1]) / 2)[intervals], -np.diff(edges)[intervals].prod(-1)
 
 
 @functools.cache
-def laws_by_plan(sampler, denoiser=UNTRAINED):
-    """The exact law of each row of TOKENS by each plan, in float64. Float[N rows S^L], and the plans' chances.
+def distributions_by_plan(sampler, denoiser=UNTRAINED):
+    """The exact distribution of each row of TOKENS given each plan, in float64, and the plans' probabilities.
 
-    The plan and the steps are production's. Only the draws are replaced by all that they can give: the uniform number
-    of each position by those of `outcomes`, the move by the chance of each sequence.
+    Plan and steps are the production code. Only the random draws are replaced, by enumeration: the uniform number of
+    each position by those of `outcomes`, the move by the probability of each sequence. Float[N rows S^L], Float[N].
     """
     x, rows = jnp.asarray(states(V + 1, L)), (V + 1) ** L
 
@@ -59,32 +59,32 @@ def laws_by_plan(sampler, denoiser=UNTRAINED):
         put = jax.vmap(lambda at, values: jnp.zeros((L, *values.shape[1:])).at[at].set(values))
         return kernel(Jump(put(at, jump.p_move), put(at, jump.log_dest)), x, V + 1)
 
-    def law(share, tokens, free):
+    def distribution(u, tokens, free):
         def ranks(_, free):
-            return jnp.argsort(jnp.argsort(jnp.where(free, share, 2.0)))
+            return jnp.argsort(jnp.argsort(jnp.where(free, u, 2.0)))
 
         def uniform(keys):
-            return jnp.broadcast_to(share, keys.shape)
+            return jnp.broadcast_to(u, keys.shape)
 
         keys = keyed_random.row_keys(jax.random.key(0), jnp.arange(rows))
         with mock.patch.multiple(keyed_random, ranks=ranks, uniform=uniform):
             plan = sampler.plan(keys, jnp.broadcast_to(free, (rows, L)))
-        law = jnp.all(x == jnp.where(free, MASK, tokens), axis=-1).astype(share.dtype)
+        p = jnp.all(x == jnp.where(free, MASK, tokens), axis=-1).astype(u.dtype)
         with mock.patch.object(unmasking, "move", transitions), mock.patch.object(samplers, "move", transitions):
             for k in range(jax.tree.leaves(plan)[0].shape[0]):
-                law = law @ sampler.step(keys, denoiser, x, jax.tree.map(lambda leaf: leaf[k], plan))
-        return law
+                p = p @ sampler.step(keys, denoiser, x, jax.tree.map(lambda leaf: leaf[k], plan))
+        return p
 
     with jax.enable_x64(True):
-        shares, chances = outcomes(sampler)
-        over_rows = jax.jit(lambda share: jax.lax.map(lambda row: law(share, *row), (TOKENS, FREE)))
-        return np.array([over_rows(share) for share in shares]), chances
+        numbers, probabilities = outcomes(sampler)
+        over_rows = jax.jit(lambda u: jax.lax.map(lambda row: distribution(u, *row), (TOKENS, FREE)))
+        return np.array([over_rows(u) for u in numbers]), probabilities
 
 
-def laws(sampler, denoiser=UNTRAINED):
-    """The exact law of each row of TOKENS. Float[rows S^L]."""
-    found, chances = laws_by_plan(sampler, denoiser)
-    return np.einsum("n,nrs->rs", chances, found)
+def distributions(sampler, denoiser=UNTRAINED):
+    """The exact distribution of each row of TOKENS. Float[rows S^L]."""
+    by_plan, probabilities = distributions_by_plan(sampler, denoiser)
+    return np.einsum("n,nrs->rs", probabilities, by_plan)
 
 
 def gap(left, right):
@@ -97,58 +97,58 @@ def completions(tokens, free):
     return x0
 
 
-def test_first_hitting_draws_the_law_of_decoding_in_random_order(float64):
-    """Exactly, of a network that answers for no law, whatever is given. Control: two tokens in one call."""
+def test_first_hitting_samples_decoding_in_random_order_exactly(float64):
+    """For an inconsistent network, and any given tokens. Control: two tokens in one call."""
     likelihood = jax.jit(jax.vmap(functools.partial(subset_log_likelihood, PROCESS, UNTRAINED), (0, None)))
     due = np.zeros((len(TOKENS), (V + 1) ** L))
     for row, (tokens, free) in enumerate(zip(TOKENS, FREE, strict=True)):
         x0 = completions(tokens, free)
         due[row, index(x0, V + 1)] = np.exp(likelihood(x0, np.flatnonzero(free)))
-    assert gap(laws(FirstHitting(PROCESS)), due) < 1e-12
-    assert gap(laws(FixedCounts(PROCESS, (1, 2))), due) > 1e-2
+    assert gap(distributions(FirstHitting(PROCESS)), due) < 1e-12
+    assert gap(distributions(FixedCounts(PROCESS, (1, 2))), due) > 1e-2
 
 
 def test_first_hitting_infills_exactly(joint):
-    """With an exact Denoiser it is Bayes' conditional on what is given. Control: fewer calls are not."""
+    """With an exact Denoiser it samples the conditional given the tokens. Control: fewer calls do not."""
     rows, clean = FREE.any(-1) & (TOKENS < V).all(-1), index(states(V, L), V + 1)
     due = joint.conditional(TOKENS[rows], FREE[rows])
     denoiser = joint.denoiser(PROCESS)
-    assert gap(laws(FirstHitting(PROCESS), denoiser)[rows][:, clean], due) < 1e-12
-    assert gap(laws(FixedCounts(PROCESS, (1, 2)), denoiser)[rows][:, clean], due) > 1e-3
+    assert gap(distributions(FirstHitting(PROCESS), denoiser)[rows][:, clean], due) < 1e-12
+    assert gap(distributions(FixedCounts(PROCESS, (1, 2)), denoiser)[rows][:, clean], due) > 1e-3
 
 
 @pytest.mark.parametrize("steps", [2, 5])
-def test_presampled_counts_have_the_law_of_tweedie(steps):
-    """Of as many steps, exactly; the network is told the row's own noise in both. Control: of one step more."""
-    found, told = laws(Counts(PROCESS, SCHEDULE, steps)), condition_on_mask_ratio(PROCESS, UNTRAINED)
+def test_counts_has_the_distribution_of_tweedie(steps):
+    """Exactly, with the network conditioned on the row's mask ratio in both. Control: Tweedie with one step more."""
+    sampled, denoiser = distributions(Counts(PROCESS, SCHEDULE, steps)), condition_on_mask_ratio(PROCESS, UNTRAINED)
 
     def due(steps):
         tweedie = Tweedie(PROCESS, SCHEDULE, steps)
-        return [sampler_law(tweedie, told, *row) for row in zip(TOKENS, FREE, strict=True)]
+        return [sampler_distribution(tweedie, denoiser, *row) for row in zip(TOKENS, FREE, strict=True)]
 
-    assert gap(found, due(steps)) < 1e-12 and gap(found, due(steps + 1)) > 1e-3
+    assert gap(sampled, due(steps)) < 1e-12 and gap(sampled, due(steps + 1)) > 1e-3
 
 
 def by_hand(sizes):
-    """The law of revealing so many of a row's n free positions in each call, mean over all orders. Float[rows S^L].
+    """The distribution of unmasking n free positions in calls of given sizes, mean over all orders. Float[rows S^L].
 
-    sizes: for n = 0, 1, 2, ..., what each call reveals.
+    sizes: for n = 0, 1, 2, ..., the number that each call unmasks.
     """
-    found = np.zeros((len(TOKENS), (V + 1) ** L))
+    p_rows = np.zeros((len(TOKENS), (V + 1) ** L))
     for row, (tokens, free) in enumerate(zip(TOKENS, FREE, strict=True)):
         orders = list(itertools.permutations(np.flatnonzero(free)))
         for x0, order in itertools.product(completions(tokens, free), orders):
             x, p, start = np.where(free, MASK, x0), 1.0, 0
             for size in sizes[len(order)]:
                 at = list(order[start : start + size])
-                p *= np.exp(answers(TABLE, x)[at, x0[at]].sum())
+                p *= np.exp(table_log_clean(TABLE, x)[at, x0[at]].sum())
                 x[at], start = x0[at], start + size
-            found[row, index(x0, V + 1)] += p / len(orders)
-    return found
+            p_rows[row, index(x0, V + 1)] += p / len(orders)
+    return p_rows
 
 
-def test_fixed_counts_have_the_law_of_their_counts():
-    """Cut at round(share n), n what is free in each row. Controls: the other cuts."""
+def test_fixed_counts_has_the_distribution_of_its_counts():
+    """Cumulative counts are round(fraction n), with n free positions in a row. Controls: other weights."""
     cuts = {
         (1, 2): [[], [1], [1, 1], [1, 2]],
         (3, 0, 1): [[], [1], [2], [2, 1]],  # 1.5 and 2.25 of the free
@@ -156,13 +156,13 @@ def test_fixed_counts_have_the_law_of_their_counts():
     }
     due = {weights: by_hand(sizes) for weights, sizes in cuts.items()}
     for weights in cuts:
-        gaps = {other: gap(laws(FixedCounts(PROCESS, weights)), due[other]) for other in cuts}
+        gaps = {other: gap(distributions(FixedCounts(PROCESS, weights)), due[other]) for other in cuts}
         assert gaps.pop(weights) < 1e-12 and min(gaps.values()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", range(3))
-def test_the_jitted_loop_draws_the_law(kind):
-    """The float32 production path, given other tokens in each row. Control: the laws of the other samplers."""
+def test_the_jitted_loop_samples_the_exact_distribution(kind):
+    """The float32 production path, with different given tokens in each row. Control: the other samplers."""
     samplers = [FirstHitting(PROCESS), Counts(PROCESS, SCHEDULE, 2), FixedCounts(PROCESS, (1, 2))]
     repeats, sampler = 5_000, samplers[kind]
     tokens, free = np.tile(TOKENS, (repeats, 1)), np.tile(FREE, (repeats, 1))
@@ -170,26 +170,26 @@ def test_the_jitted_loop_draws_the_law(kind):
     assert calls == (3, 2, 2)[kind] and drawn.dtype == jnp.int32
     assert np.array_equal(np.where(free, tokens, drawn), tokens) and np.all(drawn[free] < MASK)
     cells = index(drawn, V + 1).reshape(repeats, -1) + (V + 1) ** L * np.arange(len(TOKENS))
-    fits = [p_value(cells, laws(other).ravel() / len(TOKENS)) for other in samplers]
+    fits = [p_value(cells, distributions(other).ravel() / len(TOKENS)) for other in samplers]
     assert fits.pop(kind) > 1e-3 and max(fits) < 1e-6
 
 
-# Plans, at a length at which calls ask at fewer positions than there are.
+# Plans, at a length at which calls evaluate fewer positions than all.
 
 LENGTH = 24
-ANSWERS = np.random.default_rng(1).normal(size=(97, V))  # of a Denoiser that looks at all of a row, told by hashing
+LOGITS = np.random.default_rng(1).normal(size=(97, V))  # of a Denoiser that depends on all of a row, by hashing
 PATTERNS = np.random.default_rng(0).random((40, LENGTH)) < np.linspace(0, 1, 40)[:, None]
 PATTERNS[0], PATTERNS[-1] = False, True
 
 
 @dataclasses.dataclass(frozen=True)
 class Narrow(Counts):
-    """Asks at as many positions as told, to see that it changes nothing."""
+    """Counts with a head of the given width, which must not change the tokens."""
 
-    asked: int = 1
+    width: int = 1
 
     def head_width(self, length):
-        return self.asked
+        return self.width
 
 
 PLANNED = [
@@ -205,19 +205,19 @@ KEYS = keyed_random.row_keys(jax.random.key(4), jnp.arange(len(PATTERNS)))
 
 
 def where_chosen(call):
-    """Bool[K B L]."""
+    """True where a call unmasks. Bool[K B L]."""
     chosen = np.asarray(call.chosen)
     if call.positions is None:
         return chosen
-    assert np.all(np.diff(np.sort(call.positions)) > 0)  # no two of a row the same
-    found = np.zeros((*chosen.shape[:2], LENGTH), bool)
-    np.put_along_axis(found, np.asarray(call.positions), chosen, axis=-1)
-    return found
+    assert np.all(np.diff(np.sort(call.positions)) > 0)  # distinct in a row
+    everywhere = np.zeros((*chosen.shape[:2], LENGTH), bool)
+    np.put_along_axis(everywhere, np.asarray(call.positions), chosen, axis=-1)
+    return everywhere
 
 
 @pytest.mark.parametrize("sampler", PLANNED, ids=lambda sampler: f"{type(sampler).__name__}")
-def test_a_plan_reveals_each_free_position_once(sampler):
-    """In the order of the buckets, in no more calls than promised, no row with an empty call before its end."""
+def test_a_plan_unmasks_each_free_position_once(sampler):
+    """In the order of the buckets, within the calls of `plan_shape`, without empty calls between others."""
     plan = jax.jit(lambda keys, free: (sampler.plan(keys, free), sampler.bucket(keys, free)))(KEYS, PATTERNS)
     plan, bucket = plan
     chosen = where_chosen(plan)
@@ -235,8 +235,8 @@ def test_a_plan_reveals_each_free_position_once(sampler):
         assert np.array_equal(np.argmax(steps, axis=0)[free], numbers)
 
 
-def test_buckets_have_the_chances_of_the_grid():
-    """That of an interval is (alpha_{k+1} - alpha_k) / (1 - alpha_0). Control: those of a grid even in the share."""
+def test_buckets_have_the_probabilities_of_the_grid():
+    """(alpha_{k+1} - alpha_k) / (1 - alpha_0) of an interval. Control: a grid even in the corruption probability."""
     steps, t = 9, np.linspace(1, 0, 10)
     sigma = np.array([*(0.1 * 20 ** t[:-1]), 0.0])
     due = np.diff(np.exp(-sigma)) / -np.expm1(-sigma[0])
@@ -244,11 +244,10 @@ def test_buckets_have_the_chances_of_the_grid():
     bucket = jax.jit(sampler.bucket)(keyed_random.row_keys(jax.random.key(0), jnp.arange(800)), free)
     np.testing.assert_allclose(-np.diff(sampler.p_masked()), due, rtol=1e-5)
     assert p_value(bucket, due) > 1e-3 and p_value(bucket, np.full(steps, 1 / steps)) < 1e-6
-    alone = Counts(PROCESS, Geometric(1e-4, 20.0), 50)  # small shares near the end keep their relative accuracy
-    np.testing.assert_allclose(alone.p_masked()[-2], -np.expm1(-1e-4 * 2e5 ** (1 / 50)), rtol=1e-5)
+    fine = Counts(PROCESS, Geometric(1e-4, 20.0), 50)  # small probabilities near the end have full relative precision
+    np.testing.assert_allclose(fine.p_masked()[-2], -np.expm1(-1e-4 * 2e5 ** (1 / 50)), rtol=1e-5)
     assert (
-        Counts(PROCESS, LogLinear(), 7).head_width(4) == 4
-        and Counts(PROCESS, LogLinear(), 1024).head_width(1024) == 7
+        Counts(PROCESS, LogLinear(), 7).head_width(4) == 4 and Counts(PROCESS, LogLinear(), 1024).head_width(1024) == 7
     )
     assert (
         Euler(PROCESS, Geometric(1e-3, 20.0), 2).head_width(1024)
@@ -257,61 +256,61 @@ def test_buckets_have_the_chances_of_the_grid():
     )
 
 
-ASKED = []  # at how many positions, in each call
+WIDTHS = []  # number of positions of each network call
 
 
-def watched(x, sigma, positions=None):
-    jax.debug.callback(lambda: ASKED.append(x.shape[1] if positions is None else positions.shape[1]))
+def recording(x, sigma, positions=None):
+    jax.debug.callback(lambda: WIDTHS.append(x.shape[1] if positions is None else positions.shape[1]))
     at = jnp.arange(LENGTH) if positions is None else positions
-    found = (x @ jnp.arange(1, LENGTH + 1))[:, None] + 7 * at
-    return jax.nn.log_softmax(jnp.asarray(ANSWERS)[found % len(ANSWERS)])
+    hashes = (x @ jnp.arange(1, LENGTH + 1))[:, None] + 7 * at
+    return jax.nn.log_softmax(jnp.asarray(LOGITS)[hashes % len(LOGITS)])
 
 
 def drawn(sampler, rows, numbers=None):
-    """Some rows of PATTERNS, with a mask among the given tokens."""
+    """Samples some rows of PATTERNS, with masks among the given tokens."""
     tokens = np.where(np.arange(LENGTH) % 3 == 2, MASK, 0) * np.ones((len(rows), 1), int)
-    ASKED.clear()
-    found = run(jax.random.key(0), watched, sampler, tokens, PATTERNS[rows], rows if numbers is None else numbers)
+    WIDTHS.clear()
+    sampled = run(jax.random.key(0), recording, sampler, tokens, PATTERNS[rows], rows if numbers is None else numbers)
     jax.effects_barrier()
-    assert np.array_equal(np.where(PATTERNS[rows], tokens, found.tokens), tokens)
-    assert np.all(found.tokens[PATTERNS[rows]] < MASK)
-    assert len(ASKED) == found.calls or (isinstance(sampler, Narrow) and len(ASKED) > found.calls)
-    return np.asarray(found.tokens)
+    assert np.array_equal(np.where(PATTERNS[rows], tokens, sampled.tokens), tokens)
+    assert np.all(sampled.tokens[PATTERNS[rows]] < MASK)
+    assert len(WIDTHS) == sampled.calls or (isinstance(sampler, Narrow) and len(WIDTHS) > sampled.calls)
+    return np.asarray(sampled.tokens)
 
 
 def test_a_row_draws_the_same_in_any_batch():
     """Bit for bit, by its global index. Control: the index within the batch gives other samples."""
     rows, mixed = np.arange(39, 24, -3), np.array([27, 36, 14, 3, 33])
     for sampler in (FixedCounts(PROCESS, cosine_unmasking(6)), Adaptive(PROCESS, EntropyBounded(0.5))):
-        whole, other = drawn(sampler, rows), drawn(sampler, mixed)
-        assert np.array_equal(whole[[4, 1, 2]], other[[0, 1, 4]])
+        ordered, other = drawn(sampler, rows), drawn(sampler, mixed)
+        assert np.array_equal(ordered[[4, 1, 2]], other[[0, 1, 4]])
         assert np.any(drawn(sampler, mixed, np.arange(5)) != other)
 
 
-def test_counts_draw_the_same_however_many_positions_are_asked():
-    """Where a row reveals more the network is asked again; the tokens are the same."""
+def test_counts_draws_the_same_tokens_at_any_head_width():
+    """Where a row unmasks more than the width, the network is called again; the tokens are the same."""
     rows = np.arange(39, 24, -3)
     everywhere, narrow = (drawn(Narrow(PROCESS, SCHEDULE, 9, width), rows) for width in (LENGTH, 2))
-    assert set(ASKED) == {2} and np.array_equal(narrow, everywhere)
+    assert set(WIDTHS) == {2} and np.array_equal(narrow, everywhere)
     assert np.array_equal(drawn(Narrow(PROCESS, SCHEDULE, 9, 2), rows[::-1]), everywhere[::-1])
 
 
 def test_no_more_calls_than_tokens_or_steps():
-    """The row with the most to reveal decides; nothing is asked where nothing is free."""
+    """The row with the most free positions decides; without free positions there is no call."""
     free = PATTERNS.sum(-1)
     order, none = np.argsort(free, kind="stable")[[5, 4, 3, 2, 1]], np.zeros(5, int)
     for sampler in (FirstHitting(PROCESS), Counts(PROCESS, SCHEDULE, 9)):
         most_free = free[order].max()
         drawn(sampler, order)
-        assert 0 < len(ASKED) <= most_free and (len(ASKED) == most_free or isinstance(sampler, Counts))
+        assert 0 < len(WIDTHS) <= most_free and (len(WIDTHS) == most_free or isinstance(sampler, Counts))
         drawn(sampler, none)
-        assert not ASKED
+        assert not WIDTHS
         drawn(sampler, np.full(5, 39))
-        assert len(ASKED) == LENGTH if isinstance(sampler, FirstHitting) else 2 < len(ASKED) <= 9
+        assert len(WIDTHS) == LENGTH if isinstance(sampler, FirstHitting) else 2 < len(WIDTHS) <= 9
 
 
-def test_what_cannot_work_is_refused():
-    """A process without masks, weights that are no shares, no step."""
+def test_invalid_samplers_are_refused():
+    """A process without masks, invalid weights, no steps."""
     uniform = Uniform(V)
     refused = [
         (lambda: FirstHitting(uniform), "FirstHitting unmasks tokens: it needs the absorbing process"),
@@ -329,7 +328,7 @@ def test_what_cannot_work_is_refused():
 
 
 def parts(total, num_parts):
-    """Every way to write a total as at most `num_parts` positive numbers."""
+    """All compositions of a total into at most `num_parts` positive numbers."""
     if total == 0:
         yield ()
     elif num_parts:
@@ -337,64 +336,64 @@ def parts(total, num_parts):
             yield from ((first, *rest) for rest in parts(total - first, num_parts - 1))
 
 
-@pytest.mark.parametrize("falling", [True, False])
-def test_the_counts_are_the_best_there_are(falling):
-    """Of all compositions, for curves that fall, as an exact model's do, and others; more calls never lose."""
+@pytest.mark.parametrize("decreasing", [True, False])
+def test_planned_counts_are_optimal(decreasing):
+    """Among all compositions, for decreasing curves, as of exact models, and others; more calls never lose more."""
     for seed in range(5):
         h = np.random.default_rng(seed).exponential(size=7)
-        h = -np.sort(-h) if falling else h
-        found = [plan_unmasking(h, calls) for calls in range(1, 8)]
-        for calls, (counts, loss) in enumerate(found, 1):
+        h = -np.sort(-h) if decreasing else h
+        plans = [plan_unmasking(h, calls) for calls in range(1, 8)]
+        for calls, (counts, loss) in enumerate(plans, 1):
             assert sum(counts) == 7 and len(counts) <= calls and min(counts) > 0
             start = np.cumsum(counts) - counts
             np.testing.assert_allclose(loss, (np.dot(counts, h[start]) - h.sum()) / 7, atol=1e-12)
             np.testing.assert_allclose(loss, min(excess(h, other) for other in parts(7, calls)), atol=1e-12)
-        losses = [loss for _, loss in found]
+        losses = [loss for _, loss in plans]
         assert np.all(np.diff(losses) <= 1e-12)
-        assert not falling or (found[-1].counts == (1,) * 7 and abs(losses[-1]) < 1e-12 < 0.05 < losses[0])
+        assert not decreasing or (plans[-1].counts == (1,) * 7 and abs(losses[-1]) < 1e-12 < 0.05 < losses[0])
 
 
 def test_the_predicted_excess_is_the_divergence(joint, float64):
-    """With an exact Denoiser: KL(p || the law given the order), mean over orders. Control: other counts."""
+    """With an exact Denoiser: KL(p || the distribution given the order), mean over orders. Control: other counts."""
     denoiser, clean = joint.denoiser(PROCESS), states(V, L)
     h = np.zeros(L)
-    for revealed in itertools.product([False, True], repeat=L):
-        hidden, j = ~np.array(revealed), sum(revealed)
-        log_r = np.asarray(denoiser(PROCESS.mask_tokens(clean, hidden), jnp.ones(len(clean))))
+    for unmasked in itertools.product([False, True], repeat=L):
+        masked, j = ~np.array(unmasked), sum(unmasked)
+        log_r = np.asarray(denoiser(PROCESS.mask_tokens(clean, masked), jnp.ones(len(clean))))
         cost = -np.take_along_axis(log_r, clean[..., None], axis=-1)[..., 0]
         if j < L:
-            h[j] += joint.p.ravel() @ cost @ hidden / (L - j) / len(list(itertools.combinations(range(L), j)))
+            h[j] += joint.p.ravel() @ cost @ masked / (L - j) / len(list(itertools.combinations(range(L), j)))
 
     def divergence(counts):
-        found, chances = laws_by_plan(FixedCounts(PROCESS, counts), denoiser)
-        ratio = np.log(joint.p.ravel() / found[:, 0, index(clean, V + 1)])
-        return chances @ (ratio @ joint.p.ravel()) / L
+        by_plan, probabilities = distributions_by_plan(FixedCounts(PROCESS, counts), denoiser)
+        ratio = np.log(joint.p.ravel() / by_plan[:, 0, index(clean, V + 1)])
+        return probabilities @ (ratio @ joint.p.ravel()) / L
 
     choices = [(1, 2), (2, 1), (3,)]
-    losses, found = [excess(h, counts) for counts in choices], [divergence(counts) for counts in choices]
-    np.testing.assert_allclose(losses, found, atol=1e-12)
+    losses, exact = [excess(h, counts) for counts in choices], [divergence(counts) for counts in choices]
+    np.testing.assert_allclose(losses, exact, atol=1e-12)
     assert min(losses) > 1e-3 and np.ptp(losses[:2]) > 1e-3
     assert plan_unmasking(h, 2).counts == choices[int(np.argmin(losses[:2]))]
 
 
 def test_planned_counts_beat_even_and_cosine():
-    """On a curve like a language model's; and what `FixedCounts` makes of them in a whole block are the counts."""
+    """On a curve like a language model's; in a full block `FixedCounts` unmasks exactly the planned counts."""
     length, calls = 96, 12
     h = 1.6 + 6 * (1 - np.arange(length) / length) ** 4
 
-    def cut(weights):
+    def loss(weights):
         after = np.round(np.cumsum(weights) / np.sum(weights) * length).astype(int)
         return excess(h, np.diff(after, prepend=0))
 
     planned = plan_unmasking(h, calls)
-    assert 0 < 1.2 * planned.excess < min(cut((1,) * calls), cut(cosine_unmasking(calls)))
+    assert 0 < 1.2 * planned.excess < min(loss((1,) * calls), loss(cosine_unmasking(calls)))
     sampler = FixedCounts(PROCESS, planned.counts)
     assert np.array_equal(sampler.num_unmasked(jnp.array(length)), np.cumsum(planned.counts)[:-1])
     assert sampler.plan_shape(length) == (calls, max(planned.counts))
 
 
-def test_cosine():
-    """What is masked after call k of K is cos(pi k / 2K): few tokens first."""
+def test_cosine_weights_follow_the_cosine():
+    """The mask ratio after call k of K is cos(pi k / 2K); the first calls unmask the fewest tokens."""
     weights = cosine_unmasking(8)
     np.testing.assert_allclose(1 - np.cumsum(weights), np.cos(np.pi * np.arange(1, 9) / 16), atol=1e-12)
     assert weights[0] < weights[-1] / 5 and cosine_unmasking(1) == (1.0,)
@@ -402,10 +401,10 @@ def test_cosine():
 
 
 def test_an_evaluations_profile_becomes_a_curve():
-    """From the middles of its bins; one without a draw is passed over, and the ends go on as they were."""
+    """From the middles of its bins; bins without draws are ignored, and both ends are extrapolated."""
 
-    def curve(share):
-        return 2 + 5 * share
+    def curve(corruption):
+        return 2 + 5 * corruption
 
     level = ((np.arange(4000) + 0.5) / 4000)[None]
     bins = measured(level, np.ones_like(level), 40 * curve(level), np.array([40]), 40)
@@ -417,13 +416,13 @@ def test_an_evaluations_profile_becomes_a_curve():
     assert np.array_equal(information(bins[:1], 4), [bins[0]["nats_per_token"]] * 4)
 
 
-def test_profiles_and_calls_that_make_no_plan_are_refused():
-    """In one line."""
+def test_invalid_profiles_and_calls_are_refused():
+    """With a message of one line."""
     bins = [{"low": 0.0, "high": 1.0, "nats_per_token": None, "error": None}]
     refused = [
         (lambda: plan_unmasking([1.0, 0.5], 0), "calls must lie in 1 .. 2"),
         (lambda: plan_unmasking([1.0, 0.5], 3), "calls must lie in 1 .. 2"),
-        (lambda: plan_unmasking([], 1), "not empty"),
+        (lambda: plan_unmasking([], 1), "nonempty"),
         (lambda: plan_unmasking([1.0, np.inf], 1), "finite"),
         (lambda: plan_unmasking([1.0, 0.5], 1, 3), "leave length out"),
         (lambda: plan_unmasking(bins, 1), "give the length"),
@@ -432,6 +431,6 @@ def test_profiles_and_calls_that_make_no_plan_are_refused():
         (lambda: cosine_unmasking(0), "at least 1"),
     ]
     for make, message in refused:
-        with pytest.raises(ValueError, match=message) as found:
+        with pytest.raises(ValueError, match=message) as raised:
             make()
-        assert "\n" not in str(found.value)
+        assert "\n" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""Correctors: moves at a fixed noise level that leave its distribution p_sigma invariant.
+"""Correctors: moves at a fixed noise level that bring samples closer to its distribution p_sigma.
 
 A grid sampler makes a small error in each step; a corrector, run at the noise level that the step has reached, removes
 part of the errors so far (predictor-corrector; Campbell et al., arXiv 2205.14987, section 4.4).
@@ -38,7 +38,7 @@ from sedd.diffusion.process import Process, Uniform
 from sedd.diffusion.samplers import Sampler, Tweedie, leap, move
 from sedd.diffusion.score import Denoiser
 
-_MIN_SPACING = 4  # free positions between two that Gibbs redraws at once
+_MIN_SPACING = 4  # smallest distance, in free positions, of two that Gibbs redraws at once
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Draws(NamedTuple):
     the error of the overall mean. Statistics with a leading axis keep it here, before B.
     """
 
-    level: jax.Array  # Float[M B], the corruption probability 1 - alpha; by mask count, k / n before k is rounded
+    level: jax.Array  # Float[M B], the corruption probability 1 - alpha; by mask count, k / n before rounding
     width: jax.Array  # Float[M B], M times the interval of 1 - alpha that the draw represents; 1 where levels are even
     diffusion: jax.Array  # Float[M ... B]
     reconstruction: jax.Array  # Float[M ... B]

@@ -152,7 +152,7 @@ class Trapezoidal(Tweedie):
     def second_jump(self, before: jax.Array, after: jax.Array, x: jax.Array, entry: Interval) -> Jump:
         """The second half of a step. before, after: log_clean at the step's start and at its middle, Float[B L V]."""
         old, new = self.jump(before, x, entry), self.jump(after, x, entry)
-        weights = 2 * _arriving(new) - _arriving(old)
+        weights = 2 * _p_dest(new) - _p_dest(old)
         return Jump(jnp.clip(2 * new.p_move - old.p_move, 0.0, 1.0), jnp.log(jnp.maximum(weights, 0.0)))
 
     def calls(self, steps):
@@ -165,7 +165,7 @@ def halves(entry: Interval) -> tuple[Interval, Interval]:
     return entry._replace(sigma_next=middle), entry._replace(sigma=middle)
 
 
-def _arriving(jump: Jump) -> jax.Array:
+def _p_dest(jump: Jump) -> jax.Array:
     """The probability of a move to each destination. Float[... V]."""
     return jump.p_move[..., None] * jax.nn.softmax(jump.log_dest, axis=-1)
 

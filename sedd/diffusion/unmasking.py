@@ -116,9 +116,9 @@ class Counts(PlannedUnmasking):
     Needs the absorbing process. Each free position draws the interval of Tweedie's grid in which it is unmasked, so
     that the numbers unmasked in the intervals are multinomial; only intervals that unmask something are calls: at most
     the smaller of `steps` and the row's number of free positions. The distribution, and so the error, is that of
-    `Tweedie` for a Denoiser that does not depend on the noise, or is conditioned on the row's own in both: of first
-    order in 1 / steps. The calls are those that a cache leaves to ancestral sampling (Ou et al., arXiv 2406.03736),
-    here separately for every row of a batch.
+    `Tweedie` for a Denoiser that does not depend on the noise, or is conditioned on the row's mask ratio in both: of
+    first order in 1 / steps. The calls are those that a cache leaves to ancestral sampling (Ou et al.,
+    arXiv 2406.03736), here separately for every row of a batch.
     """
 
     schedule: Schedule
@@ -180,7 +180,7 @@ class FixedCounts(PlannedUnmasking):
             raise ValueError("FixedCounts: weights must be finite numbers, none below 0 and not all 0")
 
     def num_unmasked(self, count: jax.Array) -> jax.Array:
-        """Number of `count` free positions unmasked after each call but the last. Int[...] -> Int[... K - 1]."""
+        """Number unmasked, of `count` free positions, after each call but the last. Int[...] -> Int[... K - 1]."""
         fraction = np.cumsum(self.weights)[:-1] / np.sum(self.weights)
         product = count.astype(jnp.float32)[..., None] * fraction.astype(np.float32).reshape(*[1] * count.ndim, -1)
         return jnp.round(product).astype(jnp.int32)

@@ -258,7 +258,7 @@ def test_damaged_config_of_a_run_is_refused(corpus, tmp_path):
     file = tmp_path / "config.json"
     for damaged in (file.read_text()[:-9], "[]"):
         file.write_text(damaged)
-        with pytest.raises(sedd.UserError, match="config.json (is damaged|describes no model)"):
+        with pytest.raises(sedd.UserError, match="config.json (is damaged|does not describe a model)"):
             fit(small_config(corpus), tmp_path)
 
 

@@ -282,8 +282,9 @@ def test_splash_attention_without_its_kernel_is_refused(monkeypatch):
     for name in [missing, *(name for name in sys.modules if name.startswith(f"{missing}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     message = "needs the splash attention kernel, .* set network.attention=xla, or install a version of JAX that has it"
+    config = configs.override(configs.default(), ["network.attention=splash", "data.block_length=128"])
     with pytest.raises(UserError, match=message) as error:
-        parallel.make_mesh(configs.override(configs.default(), ["network.attention=splash"]), jax.devices()[:1])
+        parallel.make_mesh(config, jax.devices()[:1])
     assert "\n" not in str(error.value)
     q = jnp.ones((1, 128, 2, 16))
     with pytest.raises(UserError, match=message):

@@ -30,12 +30,12 @@ class RunEstimate:
 
     parameters: int
     inner_parameters: int  # without the embedding and the head's matrix
-    rows: int  # of one update
+    rows: int  # of one step
     block_length: int
     steps: int
     accumulation: int
     mesh: dict[str, int]
-    layout: dict[str, tuple[int, int]]  # of parameters: "whole" or the axes that shard them -> arrays, bytes in all
+    layout: dict[str, tuple[int, int]]  # of parameters: "replicated" or the mesh axes -> arrays, bytes in all
     params_bytes: int
     ema_bytes: int
     optimizer_bytes: int
@@ -169,7 +169,7 @@ def _layout(shapes: dict, shardings: dict) -> dict[str, tuple[int, int]]:
     layout: dict[str, tuple[int, int]] = {}
     for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings)):
         axes = [axis for axis in sharding.spec if axis is not None and sharding.mesh.shape[axis] > 1]
-        how = f"split over {' and '.join(sorted(axes))}" if axes else "whole"
+        how = f"sharded over {' and '.join(sorted(axes))}" if axes else "replicated"
         count, size = layout.get(how, (0, 0))
         layout[how] = (count + 1, size + math.prod(leaf.shape) * leaf.dtype.itemsize)
     return layout

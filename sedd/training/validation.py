@@ -37,7 +37,7 @@ class Validator:
         draws = self.config.evaluation.draws
         settings = dict(num_draws=draws, mesh=self.mesh, progress=False, on_batch=on_batch)
         report, _ = perplexity(self.network, self.schedule, params, scored, **settings)
-        assert report.bits_per_byte is not None  # a corpus knows its bytes
+        assert report.bits_per_byte is not None  # the number of bytes of a corpus is known
         return {BOUND: report.nats_per_token, "validation_bits_per_byte": report.bits_per_byte}
 
     def samples(self, params: dict, on_step: Callable[[], None]) -> tuple[list[str], list[np.ndarray]]:

@@ -55,13 +55,13 @@ def test_a_config_of_another_format_is_refused(run, corpus, tmp_path):
 
 
 def test_samples_have_the_block_length_and_a_trace(model):
-    drawn = model.sample(num_samples=5, steps=8, seed=1, trace=True)
-    assert drawn.tokens.shape == (5, 16) and len(drawn.texts) == 5 and 0 < drawn.network_calls <= 8
-    assert drawn.trace.shape == (drawn.network_calls, 5, 16)
-    np.testing.assert_array_equal(drawn.trace[-1], drawn.tokens)
-    assert drawn.tokens.min() >= 0 and drawn.tokens.max() < model.process.vocab_size
-    assert [model.tokenizer.decode(row) for row in drawn.tokens] == drawn.texts
-    assert model.sample(num_samples=5, steps=8, seed=2).texts != drawn.texts
+    samples = model.sample(num_samples=5, steps=8, seed=1, trace=True)
+    assert samples.tokens.shape == (5, 16) and len(samples.texts) == 5 and 0 < samples.network_calls <= 8
+    assert samples.trace.shape == (samples.network_calls, 5, 16)
+    np.testing.assert_array_equal(samples.trace[-1], samples.tokens)
+    assert samples.tokens.min() >= 0 and samples.tokens.max() < model.process.vocab_size
+    assert [model.tokenizer.decode(row) for row in samples.tokens] == samples.texts
+    assert model.sample(num_samples=5, steps=8, seed=2).texts != samples.texts
 
 
 def test_samples_are_independent_of_batch_size(model):
@@ -90,16 +90,18 @@ def test_temperature_and_top_p_near_0_leave_the_most_probable_token(model):
 def test_infill_keeps_the_text_of_templates(model):
     """Blanks are anywhere; the samples of a template are adjacent."""
     template = ["<blank:3>times<blank:2>", "the <blank:4>"]
-    drawn = model.infill(template, num_samples=3, steps=4)
+    samples = model.infill(template, num_samples=3, steps=4)
     times, the = model.tokenizer.encode("times"), model.tokenizer.encode("the ")
-    assert (drawn.tokens[:3, 3:8] == times).all() and (drawn.tokens[3:, :4] == the).all()
-    assert (drawn.tokens >= 0).sum(1).tolist() == [10, 10, 10, 8, 8, 8]
-    assert all("times" in text for text in drawn.texts[:3]) and all(text[:4] == "the " for text in drawn.texts[3:])
+    assert (samples.tokens[:3, 3:8] == times).all() and (samples.tokens[3:, :4] == the).all()
+    assert (samples.tokens >= 0).sum(1).tolist() == [10, 10, 10, 8, 8, 8]
+    assert all("times" in text for text in samples.texts[:3]) and all(text[:4] == "the " for text in samples.texts[3:])
 
 
 def test_infill_keeps_prefix_and_suffix(model):
-    drawn = model.infill(prefix="the ", suffix="table", length=12, steps=4)
-    assert drawn.texts[0].startswith("the ") and drawn.texts[0].endswith("table") and drawn.tokens.shape == (1, 12)
+    samples = model.infill(prefix="the ", suffix="table", length=12, steps=4)
+    assert (
+        samples.texts[0].startswith("the ") and samples.texts[0].endswith("table") and samples.tokens.shape == (1, 12)
+    )
     assert model.infill(prefix="the ", steps=4).tokens.shape == (1, 16)
 
 
@@ -108,21 +110,21 @@ def test_infill_keeps_given_tokens_at_different_positions_in_each_row(model):
     tokens = random.integers(0, model.process.vocab_size, (6, 16))
     given = random.random((6, 16)) < np.linspace(0, 1, 6)[:, None]
     given[5] = True
-    drawn = model.infill(tokens=tokens, given=given, num_samples=2, steps=4)
+    samples = model.infill(tokens=tokens, given=given, num_samples=2, steps=4)
     for row in range(12):
         at = given[row // 2]
-        np.testing.assert_array_equal(drawn.tokens[row][at], tokens[row // 2][at])
-    assert not np.array_equal(drawn.tokens[0], drawn.tokens[1])
+        np.testing.assert_array_equal(samples.tokens[row][at], tokens[row // 2][at])
+    assert not np.array_equal(samples.tokens[0], samples.tokens[1])
     ragged = model.infill(tokens=[[1, 2, 3], [4, 5]], given=[[True, False, True], [False, True]], steps=4)
     assert ragged.tokens[0, [0, 2]].tolist() == [1, 3] and ragged.tokens[1, 1:].tolist() == [5, -1]
 
 
 def test_infill_without_free_positions_returns_the_tokens(model):
     tokens = np.zeros(16, int)
-    drawn = model.infill(tokens=tokens, given=np.ones(16, bool), steps=4)
-    np.testing.assert_array_equal(drawn.tokens, [tokens])
+    samples = model.infill(tokens=tokens, given=np.ones(16, bool), steps=4)
+    np.testing.assert_array_equal(samples.tokens, [tokens])
     if isinstance(model.process, sedd.Absorbing):
-        assert drawn.network_calls == 0
+        assert samples.network_calls == 0
 
 
 def test_log_score_has_all_states_and_denoiser_clamps_given_tokens(model):

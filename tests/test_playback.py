@@ -49,64 +49,64 @@ def trace(ids, given, steps, mask, seed=0):
 @pytest.mark.parametrize("kind", KINDS[:-1])
 def test_runs_join_to_the_decoded_text(kind):
     """For any grouping of tokens, also after an end of text. Only a space that opens a text is dropped."""
-    made = tokenizer(kind)
-    ids = np.concatenate([made.encode(TEXT), [made.end_of_text], made.encode("the cat"), made.encode("ü the")])
-    read, rng = Reader(made, made.vocab_size), np.random.default_rng(0)
+    tok = tokenizer(kind)
+    ids = np.concatenate([tok.encode(TEXT), [tok.end_of_text], tok.encode("the cat"), tok.encode("ü the")])
+    decoder, rng = Reader(tok, tok.vocab_size), np.random.default_rng(0)
     for _ in range(20):
-        runs = read.runs(ids, rng.random(len(ids)) < 0.5, np.where(rng.random(len(ids)) < 0.3, 0, ids))
-        assert "".join(run.text for run in runs) == made.decode(ids)
+        runs = decoder.runs(ids, rng.random(len(ids)) < 0.5, np.where(rng.random(len(ids)) < 0.3, 0, ids))
+        assert "".join(run.text for run in runs) == tok.decode(ids)
         assert all(run.kind != after.kind for run, after in zip(runs, runs[1:]))
     for cut in range(len(ids)):  # any tokens may open a row
-        assert "".join(cell or "" for cell in read.cells(ids[cut:])) == made.decode(ids[cut:])
+        assert "".join(cell or "" for cell in decoder.cells(ids[cut:])) == tok.decode(ids[cut:])
     if kind == "dummy prefix":  # control: decoded one by one, the tokens lose the space
-        assert "".join(made.decode(ids[at : at + 1]) for at in range(len(ids))) != made.decode(ids)
+        assert "".join(tok.decode(ids[at : at + 1]) for at in range(len(ids))) != tok.decode(ids)
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1])
 def test_random_ids_join_to_the_decoded_text(kind):
-    made = tokenizer(kind)
-    read = Reader(made, None)
+    tok = tokenizer(kind)
+    decoder = Reader(tok, None)
     for seed in range(30):
-        ids = np.random.default_rng(seed).integers(0, made.vocab_size, 40)
-        assert "".join(cell or "" for cell in read.cells(ids)) == made.decode(ids)
+        ids = np.random.default_rng(seed).integers(0, tok.vocab_size, 40)
+        assert "".join(cell or "" for cell in decoder.cells(ids)) == tok.decode(ids)
 
 
 def test_runs_are_given_new_unchanged_or_masked():
-    made = tokenizer("characters")
-    mask, ids = made.vocab_size, made.encode("the cat")
+    tok = tokenizer("characters")
+    mask, ids = tok.vocab_size, tok.encode("the cat")
     state = np.array([*ids[:5], mask, mask, -1])
     before = np.array([*ids[:4], mask, mask, ids[6], -1])
     given = np.arange(8) < 3
-    assert Reader(made, mask).runs(state, given, before) == [
+    assert Reader(tok, mask).runs(state, given, before) == [
         ("the", "given"), (" ", "unchanged"), ("c", "new"), (2 * BLOCK, "masked")
     ]  # fmt: skip
-    assert Reader(made, mask).runs(state, given)[1] == (" c", "new")  # all was masked before the first step
-    assert Reader(made, None).runs(ids, given[:7]) == [("the", "given"), (" cat", "unchanged")]  # without a mask
+    assert Reader(tok, mask).runs(state, given)[1] == (" c", "new")  # all was masked before the first step
+    assert Reader(tok, None).runs(ids, given[:7]) == [("the", "given"), (" cat", "unchanged")]  # without a mask
     assert Reader(None, 9).runs(np.array([4, 9, 5]), given[5:]) == [("4 ", "new"), (BLOCK, "masked"), ("5 ", "new")]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "dummy prefix", "byte level"])
 def test_split_character_is_replaced_only_until_it_is_complete(kind):
-    made = tokenizer(kind)
-    ids = made.encode("a😀b")
-    mask, given = made.vocab_size, np.zeros(len(ids), bool)
+    tok = tokenizer(kind)
+    ids = tok.encode("a😀b")
+    mask, given = tok.vocab_size, np.zeros(len(ids), bool)
     given[: len(ids) - 3] = True  # the first bytes of the character are given, the last two are not
-    read = Reader(made, mask)
+    decoder = Reader(tok, mask)
     half = np.where(np.arange(len(ids)) == len(ids) - 2, mask, ids)
-    assert any(BROKEN in run.text for run in read.runs(half, given))
-    assert read.runs(ids, given, half) == [("a", "given"), ("😀", "new"), ("b", "unchanged")]
-    assert read.runs(ids, given, ids) == [("a", "given"), ("😀b", "unchanged")]
-    assert sum(cell is None for cell in read.cells(ids)) == len("😀".encode()) - 1
+    assert any(BROKEN in run.text for run in decoder.runs(half, given))
+    assert decoder.runs(ids, given, half) == [("a", "given"), ("😀", "new"), ("b", "unchanged")]
+    assert decoder.runs(ids, given, ids) == [("a", "given"), ("😀b", "unchanged")]
+    assert sum(cell is None for cell in decoder.cells(ids)) == len("😀".encode()) - 1
 
 
 def test_invalid_bytes_are_replaced_one_by_one(monkeypatch):
-    made = tokenizer("bytes")
+    tok = tokenizer("bytes")
     first, *others = "😀".encode()
     ids = np.array([first, first, *others, others[-1], ord("b")])
     cells = [BROKEN, "😀", None, None, None, BROKEN, "b"]
-    assert Reader(made, None).cells(ids) == cells
+    assert Reader(tok, None).cells(ids) == cells
     monkeypatch.setattr(reader, "WINDOW", 2)  # characters split over more tokens than the first window
-    assert Reader(made, None).cells(ids) == cells
+    assert Reader(tok, None).cells(ids) == cells
 
 
 class Screen(io.StringIO):
@@ -168,20 +168,20 @@ def quick(monkeypatch):
     monkeypatch.setattr(Terminal, "_size", lambda self: (self._stream.columns - 1, self._stream.height))
 
 
-def show(screen, states, given, made, texts=None):
+def show(screen, states, given, tok, texts=None):
     """Shows states, Int[T N L], as one group of texts."""
     rows = np.arange(states.shape[1])
-    with Terminal(made, made.vocab_size, texts, screen) as watch:
+    with Terminal(tok, tok.vocab_size, texts, screen) as watch:
         assert not screen.cursor
         for step, tokens in enumerate(states):
             watch(rows, tokens, given, step + 1)
 
 
 def test_terminal_shows_the_final_text_last(quick):
-    made, screen = tokenizer("sentencepiece"), Screen()
-    ids = made.encode(TEXT)
+    tok, screen = tokenizer("sentencepiece"), Screen()
+    ids = tok.encode(TEXT)
     given = np.arange(len(ids)) < 5
-    show(screen, trace(ids, given, 8, made.vocab_size)[:, None], given[None], made)
+    show(screen, trace(ids, given, 8, tok.vocab_size)[:, None], given[None], tok)
     head, *lines, after = screen.text()
     assert head == "step 8" and after == "" and screen.cursor and screen.style == "" and screen.frames == 8
     words = TEXT.split()
@@ -192,26 +192,26 @@ def test_terminal_shows_the_final_text_last(quick):
 
 
 def test_terminal_fits_the_screen_and_scrolls_to_changes(quick):
-    made, screen = tokenizer("characters"), Screen(lines=9)
-    ids = made.encode((TEXT * 4).replace("\n", " "))
+    tok, screen = tokenizer("characters"), Screen(lines=9)
+    ids = tok.encode((TEXT * 4).replace("\n", " "))
     given = np.zeros((3, len(ids)), bool)
     order = np.arange(len(ids)) // 30  # from left to right
-    states = np.stack([np.where(order <= step, ids, made.vocab_size) for step in range(order[-1] + 1)])
-    show(screen, np.stack([states] * 2, axis=1), given[:2], made, texts=2)
+    states = np.stack([np.where(order <= step, ids, tok.vocab_size) for step in range(order[-1] + 1)])
+    show(screen, np.stack([states] * 2, axis=1), given[:2], tok, texts=2)
     head, *lines, _ = screen.text()
     assert head == f"step {len(states)}, texts 1 to 2"
     assert [line[:3] for line in lines if line[0] != " "] == ["1  ", "2  "] and len(lines) == 7
     assert lines[2].endswith("the end.") and lines[-1].endswith("the end.") and BLOCK not in "".join(lines)
     crowded = Screen(lines=5)
-    show(crowded, np.stack([states] * 9, axis=1), np.zeros((9, len(ids)), bool), made)
+    show(crowded, np.stack([states] * 9, axis=1), np.zeros((9, len(ids)), bool), tok)
     assert crowded.text()[-2] == "and 7 more"
 
 
 def test_control_characters_of_texts_are_replaced(quick, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
-    made, screen = make_tokenizer("bytes", [], end_of_text=False), Screen()
-    ids = made.encode("a\x1b[2Jb\r\x07c\td\x9b\u202ee")
-    show(screen, ids[None, None], np.zeros((1, len(ids)), bool), made)
+    tok, screen = make_tokenizer("bytes", [], end_of_text=False), Screen()
+    ids = tok.encode("a\x1b[2Jb\r\x07c\td\x9b\u202ee")
+    show(screen, ids[None, None], np.zeros((1, len(ids)), bool), tok)
     assert screen.text()[1] == f"a\u241b[2Jb\u240d\u2407c d{BROKEN}e"
     assert {style for line in screen.cells for _, style in line} == {""}
 
@@ -225,20 +225,20 @@ def test_ascii_terminal_shows_question_marks_for_other_characters(quick):
         def write(self, text):
             super().write(text.encode("ascii").decode())
 
-    made, screen = make_tokenizer("characters", [TEXT, "e\u0301\x1b"], end_of_text=True), Ascii()
-    ids = made.encode(TEXT + "e\u0301\x1b")
-    show(screen, trace(ids, np.zeros(len(ids), bool), 3, made.vocab_size)[:, None], np.zeros((1, len(ids)), bool), made)
+    tok, screen = make_tokenizer("characters", [TEXT, "e\u0301\x1b"], end_of_text=True), Ascii()
+    ids = tok.encode(TEXT + "e\u0301\x1b")
+    show(screen, trace(ids, np.zeros(len(ids), bool), 3, tok.vocab_size)[:, None], np.zeros((1, len(ids)), bool), tok)
     _, *lines, _ = screen.text()
     assert " ".join("\n".join(lines).split()) == "Gr??e, ?the cat? ? ?? and ?! Two spaces, the end.e?"
 
 
 def test_cursor_is_restored_after_an_interruption(quick):
-    made, screen = tokenizer("characters"), Screen()
-    with pytest.raises(KeyboardInterrupt), Terminal(made, None, stream=screen) as watch:
-        watch(np.arange(1), made.encode("the")[None], np.zeros((1, 3), bool), 1)
+    tok, screen = tokenizer("characters"), Screen()
+    with pytest.raises(KeyboardInterrupt), Terminal(tok, None, stream=screen) as watch:
+        watch(np.arange(1), tok.encode("the")[None], np.zeros((1, 3), bool), 1)
         raise KeyboardInterrupt
     assert screen.cursor and screen.text() == ["step 1", "the", ""] and screen.style == ""
-    with Terminal(made, None, stream=Screen()) as watch:
+    with Terminal(tok, None, stream=Screen()) as watch:
         assert watch._stream.text() == ["waiting for the first step"]
     assert watch._stream.cursor and watch._stream.text() == [""]
 
@@ -250,9 +250,9 @@ def test_pauses_get_shorter_and_are_bounded(quick, monkeypatch):
     monkeypatch.setattr(terminal, "SHORTEST", 0.015)
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(terminal.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    made, screen, ended = tokenizer("characters"), Screen(), []
-    ids = made.encode("the cat")
-    with Terminal(made, made.vocab_size, stream=screen) as watch:
+    tok, screen, ended = tokenizer("characters"), Screen(), []
+    ids = tok.encode("the cat")
+    with Terminal(tok, tok.vocab_size, stream=screen) as watch:
         for step in range(5000):
             now[0] += 0.001
             watch(np.arange(1), ids[None], np.zeros((1, 7), bool), step + 1)
@@ -262,12 +262,12 @@ def test_pauses_get_shorter_and_are_bounded(quick, monkeypatch):
 
 
 def test_stream_that_is_not_a_terminal_is_refused(quick, monkeypatch):
-    made = tokenizer("characters")
+    tok = tokenizer("characters")
     with pytest.raises(UserError, match="--watch needs a terminal; leave it out, or write a page with --html=FILE"):
-        Terminal(made, None, stream=io.StringIO())
+        Terminal(tok, None, stream=io.StringIO())
     monkeypatch.setenv("TERM", "dumb")
     with pytest.raises(UserError, match="--watch"):
-        Terminal(made, None, stream=Screen())
+        Terminal(tok, None, stream=Screen())
 
 
 def test_size_of_a_real_terminal_is_read(monkeypatch):
@@ -298,9 +298,9 @@ def replayed(data):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("masked", [True, False])
 def test_page_has_the_text_of_every_state(kind, masked):
-    made = None if kind == "ids" else tokenizer(kind)
-    size = made.vocab_size if made else 300
-    ids = np.arange(40) % size if made is None else made.encode(TEXT)
+    tok = None if kind == "ids" else tokenizer(kind)
+    size = tok.vocab_size if tok else 300
+    ids = np.arange(40) % size if tok is None else tok.encode(TEXT)
     given = np.arange(len(ids)) < 4
     early = trace(ids, given, 6, size)
     states = np.stack([trace(ids, given, 12, size), np.concatenate([early, early[[-1] * 6]])], axis=1)
@@ -308,34 +308,32 @@ def test_page_has_the_text_of_every_state(kind, masked):
     mask = size if masked else None
     if not masked:
         states = np.where(states == size, np.roll(ids, 3), states)
-    read = Reader(made, mask)
-    frames = dict(replayed(embedded(page(states, np.stack([given] * 2), made, mask, {}))))
+    decoder = Reader(tok, mask)
+    frames = dict(replayed(embedded(page(states, np.stack([given] * 2), tok, mask, {}))))
     before = None
     for step, state in enumerate(states, 1):
         assert (step in frames) == (step == 12 or before is None or not np.array_equal(state, before))
         if step in frames:
-            assert frames[step] == ["".join(cell or "" for cell in read.cells(tokens)) for tokens in state]
+            assert frames[step] == ["".join(cell or "" for cell in decoder.cells(tokens)) for tokens in state]
         before = state
     assert (0 in frames) == masked
 
 
 def test_token_is_new_even_if_its_text_is_equal():
-    made = tokenizer("sentencepiece")
-    ids = np.array([[made.encode("xt")[-1]], [made.backend._processor.piece_to_id("<0x74>")]])
-    data = embedded(page(ids[:, None], np.zeros((1, 1), bool), made, None, {}))
+    tok = tokenizer("sentencepiece")
+    ids = np.array([[tok.encode("xt")[-1]], [tok.backend._processor.piece_to_id("<0x74>")]])
+    data = embedded(page(ids[:, None], np.zeros((1, 1), bool), tok, None, {}))
     assert ids[0] != ids[1] and data["frames"] == [[2, [[0, *data["base"][0]]]]]
 
 
 def test_page_is_small_and_deterministic():
     """Less than 16 bytes per changed token: all of 4 rows of 256 tokens are unmasked in 256 steps."""
-    made = tokenizer("characters")
-    ids = np.resize(made.encode(TEXT), 256)
-    states = np.stack([trace(ids, np.zeros(256, bool), 256, made.vocab_size, seed) for seed in range(4)], axis=1)
-    written, empty = (
-        page(shown, np.zeros((4, 256), bool), made, made.vocab_size, {}) for shown in (states, states[:0])
-    )
+    tok = tokenizer("characters")
+    ids = np.resize(tok.encode(TEXT), 256)
+    states = np.stack([trace(ids, np.zeros(256, bool), 256, tok.vocab_size, seed) for seed in range(4)], axis=1)
+    written, empty = (page(shown, np.zeros((4, 256), bool), tok, tok.vocab_size, {}) for shown in (states, states[:0]))
     assert len(written) - len(empty) < 4 * 256 * 16
-    assert written == page(states, np.zeros((4, 256), bool), made, made.vocab_size, {})
+    assert written == page(states, np.zeros((4, 256), bool), tok, tok.vocab_size, {})
 
 
 @pytest.fixture(scope="module")
@@ -363,26 +361,26 @@ def test_page_plays_pauses_and_steps_in_a_browser(browser, tmp_path):
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
     tags = ("<b>no</b>", "</script>")
-    made = Tokenizer("huggingface", HuggingFace(byte_level(special=(END, *tags)).to_str().encode()), True)
-    mask, ids = made.vocab_size, np.concatenate([made.encode(f"{EVIL} {TEXT}"), [1, 2]])
-    assert made.decode(ids).endswith("".join(tags))
+    tok = Tokenizer("huggingface", HuggingFace(byte_level(special=(END, *tags)).to_str().encode()), True)
+    mask, ids = tok.vocab_size, np.concatenate([tok.encode(f"{EVIL} {TEXT}"), [1, 2]])
+    assert tok.decode(ids).endswith("".join(tags))
     given = np.stack([np.arange(len(ids)) < 20] * 2)
     states = np.stack([trace(ids, given[0], 30, mask, seed) for seed in (0, 1)], axis=1)
     file = tmp_path / "page.html"
-    file.write_text(page(states, given, made, mask, {"seed": 0, "model": EVIL}), encoding="utf-8")
+    file.write_text(page(states, given, tok, mask, {"seed": 0, "model": EVIL}), encoding="utf-8")
     browser.get(file.as_uri())
     play, back, forward, step, speed = (
         browser.find_element("id", name) for name in ("play", "back", "forward", "step", "speed")
     )
     wait = WebDriverWait(browser, 30, poll_frequency=0.02)
-    read = Reader(made, mask)
+    decoder = Reader(tok, mask)
 
     def texts():
         return browser.execute_script("return [...document.querySelectorAll('.text')].map((text) => text.textContent)")
 
     def expected(number):
         state = states[number - 1] if number else np.where(given, ids, mask)
-        return ["".join(cell or "" for cell in read.cells(tokens)) for tokens in state]
+        return ["".join(cell or "" for cell in decoder.cells(tokens)) for tokens in state]
 
     def reached():
         return int(step.text.split()[1])
@@ -408,7 +406,7 @@ def test_page_plays_pauses_and_steps_in_a_browser(browser, tmp_path):
     assert play.get_attribute("aria-label") == "Pause"
     wait.until(lambda _: reached() == 30)
     wait.until(lambda _: play.get_attribute("aria-label") == "Play")
-    assert texts() == [made.decode(ids)] * 2 == expected(30) and not forward.is_enabled()
+    assert texts() == [tok.decode(ids)] * 2 == expected(30) and not forward.is_enabled()
     assert browser.find_element("tag name", "dl").get_property("textContent") == f"seed0model{EVIL}"
     assert not browser.find_elements("css selector", "main b")
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0

@@ -65,7 +65,7 @@ def joined(*parts: Prompt) -> Prompt:
     return Prompt(*map(np.concatenate, zip(*parts)))
 
 
-def parsed(template: str) -> tuple[list[str], list[int]]:
+def parse_template(template: str) -> tuple[list[str], list[int]]:
     r"""Parses a template. Returns the N + 1 texts around its N blanks, and the number of tokens of each blank.
 
     `\<blank:8>` is the text `<blank:8>`, and `\\<blank:8>` is a backslash before a blank: directly before `<blank`,
@@ -73,13 +73,13 @@ def parsed(template: str) -> tuple[list[str], list[int]]:
     """
     texts, sizes, end = [""], [], 0
     for mark in _BLANK.finditer(template):
-        backslashes, begins, size = mark.groups()
+        backslashes, opening, size = mark.groups()
         texts[-1] += template[end : mark.start()] + backslashes[: len(backslashes) // 2]
         escaped = len(backslashes) % 2
         end = mark.end(2) if escaped else mark.end()
         if escaped:
-            texts[-1] += begins
-        elif begins != "<blank" or size is None:
+            texts[-1] += opening
+        elif opening != "<blank" or size is None:
             start = mark.start(2)
             tail = re.match(r"[^>\n]{,20}>?", template[start:])
             assert tail is not None  # the pattern matches any text
@@ -107,8 +107,8 @@ def check_size(rows: int, length: int):
 
 
 def of_template(template: str, tokenizer: Tokenizer) -> Prompt:
-    """Returns the prompt of a template, as in "The <blank:8> sat on the <blank:5>."; see `parsed`."""
-    pieces, sizes = parsed(template)
+    """Returns the prompt of a template, as in "The <blank:8> sat on the <blank:5>."; see `parse_template`."""
+    pieces, sizes = parse_template(template)
     texts, blanks = around_blanks(pieces, tokenizer), [blank(size) for size in sizes]
     return joined(texts[0], *(part for pair in zip(blanks, texts[1:]) for part in pair))
 

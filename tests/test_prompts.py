@@ -22,7 +22,7 @@ from sedd.errors import UserError
 )
 def test_template_is_parsed_into_texts_and_blanks(template, texts, sizes):
     """A backslash before `<blank` escapes it; elsewhere it is a literal backslash."""
-    assert prompts.parsed(template) == (texts, sizes)
+    assert prompts.parse_template(template) == (texts, sizes)
 
 
 @pytest.mark.parametrize(
@@ -38,13 +38,13 @@ def test_malformed_blank_is_an_error(mark):
         with pytest.raises(
             UserError, match="is not a blank; write <blank:8> for 8 tokens, or .<blank for literal text"
         ):
-            prompts.parsed(template)
+            prompts.parse_template(template)
 
 
 @pytest.mark.parametrize("size", ["999999999999", "9" * 18, "9" * 30, "9" * 5000])
 def test_huge_blank_allocates_no_memory(size):
     with pytest.raises(UserError, match="tokens are more than the|is not a blank") as caught:
-        prompts.parsed(f"a <blank:{size}>")
+        prompts.parse_template(f"a <blank:{size}>")
     assert len(str(caught.value)) < 200
 
 

@@ -40,7 +40,7 @@ def mesh_sizes(config: ConfigDict, devices: int) -> tuple[int, ...]:
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = max(1, devices // -math.prod(sizes))
     if math.prod(sizes) != devices or min(sizes) < 1:
-        raise UserError(f"config: the mesh of {dict(config.mesh)} devices does not fit the {devices} that there are")
+        raise UserError(f"config: the mesh of {dict(config.mesh)} devices does not fit the {devices} available devices")
     if config.network.heads % sizes[2]:
         raise UserError(f"config: mesh.model={sizes[2]} does not divide network.heads={config.network.heads}")
     rows, parts = config.training.batch_size // config.training.accumulation, sizes[0] * sizes[1]

@@ -133,7 +133,7 @@ def test_estimate_of_the_medium_network_compiles_nothing():
     assert estimated.params_bytes < 4 * 424_571_264 / 7
     text = str(estimated)
     assert "estimate" in text and "424,477,010" in text and "8 rows per device and microbatch" in text
-    with pytest.raises(UserError, match="does not fit the 6 that there are"):
+    with pytest.raises(UserError, match="does not fit the 6 available devices"):
         estimate(config, 50257, 6)
 
 

@@ -170,7 +170,7 @@ def test_a_run_in_a_folder_of_any_name_finds_its_corpus_from_anywhere(tmp_path, 
     capsys.readouterr()
     assert main(["eval", f"--model={run}", "--draws=2"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert f"{HOSTILE}/mine" in line and line.endswith("say where it is with --data=")
+    assert f"{HOSTILE}/mine" in line and line.endswith("give its folder as --data=FOLDER")
 
 
 def test_paths_are_resolved_in_one_way(tmp_path, monkeypatch):
@@ -204,7 +204,7 @@ def test_calls_resume_after_a_full_disk(corpus, model, tmp_path):
     with max_file_size(1500):
         line = refusal(sedd.prepare, source, "bytes", tmp_path / "corpus", split="position:80,10,10")
         assert "make room there" in line and line.endswith("what is done is kept")
-    assert (tmp_path / ".corpus.preparing/survey.json").is_file()
+    assert (tmp_path / ".corpus.preparing/scan.json").is_file()
     sedd.prepare(source, "bytes", tmp_path / "corpus", split="position:80,10,10")
     assert not (tmp_path / ".corpus.preparing").exists()
 

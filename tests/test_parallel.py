@@ -226,9 +226,9 @@ def test_large_arrays_are_split_by_their_path(corpus):
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ("mesh.model=3", "does not fit the 8 that there are"),
-        ("mesh.data=4", "does not fit the 8 that there are"),
-        ("mesh.data=0", "does not fit the 8 that there are"),
+        ("mesh.model=3", "does not fit the 8 available devices"),
+        ("mesh.data=4", "does not fit the 8 available devices"),
+        ("mesh.data=0", "does not fit the 8 available devices"),
         ("mesh.model=8", "mesh.model=8 does not divide network.heads=2"),
         ("training.batch_size=12", "12 rows .* cannot be split over 8 devices"),
         ("training.accumulation=2", "4 rows .* cannot be split over 8 devices"),

@@ -44,6 +44,7 @@ DIFFUSION = [
     "likelihood",
     "loss",
     "process",
+    "jump_process",
     "schedule",
     "score",
     "keyed_random",

@@ -1,4 +1,4 @@
-"""The interface of a forward jump process: what samplers, losses and bounds need of it.
+"""The interface of the forward jump processes and of their reversal, as samplers, losses and bounds use it.
 
 Per token every process is "resample from pi": dp/dsigma = Q p with Q = pi 1^T - I, so that at total noise sigma
 

@@ -1,6 +1,6 @@
 """The absorbing and the uniform process: the closed forms of the forward process and of its reversal.
 
-Absorbing has pi = the mask, Uniform has pi = 1/V. The interface, with the notation, is in `sedd.diffusion.jump_process`.
+Absorbing has pi = the mask, Uniform has pi = 1/V. `sedd.diffusion.jump_process` has the interface and the notation.
 """
 
 import dataclasses

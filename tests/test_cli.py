@@ -269,6 +269,7 @@ def test_errors_are_one_line(place, command, message, capsys, monkeypatch):
     assert not (place / "new").exists() and len(COMPILED) == compiled > 0
 
 
+@pytest.mark.smoke
 def test_flags_come_in_any_order_and_form():
     """Flags and templates in any order, values after = or a space, integers such as 1e3, `help`."""
     words = ["infill", "a <blank:1>", "--model", "m", "- b <blank:2>", "--steps=1e3", "--seed", "-1", "--", "-c", "--d"]
@@ -335,6 +336,7 @@ def test_commands_printed_by_the_quickstart_parse(capsys, monkeypatch):
     assert commands[1].template == ["GREEK SMALL LETTER<blank:1> WITH TONOS"]
 
 
+@pytest.mark.smoke
 def test_process_prints_its_version_and_exits_with_2_for_an_error():
     def run(*args):
         return subprocess.run([sys.executable, "-m", "sedd", *args], capture_output=True, text=True)

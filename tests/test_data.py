@@ -52,6 +52,7 @@ def prepared(tmp_path_factory):
 # Splits and the corpus directory
 
 
+@pytest.mark.smoke
 def test_documents_are_drawn_into_disjoint_and_complete_splits(prepared):
     parts = {split: documents(prepared, split) for split in SPLITS}
     assert [len(parts[split]) for split in SPLITS] == [54, 3, 3]
@@ -85,6 +86,7 @@ def test_a_joiner_belongs_to_the_document_before_it(tmp_path):
     assert [len(text.encode()) for text in texts] == list(corpus.document_bytes("test"))
 
 
+@pytest.mark.smoke
 def test_counts_match_the_decoded_text(prepared):
     for split in SPLITS:
         counts = prepared.meta["splits"][split]

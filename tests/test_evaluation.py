@@ -75,6 +75,7 @@ def test_bound_is_independent_of_batching_and_devices(corpus):
     np.testing.assert_allclose([number(0, 5, 1), number(0, 16, 8), number(0, None, 2)], first, rtol=1e-6)
 
 
+@pytest.mark.smoke
 def test_units_of_a_report_agree(corpus):
     """Every token of the split is scored once, those of the last, shorter block too."""
     report = untrained_model(corpus).perplexity(corpus, split="train", draws=2, progress=False)

@@ -55,6 +55,7 @@ def test_subsets_sum_over_all_orders(positions, float64):
 
 
 @pytest.mark.parametrize("given", [[], [1], [0, 3]], ids=str)
+@pytest.mark.smoke
 def test_the_likelihood_sums_to_one(given, float64):
     """Over the free tokens, for any network. Control: the exponentials of the mean log p over orders do not."""
     positions = np.array([i for i in range(L) if i not in given])
@@ -65,6 +66,7 @@ def test_the_likelihood_sums_to_one(given, float64):
     assert np.exp(bounds).sum() < 0.99
 
 
+@pytest.mark.smoke
 def test_an_exact_denoiser_gives_the_joint_and_its_conditionals(float64):
     """All orders agree. Control: the Denoiser of another distribution."""
     joint, x0 = Joint.random(length=L), states(V, L)[::5]

@@ -102,6 +102,7 @@ def test_only_keyed_random_makes_random_keys():
         assert not makers or file.name == "keyed_random.py", f"{file.name} calls {', '.join(makers)}"
 
 
+@pytest.mark.smoke
 def test_import_has_no_side_effects():
     """It loads no dataset or checkpoint library and no torch, initialises no device and parses no flags."""
     code = (
@@ -114,6 +115,7 @@ def test_import_has_no_side_effects():
     assert out.stdout.strip() == "[] [] False"
 
 
+@pytest.mark.smoke
 def test_public_names_exist():
     assert all(hasattr(sedd, name) for name in sedd.__all__)
 

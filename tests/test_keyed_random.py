@@ -120,6 +120,7 @@ def test_rare_words_have_their_probability():
     assert scipy.stats.binomtest(int(rare), rows, p_decade[1], "less").pvalue < 1e-3  # 14 of 33
 
 
+@pytest.mark.smoke
 def test_categorical_samples_its_distribution():
     """Over three blocks of states, some of them impossible. Control: probabilities a tenth off."""
     rng = np.random.default_rng(0)
@@ -160,6 +161,7 @@ def test_uniform_has_full_precision_near_zero(bits):
     assert not np.any(within[1])
 
 
+@pytest.mark.smoke
 def test_noise_depends_on_row_and_position_only():
     """Keyed by the place in the batch, or among the chosen positions, a sample would depend on how it is computed."""
     rows, positions = jnp.array([7, 3, 11, 4]), jnp.array([5, 0, 2, 9])

@@ -29,6 +29,7 @@ from sedd.diffusion.schedule import Geometric, LogLinear
 from sedd.diffusion.score import score_stats, stats_from
 
 
+@pytest.mark.smoke
 def test_the_bound_is_the_likelihood_of_each_sequence(process, joint, float64):
     """prior + integral + joint reconstruction = -log p(x0): a wrong constant, sign or range breaks it for each x0."""
     low, high = 1e-3, 12.0
@@ -164,6 +165,7 @@ def test_the_bound_is_finite_at_every_noise_level(process, joint):
     assert np.all(np.isfinite(bound)), bound
 
 
+@pytest.mark.smoke
 def test_prior_and_reconstruction_equal_their_definitions(process, joint, float64):
     """KL(q_sigma(. | x0) || pi), and -log of the posterior of x0 under m."""
     sigma = 0.7

@@ -39,6 +39,7 @@ def either(request, corpus):
     return untrained_model(corpus, "process.name=uniform", "training.noise_sampling=time")
 
 
+@pytest.mark.smoke
 def test_exported_model_samples_as_the_run(model, tmp_path):
     model.save(tmp_path / "exported")
     other = sedd.load(tmp_path / "exported")
@@ -94,6 +95,7 @@ def test_temperature_and_top_p_near_0_leave_the_most_probable_token(model):
         assert len(set(model.sample(**settings, **sharp).texts)) == 1
 
 
+@pytest.mark.smoke
 def test_infill_keeps_the_text_of_templates(model):
     """Blanks are anywhere; the samples of a template are adjacent."""
     template = ["<blank:3>times<blank:2>", "the <blank:4>"]

@@ -79,12 +79,14 @@ def on_one_device(corpus):
     return {recipe: losses(recipe, corpus, 1) for recipe in (paper_config, default_config)}
 
 
-@pytest.mark.parametrize("devices, accumulation", [(2, 4), pytest.param(8, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "devices, accumulation", [pytest.param(4, 2, marks=pytest.mark.smoke), pytest.param(8, 1, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("recipe, tolerance", [(paper_config, 1e-5), (default_config, 1e-4)], ids=["paper", "default"])
 def test_losses_are_independent_of_devices_and_microbatches(
     corpus, on_one_device, recipe, tolerance, devices, accumulation
 ):
-    """Ten steps, with dropout, on the same ids; in one microbatch and in four."""
+    """Ten steps, with dropout, on the same ids; in one microbatch and in two."""
     values, ids = losses(recipe, corpus, devices, accumulation)
     expected, expected_ids = on_one_device[recipe]
     np.testing.assert_array_equal(ids, expected_ids)

@@ -28,6 +28,7 @@ def close(found, expected, rtol):
     return np.all(np.abs(found - expected) <= rtol * np.abs(expected) + slack)
 
 
+@pytest.mark.smoke
 def test_log_score(published):
     """Every shape and formula of the network, from embedding to the head's shift."""
     model, expected = published
@@ -40,6 +41,7 @@ def test_schedule(published):
     np.testing.assert_allclose(model.schedule.rate(expected["t"]), expected["rate"], rtol=1e-5)
 
 
+@pytest.mark.smoke
 def test_score_entropy_and_loss(published):
     """From the model's own log score, through the three statistics."""
     model, expected = published
@@ -60,6 +62,7 @@ def test_network_stats_are_those_of_its_log_score(published):
         np.testing.assert_allclose(np.where(used, found, 0), np.where(used, expected, 0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.smoke
 def test_euler(published):
     """The signed probabilities of a step with the unnormalised score: pi_x s_y dt for y != x, the rest at x."""
     model, expected = published
@@ -75,6 +78,7 @@ def test_euler(published):
     assert close(found, expected["euler_probs"], 1e-4)
 
 
+@pytest.mark.smoke
 def test_tweedie(published):
     """exp(-dQ) s times exp(dQ) (SEDD, equation 19), signed: unnormalised scores give no distribution."""
     model, expected = published

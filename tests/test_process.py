@@ -22,6 +22,7 @@ def evaluable(process, x):
     return x == process.mask if isinstance(process, Absorbing) else np.ones(x.shape, bool)
 
 
+@pytest.mark.smoke
 def test_forward_distribution_is_the_matrix_exponential(process, float64):
     """SEDD's Q has columns that sum to 0; the closed forms are exp(sigma Q), entry by entry."""
     x, x0 = np.arange(process.num_states)[:, None], np.arange(process.vocab_size)
@@ -50,6 +51,7 @@ def test_corrupt_and_prior_sample_the_forward_distribution(process):
     assert p(x, 1.05 * sigma) < 1e-6 and p(prior, 3 * [4.0]) < 1e-6
 
 
+@pytest.mark.smoke
 def test_scores_are_ratios_of_the_noisy_distribution(process, joint, float64):
     """log_score of the exact r, log m, the reverse rates, r from the score: a wrong constant gives errors of O(1)."""
     x, denoiser = states(process.num_states, 3), joint.denoiser(process)
@@ -73,6 +75,7 @@ def test_scores_are_ratios_of_the_noisy_distribution(process, joint, float64):
         np.testing.assert_allclose(back[specified], 0.0, atol=1e-10)
 
 
+@pytest.mark.smoke
 def test_tweedie_is_the_mixture_of_posteriors(process, joint, float64):
     """p(y | x) = sum_v p(x0_i = v | x) q(y | v) q(x_i | y) / q(x_i | v), the posterior of x0_i by enumeration."""
     x, clean = states(process.num_states, 3), states(3, 3)
@@ -141,6 +144,7 @@ def dense_score_entropy(process, log_score, x, x0, sigma):
 
 
 @pytest.mark.parametrize("columns", ["clean", "all"])
+@pytest.mark.smoke
 def test_three_statistics_determine_the_score_entropy(process, columns, float64):
     """For any unnormalised score, at x0 and off it; for the absorbing process with a mask column and without."""
     x, x0 = (np.tile(v.ravel(), (20, 1)) for v in np.meshgrid(np.arange(process.num_states), np.arange(3)))

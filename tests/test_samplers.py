@@ -21,6 +21,7 @@ TOKENS = np.array([[0, 1, 2], [2, 0, 1], [1, 1, 0], [0, 2, 2], [1, 0, 2]])
 FREE = np.array([[0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
 
 
+@pytest.mark.smoke
 def test_tweedie_is_exact_in_one_step_where_tokens_are_independent(process, joint, float64):
     """Any error in the posterior step shows. Control: one step over dependent tokens is not exact."""
     x = states(process.num_states, 3)
@@ -47,6 +48,7 @@ def test_the_grid_is_even_in_time_and_ends_without_noise(schedule, float64):
 
 
 @every_sampler
+@pytest.mark.smoke
 def test_rows_of_every_step_are_probabilities(process, kind, joint, float64):
     """Even where steps are long and extrapolations are clipped. Control: unclipped, a row sum exceeds 1."""
 
@@ -134,6 +136,7 @@ def infilling_distances(process, joint, denoisers, steps):
     return np.abs(np.array(sampled) - joint.conditional(TOKENS, FREE) @ channel(process, 0.0, 3)).sum(-1) / 2
 
 
+@pytest.mark.smoke
 def test_infilling_absorbing_converges_to_the_conditional(joint):
     """Given tokens that are lost, moved or re-noised would leave a distance that does not shrink with the steps."""
     process = Absorbing(3)
@@ -186,6 +189,7 @@ def test_the_loop_ends_when_every_row_is_finished(joint):
     assert none.calls == 0 and np.all(none.tokens == tokens) and np.all(none.trace == tokens)
 
 
+@pytest.mark.smoke
 def test_a_row_draws_the_same_in_any_batch(process, joint):
     """Bit for bit, by its global index. Control: the index within the batch gives other samples."""
     tokens, free = np.tile(TOKENS, (4, 1)), np.tile(FREE, (4, 1))

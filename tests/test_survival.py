@@ -182,6 +182,7 @@ def test_reader_retries_when_a_run_removes_the_checkpoint_it_reads(two_steps, tm
         restore_params(folder, like(state_of(0.0, 0).params), ema=False)
 
 
+@pytest.mark.smoke
 def test_restore_uses_the_newest_checkpoint_without_a_fault(two_steps, tmp_path, capfd):
     """The control. Files of an interrupted save are removed by the next save, not by a reader."""
     folder = tmp_path / "checkpoints"

@@ -108,6 +108,7 @@ def test_the_jitted_loop_samples_the_distribution_of_the_likelihood(picker):
     assert max(fits(other) for other in PICKERS if other != picker) < 1e-6
 
 
+@pytest.mark.smoke
 def test_an_exact_denoiser_one_position_a_call_gives_the_exact_distribution(joint, float64):
     """In any order. Control: two tokens a call, which are drawn independently."""
     rows = GROUPS < 4  # the last has a mask that stays

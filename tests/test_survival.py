@@ -376,9 +376,9 @@ def test_checkpoint_of_a_step_is_loaded(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_run_killed_twenty_times_equals_uninterrupted_run(corpus, tmp_path):
+def test_run_killed_eight_times_equals_uninterrupted_run(corpus, tmp_path):
     """Each time it resumes from a complete checkpoint; state and losses are equal bit for bit in the end."""
-    settings = ("training.steps=160", "training.ema_decay=0.9", "checkpoint.every=1", "network.layers=1")
+    settings = ("training.steps=80", "training.ema_decay=0.9", "checkpoint.every=1", "network.layers=1")
     config = small_config(corpus, *settings)
     keys = [f"{group}.{name}={value}" for group, members in config.items() for name, value in members.items()]
 
@@ -391,7 +391,7 @@ def test_run_killed_twenty_times_equals_uninterrupted_run(corpus, tmp_path):
 
     jobs.finish([start("uninterrupted")])
     moments, reached = random.Random(0), [0]
-    for _ in range(20):
+    for _ in range(8):
         process, newest = start("killed"), reached[-1]
         jobs.wait_for(lambda: process.poll() is not None or saved() > newest)
         time.sleep(moments.uniform(0, 0.4))
@@ -401,13 +401,13 @@ def test_run_killed_twenty_times_equals_uninterrupted_run(corpus, tmp_path):
         assert "damaged" not in err and "Traceback" not in err
         reached.append(saved())
     ((status, _, _),) = jobs.finish([start("killed")])
-    assert status == 0 and reached == sorted(set(reached)) and reached[-1] < 160
+    assert status == 0 and reached == sorted(set(reached)) and reached[-1] < 80
     states = [restored_state(tmp_path / name, config, corpus) for name in ("uninterrupted", "killed")]
     jax.tree.map(np.testing.assert_array_equal, *states)
-    assert int(states[0].step) == 160
+    assert int(states[0].step) == 80
     runs = [(tmp_path / name / "metrics.jsonl").open() for name in ("uninterrupted", "killed")]
     losses = [[json.loads(line)["loss"] for line in run] for run in runs]
-    assert losses[0] == losses[1] and len(losses[0]) == 160
+    assert losses[0] == losses[1] and len(losses[0]) == 80
 
 
 def restored_state(workdir, config, corpus):

@@ -12,7 +12,7 @@ import itertools
 import logging
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +41,7 @@ try:
     from lm_eval.utils import simple_parse_args_string
 
     from sedd import harness_settings as settings
+    from sedd.harness_settings import GenerationRequest
 except ImportError:
     if __name__ == "__main__":
         sys.exit("sedd: error: the harness needs the package lm_eval: pip install 'sedd[harness]'")
@@ -49,13 +50,6 @@ except ImportError:
 OWN = ("pretrained", "tokenizer", "method", "draws", "seed", "max_gen_toks")  # the arguments of Harness
 QUESTIONS_PER_UPDATE = 64  # of the progress bar
 GREEDY_TOP_P = 1e-6  # top_p that keeps only the most likely token of every distribution
-
-
-class GenerationRequest(NamedTuple):
-    """The length and sampling settings of a continuation; hashable."""
-
-    num_tokens: int
-    sampling: tuple[tuple[str, Any], ...]  # keyword arguments of Generator.generate
 
 
 @dataclasses.dataclass(frozen=True)

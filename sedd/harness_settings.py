@@ -46,6 +46,13 @@ class Request(NamedTuple):
     sampling: dict[str, Any] | None  # arguments of Model.infill; None: greedy decoding
 
 
+class GenerationRequest(NamedTuple):
+    """The length and sampling settings of a continuation; hashable."""
+
+    num_tokens: int
+    sampling: tuple[tuple[str, Any], ...]  # keyword arguments of Generator.generate
+
+
 def check_model_args(others: Mapping[str, Any], own: Sequence[str], accepted: Mapping[str, tuple]):
     """UserError for an argument that would have an effect, and for an unknown one.
 

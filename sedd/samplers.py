@@ -85,17 +85,12 @@ def named_sampler(name: str, context: SamplerContext) -> Sampler:
     """Returns the sampler of a name. UserError if there is none, or if it is not for this process."""
     if not 1 <= context.steps <= MAX_STEPS:
         raise UserError(f"steps must be at least 1 and at most {MAX_STEPS:,}, not {context.steps}")
-    make: Callable[[SamplerContext], Sampler]
     kind, _, report = name.partition(":")
-    if kind == "planned":
-        counts = _planned(context, report)
-        make = lambda context: FixedCounts(_absorbing(context), counts)  # noqa: E731 -- one of several ways to set `make`
-    elif name in SAMPLERS:
-        make = SAMPLERS[name]
-    else:
+    counts = _planned(context, report) if kind == "planned" else None
+    if counts is None and name not in SAMPLERS:
         raise UserError(f"there is no sampler {name!r}; there are {', '.join(SAMPLERS)} and {PLANNED}")
     try:
-        return make(context)
+        return SAMPLERS[name](context) if counts is None else FixedCounts(_absorbing(context), counts)
     except ValueError as error:
         usable = ", ".join(other for other in SAMPLERS if _makes(other, context))
         raise UserError(f"the sampler {name} is not for this model; use one of {usable} ({error})") from None

@@ -54,11 +54,8 @@ DIFFUSION = [
 
 
 def imports(file):
-    """The modules of the package that a file imports at run time, as dotted paths without `sedd.`."""
-    tree = ast.parse(file.read_text())
-    typing_only = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    tree.body = [node for node in tree.body if node not in typing_only]
-    for node in ast.walk(tree):
+    """The modules of the package that a file imports, as dotted paths without `sedd.`."""
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sedd":
             base = node.module.removeprefix("sedd").strip(".")
             for alias in node.names:

@@ -10,17 +10,15 @@ A Denoiser returns the distribution of each clean token given all other noisy to
 normalised over the V clean tokens, at every sigma including 0 and infinity; positions None means all L. For the
 absorbing process its outputs at positions that are not masked are unspecified. Samplers take a Denoiser. Losses and
 bounds take a StatsFn, which returns the three statistics of a token's concrete scores s_y = p(x with x_i := y) / p(x)
-that the score entropy needs, however the scores are computed. Neither type depends on a network.
+that the score entropy needs, however the scores are computed. Neither type depends on a network. A process is a `sedd.diffusion.process.Process`,
+which imports this file.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-if TYPE_CHECKING:
-    from sedd.diffusion.process import Absorbing, Process
 
 Denoiser = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 StatsFn = Callable[[jax.Array, jax.Array, jax.Array], "ScoreStats"]
@@ -56,14 +54,14 @@ def score_stats(log_score: jax.Array, x: jax.Array, x0: jax.Array) -> ScoreStats
     )
 
 
-def clean_stats(process: "Process", log_clean: jax.Array, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> ScoreStats:
+def clean_stats(process, log_clean: jax.Array, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> ScoreStats:
     """The statistics of the score that log r implies. Float[... V], Int[...], Int[...], Float[...] -> Float[...]."""
     here = jnp.minimum(x, process.vocab_size - 1)  # the mask has no clean column and needs none
     here = jnp.take_along_axis(log_clean, here[..., None], axis=-1)[..., 0]
     return score_stats(process.log_score(log_clean, here, sigma), x, x0)
 
 
-def stats_from(process: "Process", denoiser: Denoiser) -> StatsFn:
+def stats_from(process, denoiser: Denoiser) -> StatsFn:
     """The StatsFn of a Denoiser. It computes all B L V scores."""
     return lambda x, sigma, x0: clean_stats(process, denoiser(x, sigma, None), x, x0, sigma[:, None])
 
@@ -80,7 +78,7 @@ def clamped(denoiser: Denoiser, tokens: jax.Array, free: jax.Array) -> Denoiser:
     return inner
 
 
-def condition_on_mask_ratio(process: "Absorbing", denoiser: Denoiser, lengths: jax.Array | None = None) -> Denoiser:
+def condition_on_mask_ratio(process, denoiser: Denoiser, lengths: jax.Array | None = None) -> Denoiser:
     """Replaces sigma by `process.sigma_from_mask_ratio(x)`, the noise level of x itself (absorbing process only).
 
     Applied inside `in_block`, it counts the masks of the full block, as likelihoods do. lengths: Int[B], the valid

@@ -21,6 +21,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not i
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
+# Tracing makes many objects that last, and locations that no test reads.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+gc.set_threshold(100_000, 20, 100)
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from oracle import Joint  # noqa: E402

@@ -71,3 +71,8 @@ def parts(config, corpus, devices=None):
     objective = Objective(network, schedule, training.batch_size, training.noise_sampling, training.min_time)
     mesh = parallel.make_mesh(config, jax.devices()[:devices])
     return objective, make_optimizer(config.optimizer, training.steps), mesh
+
+
+def name_of(value):
+    """The name of a function, or the value itself as text: an id of a test, which must not contain an address."""
+    return getattr(value, "__name__", str(value))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import channel, index, kernel, p_value, sampler_distribution, states, step_matrix, total_variation
+from small import name_of
 
 from sedd.diffusion.process import Absorbing, Uniform
 from sedd.diffusion.samplers import Euler, Trapezoidal, Tweedie, sample
@@ -104,7 +105,13 @@ def test_trapezoidal_is_closer_than_tweedie_at_equal_calls(process, joint):
     assert tweedie < 1.3 * distance(NotExtrapolated, 32)
 
 
-@pytest.mark.parametrize("kind", [Tweedie, Trapezoidal, pytest.param(Euler, marks=pytest.mark.slow)])
+PAIRS = [(Absorbing(3), Tweedie), (Uniform(3), Trapezoidal)]
+SLOW_PAIRS = [(Absorbing(3), Euler), (Uniform(3), Euler), (Uniform(3), Tweedie), (Absorbing(3), Trapezoidal)]
+
+
+@pytest.mark.parametrize(
+    "process, kind", [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW_PAIRS)], ids=name_of
+)
 def test_the_jitted_loop_samples_the_exact_distribution(process, kind, joint):
     """The float32 production path, with different given positions in each row.
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from small import name_of
 
 from sedd import config as configs
 from sedd import parallel
@@ -56,11 +57,6 @@ def exchanged(step):
 
 
 BASES = [configs.paper, configs.default]  # times and mask counts, unnormalised scores and log r
-
-
-def name_of(value):
-    """For the ids of tests, which must not contain addresses."""
-    return getattr(value, "__name__", str(value))
 
 
 MESHES = [(base, (2, 2, 2)) for base in BASES]

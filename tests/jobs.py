@@ -17,8 +17,8 @@ def free_port():
 
 
 def environment(devices=1, **more):
-    """Environment variables of a process with virtual devices, without compiler optimisations, as in `conftest`."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    """Environment variables of a process with virtual devices; the compiler's other flags are those of `conftest`."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one counts
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **more}
 
 

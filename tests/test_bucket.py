@@ -465,8 +465,8 @@ def command(corpus, workdir, *settings):
     return ["train", f"--workdir={workdir}", *(f"--config.{setting}" for setting in settings)]
 
 
-LONG = ("training.steps=120", "training.ema_decay=0.9", "checkpoint.every=20", "checkpoint.keep=2")
-LONG = (*LONG, "evaluation.every=50")
+LONG = ("training.steps=60", "training.ema_decay=0.9", "checkpoint.every=10", "checkpoint.keep=2")
+LONG = (*LONG, "evaluation.every=25")
 
 
 @pytest.mark.slow
@@ -474,20 +474,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cloud, corpus, bucket, tmp_pa
     """On the command line, after SIGTERM; with samples, bounds and files for TensorBoard."""
     tensorboard = ("metrics.tensorboard=true",) if importlib.util.find_spec("tensorboardX") else ()
     (run,) = jobs.start(command(corpus, f"{bucket}/run", *LONG, *tensorboard), processes=1)
-    jobs.wait_for(lambda: newest(cloud, bucket) >= 20)
+    jobs.wait_for(lambda: newest(cloud, bucket) >= 10)
     run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=120)
     assert run.returncode == 0 and "the same command continues" in err, err
     stopped = newest(cloud, bucket)
-    assert 20 <= stopped < 120 and records(f"{bucket}/run")[-1]["step"] == stopped
+    assert 10 <= stopped < 60 and records(f"{bucket}/run")[-1]["step"] == stopped
     jobs.run(command(corpus, f"{bucket}/run", *LONG, *tensorboard), processes=1)
     jobs.run(command(corpus, tmp_path / "run", *LONG), processes=1)
     check_same(tmp_path / "run", f"{bucket}/run", corpus)
-    assert len(records(f"{bucket}/run")) == 120 + 3
+    assert len(records(f"{bucket}/run")) == 60 + 3
     samples = records(f"{bucket}/run", "samples.jsonl")
     assert samples == records(tmp_path / "run", "samples.jsonl")
-    assert [sample["step"] for sample in samples] == [50, 50, 100, 100, 120, 120]
-    assert steps_saved(storage.folder_of(f"{bucket}/run/checkpoints")) == [100, 120]
+    assert [sample["step"] for sample in samples] == [25, 25, 50, 50, 60, 60]
+    assert steps_saved(storage.folder_of(f"{bucket}/run/checkpoints")) == [50, 60]
     events = [name for name in cloud.names(f"{bucket}/run") if name.startswith("tensorboard/")]
     assert len(events) == 2 * len(tensorboard)
 
@@ -495,7 +495,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cloud, corpus, bucket, tmp_pa
 @pytest.mark.slow
 def test_a_model_can_be_loaded_while_a_run_writes(cloud, corpus, bucket):
     """At any moment; later calls load later checkpoints."""
-    settings = ("training.steps=400", "checkpoint.every=10", "checkpoint.keep=2")
+    settings = ("training.steps=160", "checkpoint.every=10", "checkpoint.keep=2")
     (run,) = jobs.start(command(corpus, f"{bucket}/run", *settings), processes=1)
     jobs.wait_for(lambda: newest(cloud, bucket))
     loaded = []

@@ -10,6 +10,7 @@ import sys
 import time
 
 import jax
+import jobs
 import numpy as np
 import pytest
 from etils import epath
@@ -65,7 +66,7 @@ def saved(workdir, corpus):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
 
 
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # and one device
+ENVIRONMENT = jobs.environment(devices=1)
 
 
 def command(corpus, workdir):

@@ -89,7 +89,7 @@ def test_sampler_conditions_on_the_length_of_each_row(model):
     """Samples are those of the denoiser with the drawn lengths, for any tokens beyond them. Control: with the block
     length they differ. The parameters are random, since forty steps hardly train the dependence on lengths."""
     random = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, 0.3, leaf.shape), jnp.float32), model.params)
+    params = jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, 1, leaf.shape), jnp.float32), model.params)
     model = dataclasses.replace(model, params=params)
     drawn = model.sample(num_samples=24, steps=4, seed=3).tokens
     inside = np.pad(drawn >= 0, ((0, 0), (0, 32 - drawn.shape[1])))

@@ -23,9 +23,9 @@ def corpus(tmp_path_factory):
     return small_corpus(tmp_path_factory.mktemp("small"))
 
 
-def train(corpus, workdir, *settings, layers=1):
-    """Returns the arguments of a command that trains a small model."""
-    settings = (f"data.corpus={corpus.path}", *SETTINGS, f"network.layers={layers}", *settings)
+def train(corpus, workdir, *settings):
+    """Returns the arguments of a command that trains a small model of one layer."""
+    settings = (f"data.corpus={corpus.path}", *SETTINGS, "network.layers=1", *settings)
     return ["train", f"--workdir={workdir}", *(f"--config.{setting}" for setting in settings)]
 
 
@@ -162,7 +162,7 @@ def pair(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     settings = ("training.ema_decay=0.9", "evaluation.every=6", "evaluation.draws=4", "checkpoint.every=3")
     for name, count, devices in (("two", 2, 4), ("one", 1, 8)):
-        command = train(corpus, folder / name, *settings, layers=2)
+        command = train(corpus, folder / name, *settings)
         jobs.run(command, processes=count, devices=devices, folder=folder / f"at-{name}")
     return folder
 

@@ -133,6 +133,7 @@ def test_retries_are_limited(cloud, capfd, step):
     cloud.plan(**{step: 1000})
     assert 1 in [cloud(name, "--retries=1") for name in ("create", "push", "delete")]
     assert "launch: error: exit status 1 of gcloud compute tpus" in capfd.readouterr().err
+    assert step != "create" or len(cloud.calls("create")) == 2  # the call and one retry
 
 
 @pytest.mark.parametrize("dead", ["FAILED", "SUSPENDED"])

@@ -40,9 +40,8 @@ def train(experiment, corpus, workdir, *settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["text8_absorb", "text8_uniform"])
-def test_text8_recipe_learns_on_a_small_corpus(experiment, tmp_path):
-    """Two megabytes of 27 characters, split by position; the paper's recipe, with unnormalised scores."""
+def test_text8_recipe_learns_on_a_small_corpus(tmp_path):
+    """Two megabytes of 27 characters, split by position; the paper's recipe, uniform, with unnormalised scores."""
     words = [
         word
         for name in ("names", "functions")
@@ -62,7 +61,7 @@ def test_text8_recipe_learns_on_a_small_corpus(experiment, tmp_path):
     assert corpus.vocab_size == 27 and corpus.num_tokens("train") == 1_800_000
     short = ["data.block_length=64", "training.batch_size=64", "training.steps=300", "optimizer.warmup_steps=50"]
     faster = ["optimizer.learning_rate=3e-3", "training.ema_decay=0.98", "evaluation.every=100", "evaluation.draws=2"]
-    _, bounds = train(experiment, corpus.path, tmp_path / "run", *short, *faster)
+    _, bounds = train("text8_uniform", corpus.path, tmp_path / "run", *short, *faster)
     assert len(bounds) == 3 and bounds[0] > bounds[1] > bounds[2] and bounds[2] < 0.93 * np.log(27)
     drawn = json.loads(command("sample", f"--model={tmp_path}/run", "--steps=64", "--json"))
     assert re.fullmatch("[a-z ]{64}", drawn["text"]) and " " in drawn["text"] and len(set(drawn["text"])) > 6

@@ -1,6 +1,7 @@
 """Random numbers: rare events have their probability, and noise depends on row and position only."""
 
 import itertools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from sedd.diffusion.samplers import Tweedie, move
 from sedd.diffusion.schedule import LogLinear
 
 FAST = {"xla_backend_optimization_level": 3}  # other tests compile fast rather than run fast
+if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:
+    FAST["xla_cpu_use_fusion_emitters"] = True
 
 
 def changes(draw, rows, here):
@@ -82,11 +85,14 @@ def test_one_of_1024_steps_over_zipfian_words_has_its_probabilities():
 
 @pytest.mark.slow
 def test_the_rarest_events_have_their_probability():
-    """JAX's default modes have no probability between 0 and 2^-23: 32 events instead of 4, and none instead of 15."""
+    """JAX's default modes have no probability between 0 and 2^-23: 16 events instead of 2, and none instead of 10."""
     keys = keyed_random.row_keys(jax.random.key(0), jnp.arange(2**20))
-    happened = sum(int(keyed_random.bernoulli(keyed_random.fold(keys, k), 2.0**-26).sum()) for k in range(256))
-    assert scipy.stats.binomtest(happened, 2**28, 2.0**-26).pvalue > 1e-3
-    states, mass, rows = 128 * 40_000, 1e-3, 15_000  # a block holds 2.5e-8
+    events = jax.jit(
+        lambda keys, k: keyed_random.bernoulli(keyed_random.fold(keys, k), 2.0**-26).sum(), compiler_options=FAST
+    )
+    happened = sum(int(events(keys, k)) for k in range(128))
+    assert scipy.stats.binomtest(happened, 2**27, 2.0**-26).pvalue > 1e-3
+    states, mass, rows = 128 * 40_000, 1e-3, 10_000  # a block holds 2.5e-8
     log_p = jnp.full(states, jnp.log(mass / (states - 1))).at[7].set(jnp.log1p(-mass))
     moved = changes(lambda key: keyed_random.categorical(key, log_p), rows, 7)
     assert scipy.stats.binomtest(moved, rows, mass).pvalue > 1e-3
@@ -94,7 +100,7 @@ def test_the_rarest_events_have_their_probability():
 
 @pytest.mark.slow
 def test_rare_words_have_their_probability():
-    """4e6 draws from softmax(3.5 N(0, 1)) over 50257 words, in each decade of p from 1e-9 to 1e-6.
+    """1e6 draws from softmax(3.5 N(0, 1)) over 50257 words, in each decade of p from 1e-9 to 1e-6.
 
     Control: JAX's default mode over the words of one such decade and one state for all others.
     """
@@ -112,7 +118,7 @@ def test_rare_words_have_their_probability():
         )
         return np.asarray(run(keys, jnp.asarray(log_weights, jnp.float32)))
 
-    words, rows = drawn(keyed_random.categorical, logits, 4_000_000, 512), 4_000_000
+    words, rows = drawn(keyed_random.categorical, logits, 1_000_000, 512), 1_000_000
     seen = np.array([(decade[words] == power).sum() for power in (-9, -8, -7)])
     assert np.all(np.abs(seen - rows * p_decade) < 4 * (rows * p_decade) ** 0.5)
     condensed, rows = np.append(p[decade == -8], 1 - p_decade[1]), 2**16

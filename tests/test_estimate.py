@@ -39,7 +39,7 @@ def parts(config):
     return objective, make_step(config, objective, optimizer, parallel.make_mesh(config, devices))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_estimated_bytes_of_the_state_equal_those_of_arrays(optimizer):
     """On each of eight devices, sharded over fsdp and model. Control: the full state is larger."""
     config = config_of(f"optimizer.name={optimizer}", "network.width=512", "training.ema_decay=0.9")

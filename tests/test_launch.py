@@ -152,7 +152,7 @@ def test_machines_that_cannot_be_created(cloud, capfd):
     assert len(cloud.calls("create")) == 3
 
 
-@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("number", [pytest.param("SIGKILL", marks=pytest.mark.slow), "SIGTERM"])
 def test_a_preempted_job_is_launched_again(cloud, background, capfd, number):
     """With or without time to save. A preemption does not count as a failure; everything is set up again."""
     done = background("up", "--push=data/mine", "--retries=0", command=python(SAVES + TWICE))
@@ -214,6 +214,7 @@ def test_a_watched_command_that_is_stopped_is_not_restarted(cloud, background, c
     assert cloud("up", command=python(SAVES + TWICE)) == 0
 
 
+@pytest.mark.slow
 def test_stop_between_two_attempts_prevents_the_second(cloud, background, capfd):
     done = background("up", "--backoff=3", command=python("sys.exit(1)"))
     eventually(lambda: "retrying in 3 s" in capfd.readouterr().err)

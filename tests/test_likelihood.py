@@ -337,6 +337,7 @@ def test_widths_weight_draws_to_integrals_over_the_corruption_probability(proces
     assert abs(standard_errors(weighted - 1 / 3)) > 4
 
 
+@pytest.mark.slow
 def test_stratified_draws_of_a_long_text_have_less_variance():
     """One text of 1024 peaked tokens, eight draws a row: two halves of four strata, mask counts in pairs too.
 

@@ -66,6 +66,7 @@ def test_layout_is_saved_with_run_and_export(run, model, tmp_path):
     assert sedd.load(tmp_path / "exported").layout == model.layout
 
 
+@pytest.mark.slow
 def test_model_of_padded_documents_learns_and_samples_their_lengths(run, model):
     """The loss falls. Samples have no end-of-text, and lengths of the corpus if padding is ignored."""
     workdir, _ = run

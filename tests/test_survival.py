@@ -297,6 +297,7 @@ def poisoned(at, times=1):
     return Poisoned
 
 
+@pytest.mark.slow
 def test_nonfinite_loss_stops_the_run(corpus, tmp_path, monkeypatch):
     """Step, quantity, example and sigma are recorded. The checkpoints are finite, and the run resumes."""
     config = small_config(corpus, "checkpoint.every=2", "training.noise_sampling=time", "training.steps=7")

@@ -88,7 +88,10 @@ def test_the_likelihood_is_that_of_the_picked_positions(picker, float64):
     assert min(gaps) > 1e-2
 
 
-@all_pickers
+SLOW_PICKERS = [pytest.param(picker, marks=pytest.mark.slow) for picker in PICKERS[1:-1]]
+
+
+@pytest.mark.parametrize("picker", [PICKERS[0], *SLOW_PICKERS, PICKERS[-1]], ids=str)
 def test_the_jitted_loop_samples_the_distribution_of_the_likelihood(picker):
     """The float32 production path, with different given tokens in each row. Control: the other pickers."""
     repeats = 20_000

@@ -38,6 +38,12 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_collection_modifyitems(items):
+    """Puts the files that take longest first: a worker runs whole files, and both are to end at about the same time."""
+    longest = ("test_recipes", "test_cli", "test_processes", "test_bucket")
+    items.sort(key=lambda item: item.path.stem not in longest)
+
+
 def pytest_sessionfinish(session):
     """Fails the session on skips whose reason is not expected, if --skips is given."""
     expected, reporter = session.config.option.skips, session.config.pluginmanager.get_plugin("terminalreporter")

@@ -40,8 +40,8 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
     """Puts the files that take longest first: a worker runs whole files, and both are to end at about the same time."""
-    longest = ("test_recipes", "test_cli", "test_processes", "test_bucket")
-    items.sort(key=lambda item: item.path.stem not in longest)
+    longest = ["test_recipes", "test_cli", "test_processes", "test_bucket"]
+    items.sort(key=lambda item: [item.path.stem != name for name in longest])
 
 
 def pytest_sessionfinish(session):

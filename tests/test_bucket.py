@@ -15,7 +15,7 @@ import jobs
 import numpy as np
 import pytest
 from etils import epath
-from small import SETTINGS, parts, small_config, small_corpus
+from small import SETTINGS, name_of, parts, small_config, small_corpus
 from stand_in.bucket import Bucket, Object
 
 import sedd
@@ -276,7 +276,7 @@ def two_steps(cloud):
     return "gs://steps"
 
 
-@pytest.mark.parametrize("fault", [no_marker, cut_off], ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("fault", [no_marker, cut_off], ids=name_of)
 def test_an_incomplete_checkpoint_is_skipped(cloud, two_steps, bucket, capfd, fault):
     """Silently by a reader, with a line by a resumed run; the next checkpoint replaces it."""
     bucket = copied(cloud, two_steps, bucket.removeprefix("gs://"))
@@ -302,7 +302,7 @@ def test_a_run_restarts_if_its_first_checkpoint_is_incomplete(cloud, two_steps, 
         first_number(f"{bucket}/run")
 
 
-@pytest.mark.parametrize("fault", [no_arrays, changed_byte], ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("fault", [no_arrays, changed_byte], ids=name_of)
 def test_restore_skips_an_unusable_checkpoint_and_keeps_it_renamed(cloud, two_steps, bucket, capfd, fault):
     """The step before is found; a run puts aside what it passes over, and keeps it when it writes that step again."""
     bucket = copied(cloud, two_steps, bucket.removeprefix("gs://"))

@@ -18,7 +18,7 @@ import jobs
 import numpy as np
 import pytest
 from etils import epath
-from small import parts, small_config, small_corpus
+from small import name_of, parts, small_config, small_corpus
 
 import sedd
 from sedd import parallel
@@ -139,7 +139,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("fault", FAULTS, ids=name_of)
 def test_restore_skips_an_unusable_checkpoint_and_keeps_it_renamed(two_steps, tmp_path, capfd, monkeypatch, fault):
     """The previous step is restored, with one line; the renamed checkpoint's step can be saved again. No other thread
     prints an error."""

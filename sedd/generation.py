@@ -194,7 +194,7 @@ class Generator:
         if traces:
             num_steps = max(map(len, traces))
             # Rows of groups that end early repeat their last state.
-            states = [np.concatenate([states, group.tokens[None]]) for states, group in zip(traces, groups)]
+            states = [np.concatenate([steps, group.tokens[None]]) for steps, group in zip(traces, groups)]
             states = [state[np.minimum(np.arange(num_steps), len(state) - 1)] for state in states]
             trace = np.where(within, np.concatenate(states, axis=1)[:, : len(rows), :width], -1)
         lengths = np.array([self._length(row, ids[: len(row.tokens)]) for row, ids in zip(rows, tokens)], np.int32)
@@ -249,10 +249,8 @@ class _Loop(NamedTuple):
         """Samples one group. rows: Int[B], global row numbers; those past the last row are copies, as padding."""
         count, row = len(batch.tokens), rows % len(batch.tokens)
         tokens, free, lengths = (array[row] for array in batch)
-        given, windows = (
-            ~free,
-            list(prompts.windows_of(PromptBatch(tokens, free, lengths), self.generator.block_length)),
-        )
+        given = ~free
+        windows = list(prompts.windows_of(PromptBatch(tokens, free, lengths), self.generator.block_length))
         calls = 0
         states: list[np.ndarray] = []
         for number, (at, window_free) in enumerate(windows):

@@ -208,7 +208,7 @@ def sweep(args, _):
         print(table(points))
         if folder and processes.is_first():
             with storage.user_errors(folder):
-                disk.write_json_atomic(folder / "sweep.json", to_json(points) + "\n")
+                disk.write_text_atomic(folder / "sweep.json", to_json(points) + "\n")
             _plot(plot_sweep, points, folder / "sweep.png")
 
 

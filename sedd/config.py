@@ -1,4 +1,7 @@
-"""The default config, that of the quickstart, and its validated overrides. `sedd.config_file` reads config files."""
+"""The default config, that of the quickstart, its validated overrides, and what a saved config.json holds.
+
+`sedd.config_file` reads config files, which are Python.
+"""
 
 import ast
 import difflib

@@ -191,7 +191,7 @@ class Model:
             comparison = make_comparison(*scores)
             if out is not None and processes.is_first():
                 with storage.user_errors(out, KEPT):
-                    disk.write_json_atomic(out / "comparison.json", comparison.to_json() + "\n")
+                    disk.write_text_atomic(out / "comparison.json", comparison.to_json() + "\n")
         return comparison
 
     def log_likelihood(

@@ -281,7 +281,7 @@ def test_errors_of_disk_and_memory_are_one_line(monkeypatch, capsys, fault, mess
 
 def test_a_file_is_written_atomically(tmp_path):
     """A failed write leaves the older file."""
-    disk.write_json_atomic(tmp_path / "a.json", json.dumps({"a": 1}))
+    disk.write_text_atomic(tmp_path / "a.json", json.dumps({"a": 1}))
     with max_file_size(64), pytest.raises(OSError):
-        disk.write_json_atomic(tmp_path / "a.json", "x" * 100)
+        disk.write_text_atomic(tmp_path / "a.json", "x" * 100)
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]

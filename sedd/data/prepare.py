@@ -23,7 +23,7 @@ from sedd.data.staging import file_stamps, staging_directory
 from sedd.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, pretrained_data
 from sedd.data.writer import arrange, hash_of_splits, token_dtype, write_splits
 from sedd.errors import UserError
-from sedd.runtime.disk import absolute, write_json_atomic
+from sedd.runtime.disk import absolute, write_text_atomic
 from sedd.seeds import check_seed
 
 MAX_DEFAULT_WORKERS = 32  # threads: each holds some megabytes
@@ -110,7 +110,7 @@ def _scanned(record: Path, sources: dict[str, Source]) -> dict[str, Scan]:
     if record.is_file():
         return {name: Scan(**values) for name, values in json.loads(record.read_text()).items()}
     scans = {name: scan(one) for name, one in sources.items()}
-    write_json_atomic(record, json.dumps({name: asdict(one) for name, one in scans.items()}))
+    write_text_atomic(record, json.dumps({name: asdict(one) for name, one in scans.items()}))
     return scans
 
 

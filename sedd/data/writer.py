@@ -21,7 +21,7 @@ from sedd.data.layout import Layout
 from sedd.data.source import LONGEST_PIECE
 from sedd.data.splits import Segment
 from sedd.data.tokenizers import Ends, Tokenizer, check_ids
-from sedd.runtime.disk import write_json_atomic
+from sedd.runtime.disk import write_text_atomic
 
 COPY_SIZE = 2**24  # bytes copied at a time
 RECORD_INTERVAL = 2.0  # seconds between records of the progress
@@ -73,11 +73,11 @@ def write_splits(
             done["chunks"] = number
             if time.monotonic() - recorded > RECORD_INTERVAL:
                 now = done | {"splits": {writer.split: writer.sync() for writer in writers}}
-                write_json_atomic(record, json.dumps(now))
+                write_text_atomic(record, json.dumps(now))
                 recorded = time.monotonic()
             progress(sum(part.num_bytes for part in tokens))
         counts = {writer.split: writer.sync() for writer in writers}
-        write_json_atomic(record, json.dumps(done | {"splits": counts, "complete": True}))
+        write_text_atomic(record, json.dumps(done | {"splits": counts, "complete": True}))
         return counts
     finally:
         for writer in writers:
@@ -191,7 +191,8 @@ class _SplitWriter:
         self._counts = counts or dict.fromkeys(("documents", "tokens", "bytes", "characters"), 0)
         offsets = OFFSET.itemsize * (self._counts["documents"] + 1)
         sizes = (dtype.itemsize * self._counts["tokens"], offsets, offsets)
-        self._files = [open(folder / f"{split}.{part}", "ab", buffering=2**20) for part in PARTS]  # noqa: SIM115
+        paths = [folder / f"{split}.{part}" for part in PARTS]
+        self._files = [open(path, "ab", buffering=2**20) for path in paths]  # noqa: SIM115, open until `close`
         for file, size in zip(self._files, sizes):
             file.truncate(size if counts else 0)
         if not counts:  # the first document begins at 0

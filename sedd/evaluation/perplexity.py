@@ -104,7 +104,7 @@ def perplexity(
         )
         if folder is not None and processes.is_first():
             with storage.user_errors(folder, KEPT):
-                disk.write_json_atomic(folder / "report.json", report.to_json() + "\n")
+                disk.write_text_atomic(folder / "report.json", report.to_json() + "\n")
     return report, terms
 
 

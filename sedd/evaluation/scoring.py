@@ -225,7 +225,7 @@ def _write_or_check_job(folder: epath.Path, job: dict):
     if not file.exists():
         if not storage.is_empty(folder):
             raise UserError(f"{folder} is not empty and holds no evaluation; choose another --out")
-        disk.write_json_atomic(file, json.dumps(job))
+        disk.write_text_atomic(file, json.dumps(job))
         return
     try:
         existing = dict(json.loads(file.read_bytes()))

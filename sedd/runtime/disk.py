@@ -126,7 +126,7 @@ def held_by(folder: os.PathLike, holder: str) -> str:
     return f"another process is at work in {os.fspath(folder)} ({holder or 'unknown'}); wait for it, or end it"
 
 
-def write_json_atomic(path: Path, text: str):
+def write_text_atomic(path: Path, text: str):
     """Writes a file atomically: readers see the old content or the new. path: a pathlib or epath path."""
     part = path.with_name(f"{path.name}.part")
     try:

@@ -113,7 +113,7 @@ class Checkpoints:
         with processes.together(), self._write_errors():
             if processes.is_first():
                 manifest = _manifest(self.directory / str(step)) | {"bound": bound}
-                disk.write_json_atomic(self.directory / str(step) / "manifest" / "metadata", json.dumps(manifest))
+                disk.write_text_atomic(self.directory / str(step) / "manifest" / "metadata", json.dumps(manifest))
 
     def restore(self, like: TrainState) -> TrainState | None:
         """Returns the newest state that verifies, or None if there is no checkpoint. Newer ones are renamed.

@@ -58,7 +58,7 @@ def prepare_workdir(
         raise UserError(f"{workdir} is not empty and holds no run; choose another --workdir")
     with storage.user_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        disk.write_json_atomic(path, json.dumps(description, indent=2) + "\n")
+        disk.write_text_atomic(path, json.dumps(description, indent=2) + "\n")
         corpus.tokenizer.save(
             workdir / "tokenizer"
         )  # after config.json, which identifies the run if this is interrupted

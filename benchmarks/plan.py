@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from sedd import config as configs
 from sedd.network.network import Network
 from sedd.network.trunk import REMAT, padded
-from sedd.training.chips import CHIPS, Chip
+from sedd.runtime.accelerators import CHIPS, Chip
 from sedd.training.estimate import activation_bytes, estimate, step_flops
 
 MODELS = {"small": (768, 12, 12), "medium": (1024, 24, 16), "large": (2048, 24, 32)}  # width, layers, heads
 # Number of chips that links connect, and bandwidth of each chip to chips beyond, in bytes a second: TPUs from the pages
-# cited in sedd/training/chips.py (the pod's data-centre network divided by its chips), GPUs with a network card each,
-# of 200 or 400 Gbit/s.
+# cited in sedd/runtime/accelerators.py (the pod's data-centre network divided by its chips), GPUs with a network card
+# each, of 200 or 400 Gbit/s.
 KINDS = {
     "TPU v5 lite": (256, 3.1e9),
     "TPU v5p": (6144, 6.2e9),

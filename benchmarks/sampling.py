@@ -36,10 +36,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import sedd
-from sedd.diffusion import samplers
+from sedd.diffusion.discrete import samplers
+from sedd.diffusion.discrete.samplers import Sampler, Tweedie
+from sedd.diffusion.discrete.unmasking import Counts, FirstHitting
 from sedd.diffusion.keyed_random import root_key
-from sedd.diffusion.samplers import Sampler, Tweedie
-from sedd.diffusion.unmasking import Counts, FirstHitting
 
 SIZES = "8x128x128x3x1024:128 8x128x128x3x1024:1024 4x256x256x4x32000:64"
 COND_DIM, FREQUENCIES, HEAD_DIM = 128, 256, 64  # of the published models

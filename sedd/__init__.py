@@ -8,19 +8,19 @@ Importing sedd loads no dataset or checkpoint library, initialises no device and
 
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.data.prepare import prepare
-from sedd.diffusion.correctors import Barker, Corrected, Gibbs, Renoise
-from sedd.diffusion.loss import count_loss, denoising_loss
-from sedd.diffusion.pickers import Entropy, EntropyBounded, Margin
-from sedd.diffusion.process import Absorbing, Jump, Process, Uniform
-from sedd.diffusion.samplers import Euler, Sampler, Trapezoidal, Tweedie, sample
+from sedd.diffusion.discrete.correctors import Barker, Corrected, Gibbs, Renoise
+from sedd.diffusion.discrete.loss import count_loss, denoising_loss
+from sedd.diffusion.discrete.pickers import Entropy, EntropyBounded, Margin
+from sedd.diffusion.discrete.process import Absorbing, Jump, Process, Uniform
+from sedd.diffusion.discrete.samplers import Euler, Sampler, Trapezoidal, Tweedie, sample
+from sedd.diffusion.discrete.score import Denoiser, ScoreStats, StatsFn, score_stats, stats_from
+from sedd.diffusion.discrete.unmasking import Adaptive, Counts, FirstHitting, FixedCounts
+from sedd.diffusion.discrete.unmasking_schedules import UnmaskingPlan, cosine_unmasking, plan_unmasking
 from sedd.diffusion.schedule import Geometric, LogLinear, Schedule
-from sedd.diffusion.score import Denoiser, ScoreStats, StatsFn, score_stats, stats_from
-from sedd.diffusion.unmasking import Adaptive, Counts, FirstHitting, FixedCounts
-from sedd.diffusion.unmasking_schedules import UnmaskingPlan, cosine_unmasking, plan_unmasking
 from sedd.errors import UserError
 from sedd.evaluation.conditional import LogLikelihood
 from sedd.evaluation.report import Comparison, Report
-from sedd.generation import Samples
+from sedd.generation.generate import Samples
 from sedd.loading import load, train
 from sedd.model import Model
 from sedd.runtime.processes import initialize

@@ -12,8 +12,8 @@ from sedd.data import sources, tokenizers
 from sedd.data.splits import SPLITS
 from sedd.errors import UserError
 from sedd.evaluation.protocols import PROTOCOLS
+from sedd.generation.samplers import PLANNED, SAMPLERS
 from sedd.runtime import faults, processes, streams
-from sedd.samplers import PLANNED, SAMPLERS
 from sedd.version import __version__
 
 _SAMPLERS = f"{', '.join(SAMPLERS)} or {PLANNED}"

@@ -234,8 +234,8 @@ def infill(args, _):
 
 def _generate(args, method, num_templates: int):
     """Generates texts and prints them, with --watch each step too. method: maps a Model to its sample or infill."""
+    from sedd.generation.playback import Terminal, page
     from sedd.loading import load
-    from sedd.playback import Terminal, page
 
     html = None if args.html is None else Path(disk.absolute(args.html))
     if html and (html.is_dir() or not html.parent.is_dir() or not os.access(html.parent, os.W_OK)):

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from sedd.diffusion.process import Absorbing, Uniform
+from sedd.diffusion.discrete.process import Absorbing, Uniform
 from sedd.diffusion.schedule import Geometric, LogLinear, Schedule
 from sedd.errors import UserError
 from sedd.network.attention import ATTENTION, check_sizes

@@ -18,19 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from sedd import prompts
 from sedd.data.tokenizers import Ends, Tokenizer
-from sedd.diffusion.pickers import Margin, Picker
-from sedd.diffusion.process import Absorbing
-from sedd.diffusion.unmasking import Adaptive
+from sedd.diffusion.discrete.pickers import Margin, Picker
+from sedd.diffusion.discrete.process import Absorbing
+from sedd.diffusion.discrete.unmasking import Adaptive
 from sedd.errors import UserError
 from sedd.evaluation.conditional import METHODS, Answers, answers_to, log_likelihoods
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import from_texts
-from sedd.generation import Generator
+from sedd.generation import prompts
+from sedd.generation.generate import Generator
+from sedd.generation.prompts import Prompt
 from sedd.loading import load, with_tokenizer
 from sedd.model import Model, check_draws
-from sedd.prompts import Prompt
 from sedd.runtime import streams
 
 try:

@@ -10,14 +10,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 
 from sedd import config as configs
-from sedd import parallel, pretrained
+from sedd import pretrained
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import load_tokenizer, pretrained_tokenizer
 from sedd.diffusion.keyed_random import root_key
 from sedd.errors import UserError
 from sedd.model import Model
-from sedd.parallel import abstract_arrays, named
-from sedd.runtime import storage
+from sedd.runtime import parallel, storage
+from sedd.runtime.parallel import abstract_arrays, named
 from sedd.training.checkpoint import restore_params
 from sedd.training.fit import fit
 

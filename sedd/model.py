@@ -15,14 +15,13 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save as save_arrays
 
 from sedd import config as configs
-from sedd import prompts
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.data.source import Source
 from sedd.data.tokenizers import Tokenizer
-from sedd.diffusion.process import Process
+from sedd.diffusion.discrete.process import Process
+from sedd.diffusion.discrete.score import Denoiser, clamped
 from sedd.diffusion.schedule import Schedule
-from sedd.diffusion.score import Denoiser, clamped
 from sedd.errors import UserError
 from sedd.evaluation.conditional import LogLikelihood, answers_to, log_likelihoods
 from sedd.evaluation.perplexity import perplexity
@@ -31,11 +30,12 @@ from sedd.evaluation.report import Comparison, Report, Terms, make_comparison
 from sedd.evaluation.scorers import ScoredTexts
 from sedd.evaluation.scoring import KEPT
 from sedd.evaluation.text import check_compatible, from_texts
-from sedd.generation import Generator, Samples, SamplingOptions
+from sedd.generation import prompts
+from sedd.generation.generate import Generator, Samples, SamplingOptions
+from sedd.generation.prompts import Prompt
 from sedd.network.network import Network
-from sedd.parallel import fingerprint, named
-from sedd.prompts import Prompt
 from sedd.runtime import disk, processes, storage
+from sedd.runtime.parallel import fingerprint, named
 from sedd.runtime.settings import jax_defaults
 from sedd.seeds import check_seed
 
@@ -101,7 +101,7 @@ class Model:
         length: tokens per text. The default is the block length, or for padded documents with ignored padding a length
         drawn from those of the training corpus. A model of packed text samples texts longer than a block
         semi-autoregressively, each block with its first half given; a uniform model then adds Gibbs corrector steps,
-        as in `infill`. settings: `sedd.generation.SamplingOptions`: steps, sampler, temperature, top_p, seed,
+        as in `infill`. settings: `sedd.generation.generate.SamplingOptions`: steps, sampler, temperature, top_p, seed,
         batch_size, trace, watch. UserError for an invalid argument, before compilation.
         """
         return self.generator.sample(num_samples, length, **settings)
@@ -127,8 +127,8 @@ class Model:
 
         Conditioning is exact for Absorbing, and for Uniform trained with `network.given_embedding`. Any other uniform
         model treats given tokens as noisy at high noise levels; the samplers `euler`, `tweedie` and `trapezoidal`, if
-        given by name, then add a Gibbs corrector with one more network call per step. `sedd.diffusion.correctors`
-        describes the remaining bias.
+        given by name, then add a Gibbs corrector with one more network call per step. The remaining bias is described
+        in `sedd.diffusion.discrete.correctors`.
 
         A text ends at the first end-of-text token after the last given token. A row of arrays without free positions
         is returned unchanged. settings: as in `sample`. UserError for an invalid argument, before compilation.

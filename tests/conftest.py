@@ -29,7 +29,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from oracle import Joint  # noqa: E402
 
-from sedd.diffusion.process import Absorbing, Uniform  # noqa: E402
+from sedd.diffusion.discrete.process import Absorbing, Uniform  # noqa: E402
 
 
 def pytest_addoption(parser):

@@ -16,9 +16,9 @@ import numpy as np
 import scipy.linalg
 import scipy.stats
 
-from sedd.diffusion.process import Absorbing
-from sedd.diffusion.samplers import Trapezoidal, halves
-from sedd.diffusion.score import ScoreStats, clamped
+from sedd.diffusion.discrete.process import Absorbing
+from sedd.diffusion.discrete.samplers import Trapezoidal, halves
+from sedd.diffusion.discrete.score import ScoreStats, clamped
 
 
 def states(num_states, length):

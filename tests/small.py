@@ -6,8 +6,8 @@ import jax
 
 import sedd
 from sedd import config as configs
-from sedd import parallel
 from sedd.data.prepare import prepare
+from sedd.runtime import parallel
 from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
 

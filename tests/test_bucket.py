@@ -19,10 +19,10 @@ from small import SETTINGS, name_of, parts, small_config, small_corpus
 from stand_in.bucket import Bucket, Object
 
 import sedd
-from sedd import cli, parallel
+from sedd import cli
 from sedd import config as configs
 from sedd.evaluation import perplexity, scoring
-from sedd.runtime import lease, storage
+from sedd.runtime import lease, parallel, storage
 from sedd.training.checkpoint import Checkpoints, restore_params, steps_saved
 from sedd.training.fit import fit
 from sedd.training.step import TrainState, make_step

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import pytest
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.likelihood import count_draws, level_draws, time_draws
-from sedd.diffusion.loss import count_loss, denoising_loss
-from sedd.diffusion.process import Absorbing, Uniform, log_expm1
-from sedd.diffusion.samplers import Interval, halves, leap
+from sedd.diffusion.discrete.likelihood import count_draws, level_draws, time_draws
+from sedd.diffusion.discrete.loss import count_loss, denoising_loss
+from sedd.diffusion.discrete.process import Absorbing, Uniform, log_expm1
+from sedd.diffusion.discrete.samplers import Interval, halves, leap
+from sedd.diffusion.discrete.score import clean_stats, score_stats
 from sedd.diffusion.schedule import Geometric, LogLinear
-from sedd.diffusion.score import clean_stats, score_stats
 
 V, NUM_INPUTS = 3, 12_288
 PROCESSES = {"absorbing": Absorbing(V), "uniform": Uniform(V)}

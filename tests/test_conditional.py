@@ -12,7 +12,7 @@ from test_protocols import LENGTH, random_documents, random_model
 import sedd
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import Tokenizer, make_tokenizer
-from sedd.diffusion.process import Absorbing, Uniform
+from sedd.diffusion.discrete.process import Absorbing, Uniform
 from sedd.evaluation.conditional import answers_to, log_likelihoods
 
 IGNORED = Layout("padded", "ignored")

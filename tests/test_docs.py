@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from sedd import parallel
+from sedd.runtime import parallel
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "equations.md").read_text()
@@ -94,8 +94,8 @@ def test_every_equation_of_the_paper_has_one_row():
 
 def test_wrong_names_are_detected():
     """The control."""
-    assert is_public("sedd/diffusion/process", "Absorbing.tweedie")
-    assert not is_public("sedd/diffusion/process", "Absorbing.tweedy")
+    assert is_public("sedd/diffusion/discrete/process", "Absorbing.tweedie")
+    assert not is_public("sedd/diffusion/discrete/process", "Absorbing.tweedy")
     assert not is_public("sedd/diffusion/proces", "Absorbing.tweedie")
     assert "test_euler" in function_names("tests/test_pretrained.py")
     assert "test_euler" not in function_names("tests/test_data.py")

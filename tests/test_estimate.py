@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import pytest
 
 from sedd import config as configs
-from sedd import parallel
 from sedd.data.batches import Batch
 from sedd.errors import UserError
-from sedd.training.chips import CHIPS, peak_flops
+from sedd.runtime import parallel
+from sedd.runtime.accelerators import CHIPS, peak_flops
 from sedd.training.estimate import estimate, step_flops
 from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer

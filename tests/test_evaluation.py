@@ -13,15 +13,15 @@ from small import small_corpus, untrained_model
 import sedd
 from sedd.data.sources import open_source
 from sedd.diffusion import keyed_random
-from sedd.diffusion.likelihood import count_draws
-from sedd.diffusion.process import Absorbing
-from sedd.diffusion.score import stats_from
+from sedd.diffusion.discrete.likelihood import count_draws
+from sedd.diffusion.discrete.process import Absorbing
+from sedd.diffusion.discrete.score import stats_from
 from sedd.evaluation import scoring
 from sedd.evaluation.baselines import bigram_nats, unigram_nats
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.statistics import Estimate, profile, ratio, sampling_error, t_quantile
 from sedd.evaluation.text import from_corpus, from_texts
-from sedd.parallel import data_mesh
+from sedd.runtime.parallel import data_mesh
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from oracle import (
 )
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.exact_likelihood import importance_bound, order_log_likelihoods, subset_log_likelihood
-from sedd.diffusion.process import Absorbing
+from sedd.diffusion.discrete.exact_likelihood import importance_bound, order_log_likelihoods, subset_log_likelihood
+from sedd.diffusion.discrete.process import Absorbing
 
 V, L = 3, 4
 PROCESS, MASK = Absorbing(V), V

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from launching import launch
 
-from sedd import cli, parallel
+from sedd import cli
 from sedd import config as configs
 from sedd.config_file import load_config
 from sedd.data.batches import Batch
@@ -20,6 +20,7 @@ from sedd.data.sources import SOURCES
 from sedd.data.splits import SPLITS, make_rule
 from sedd.data.tokenizers import PRETRAINED, TRAINED
 from sedd.errors import UserError
+from sedd.runtime import parallel
 from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
 from sedd.training.step import make_step

@@ -18,10 +18,10 @@ from small import SETTINGS, parts, small_config, small_corpus, unusual_jax_setti
 
 import sedd
 from sedd import config as configs
-from sedd import parallel
 from sedd.data.corpus import open_corpus
 from sedd.data.prepare import prepare
 from sedd.network.network import Network
+from sedd.runtime import parallel
 from sedd.training.checkpoint import Checkpoints, _manifest, steps_saved
 from sedd.training.fit import Interrupted, fit
 from sedd.training.step import make_step

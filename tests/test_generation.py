@@ -10,11 +10,12 @@ from small import small_config, small_corpus
 
 import sedd
 from sedd import config as configs
-from sedd import parallel
 from sedd.data.tokenizers import make_tokenizer
-from sedd.generation import Generator
-from sedd.prompts import before_blank, windows
-from sedd.samplers import SAMPLERS, SamplerContext, named_sampler
+from sedd.generation import prompts
+from sedd.generation.generate import Generator
+from sedd.generation.prompts import before_blank, windows
+from sedd.generation.samplers import SAMPLERS, SamplerContext, named_sampler
+from sedd.runtime import parallel
 
 BLOCK = 16
 
@@ -95,7 +96,7 @@ def test_given_tokens_stay_in_every_block_of_rows_of_any_length(generator):
     rows = []
     for length in lengths:
         given = random.random(length) < 0.4
-        rows.append(sedd.prompts.Prompt(random.integers(0, 20, length).astype(np.int32) * given, given))
+        rows.append(prompts.Prompt(random.integers(0, 20, length).astype(np.int32) * given, given))
     samples = generator.generate(rows, steps=3, batch_size=3)
     for row, tokens, given in zip(rows, samples.tokens, samples.given):
         size = len(row.tokens)
@@ -107,7 +108,11 @@ def test_given_tokens_stay_in_every_block_of_rows_of_any_length(generator):
 
 def test_watch_is_called_with_the_trace(generator):
     """After each step, with rows of any lengths and their given tokens, without the copies that fill a group."""
-    rows = [sedd.prompts.blank(24), sedd.prompts.of_text("the 7", generator.tokenizer), sedd.prompts.blank(9)]
+    rows = [
+        prompts.blank(24),
+        prompts.of_text("the 7", generator.tokenizer),
+        prompts.blank(9),
+    ]
     calls = []
     watched = generator.generate(rows, steps=4, batch_size=2, watch=lambda *state: calls.append(state))
     traced = generator.generate(rows, steps=4, batch_size=2, trace=True)
@@ -124,7 +129,7 @@ def test_group_without_free_positions_has_a_constant_trace(generator, uniform):
     """Alone it takes no network call, for either process."""
     tokens, given = np.tile(np.arange(6), (2, 1)), np.array([[True] * 6, [True] * 5 + [False]])
     for which in (generator, uniform):
-        rows = sedd.prompts.of_arrays(tokens, given, 20)
+        rows = sedd.generation.prompts.of_arrays(tokens, given, 20)
         samples = which.generate(rows, steps=2, batch_size=1, trace=True)
         assert samples.trace.dtype == np.int32 and np.all(samples.trace[:, 0] == tokens[0]) and len(samples.trace) > 0
         alone = which.generate(rows[:1], steps=2, trace=True)
@@ -134,28 +139,28 @@ def test_group_without_free_positions_has_a_constant_trace(generator, uniform):
 
 def test_sampler_is_made_for_the_block_with_the_most_free_tokens(generator, uniform):
     """Also if the first block is given, and for a uniform model, which fills in all of its block."""
-    prefix = sedd.prompts.Prompt(np.zeros(40, np.int32), np.arange(40) < 16)
+    prefix = prompts.Prompt(np.zeros(40, np.int32), np.arange(40) < 16)
     block, process = generator.block_length, generator.network.process
 
     def batch(generator, row):
-        return sedd.prompts.collate([row], generator.network.process, block, generator.layout)
+        return sedd.generation.prompts.collate([row], generator.network.process, block, generator.layout)
 
     assert generator._largest_block(batch(generator, prefix)) == (8, 8, 16)
     assert generator.sampler("margin", 2, batch(generator, prefix)) == sedd.Adaptive(process, sedd.Margin(4))
-    assert generator._largest_block(batch(generator, sedd.prompts.blank(3))) == (3, 0, 16)
-    gap = sedd.prompts.Prompt(np.zeros(10, np.int32), np.arange(10) < 8)
+    assert generator._largest_block(batch(generator, prompts.blank(3))) == (3, 0, 16)
+    gap = prompts.Prompt(np.zeros(10, np.int32), np.arange(10) < 8)
     assert generator._largest_block(batch(generator, gap)) == (2, 8, 16) and uniform._largest_block(
         batch(uniform, gap)
     ) == (8, 8, 16)
     assert uniform.sampler("tweedie", 4, batch(uniform, gap)).corrector == sedd.Gibbs(1)
-    assert isinstance(uniform.sampler("tweedie", 4, batch(uniform, sedd.prompts.blank(10))), sedd.Tweedie)
+    assert isinstance(uniform.sampler("tweedie", 4, batch(uniform, prompts.blank(10))), sedd.Tweedie)
 
 
 def test_planned_counts_are_those_of_the_free_tokens(tmp_path):
     """For a short text in a block whose other positions stay masked, not those of the end of the block."""
     bins = [{"low": k / 8, "high": (k + 1) / 8, "nats_per_token": k**3 + 1, "error": None} for k in range(8)]
     (tmp_path / "report.json").write_text(json.dumps({"profile": bins}))
-    costs = sedd.diffusion.unmasking_schedules.information(bins, 16)
+    costs = sedd.diffusion.discrete.unmasking_schedules.information(bins, 16)
 
     def weights(num_free, num_given):
         context = SamplerContext(sedd.Absorbing(9), sedd.LogLinear(), 3, num_free, num_given, 16)
@@ -182,7 +187,7 @@ def test_text_ends_at_the_first_end_of_text_after_the_last_given_token(generator
     end = generator.tokenizer.end_of_text
     assert end is not None
     ids = np.array([1, end, 2, end, 3, end])
-    row = sedd.prompts.Prompt(ids.astype(np.int32), np.array([True, True, True, False, False, False]))
+    row = prompts.Prompt(ids.astype(np.int32), np.array([True, True, True, False, False, False]))
     assert generator._length(row, ids) == 3
     assert generator._length(row._replace(given=np.zeros(6, bool)), ids) == 6
     assert generator._length(row._replace(given=np.arange(6) == 4), ids) == 5

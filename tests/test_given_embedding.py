@@ -13,14 +13,14 @@ from small import parts, small_config, small_corpus
 from test_protocols import random_model
 
 import sedd
-from sedd import parallel
 from sedd.data.batches import Batch, batch
 from sedd.diffusion import keyed_random
-from sedd.diffusion.process import Absorbing, Uniform
+from sedd.diffusion.discrete.process import Absorbing, Uniform
+from sedd.diffusion.discrete.score import stats_from
 from sedd.diffusion.schedule import LogLinear
-from sedd.diffusion.score import stats_from
 from sedd.evaluation.conditional import Answers, log_likelihoods
 from sedd.network.network import Network
+from sedd.runtime import parallel
 from sedd.training.objective import Objective, random_given
 from sedd.training.step import init_state, make_step
 

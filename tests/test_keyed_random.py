@@ -11,8 +11,8 @@ import scipy.stats
 from oracle import p_value
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.process import Absorbing, Jump
-from sedd.diffusion.samplers import Tweedie, move
+from sedd.diffusion.discrete.process import Absorbing, Jump
+from sedd.diffusion.discrete.samplers import Tweedie, move
 from sedd.diffusion.schedule import LogLinear
 
 FAST = {"xla_backend_optimization_level": 3}  # other tests compile fast rather than run fast

@@ -23,10 +23,10 @@ from oracle import (
 )
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.likelihood import count_draws, level_draws, sigma_bound, time_draws
-from sedd.diffusion.process import Absorbing, Uniform
+from sedd.diffusion.discrete.likelihood import count_draws, level_draws, sigma_bound, time_draws
+from sedd.diffusion.discrete.process import Absorbing, Uniform
+from sedd.diffusion.discrete.score import score_stats, stats_from
 from sedd.diffusion.schedule import Geometric, LogLinear
-from sedd.diffusion.score import score_stats, stats_from
 
 
 @pytest.mark.smoke

@@ -6,10 +6,10 @@ import numpy as np
 from oracle import index, scaled, standard_errors
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.loss import count_loss, denoising_loss
-from sedd.diffusion.process import Absorbing
+from sedd.diffusion.discrete.loss import count_loss, denoising_loss
+from sedd.diffusion.discrete.process import Absorbing
+from sedd.diffusion.discrete.score import score_stats, stats_from
 from sedd.diffusion.schedule import Geometric, LogLinear
-from sedd.diffusion.score import score_stats, stats_from
 
 ROWS = 30_000
 

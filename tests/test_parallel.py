@@ -12,9 +12,9 @@ from jax.sharding import AbstractMesh
 from small import MUON, SETTINGS, name_of, parts, small_config, small_corpus
 
 from sedd import config as configs
-from sedd import parallel
 from sedd.data.batches import Batch, batch
 from sedd.errors import UserError
+from sedd.runtime import parallel
 from sedd.training.objective import strata
 from sedd.training.step import init_state, make_step
 

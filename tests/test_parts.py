@@ -12,7 +12,7 @@ from small import write_files
 from test_protocols import random_model
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from sedd import data, prompts
+from sedd import data
 from sedd.data import source as source_file
 from sedd.data import writer
 from sedd.data.layout import Layout
@@ -20,9 +20,10 @@ from sedd.data.source import Source
 from sedd.data.tokenizer_huggingface import HuggingFace
 from sedd.data.tokenizer_sentencepiece import SentencePiece
 from sedd.data.tokenizers import Ends, Tokenizer, make_tokenizer
-from sedd.diffusion.process import Absorbing
+from sedd.diffusion.discrete.process import Absorbing
 from sedd.evaluation.conditional import answers_to
 from sedd.evaluation.text import from_source
+from sedd.generation import prompts
 
 NAMES = [piece.text.lower() for piece in itertools.islice(data.open_source("builtin:names"), 200)]
 WORDS = sorted({word for name in NAMES for word in name.split() if word.isalpha()})

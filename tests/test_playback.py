@@ -18,8 +18,8 @@ from sedd.data.tokenizer_huggingface import HuggingFace
 from sedd.data.tokenizer_sentencepiece import SentencePiece
 from sedd.data.tokenizers import Tokenizer, make_tokenizer
 from sedd.errors import UserError
-from sedd.playback import Reader, Terminal, page, reader, terminal
-from sedd.playback.reader import BLOCK, BROKEN
+from sedd.generation.playback import Reader, Terminal, page, reader, terminal
+from sedd.generation.playback.reader import BLOCK, BROKEN
 
 TEXT = "Grüße, “the cat” — 漢字 and 😀!\n\n  Two  spaces, the end."
 KINDS = ["bytes", "characters", "sentencepiece", "dummy prefix", "byte level", "ids"]

@@ -11,8 +11,8 @@ import scipy.special
 from oracle import channel, index, p_value, states
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.process import Absorbing, Uniform
-from sedd.diffusion.score import score_stats
+from sedd.diffusion.discrete.process import Absorbing, Uniform
+from sedd.diffusion.discrete.score import score_stats
 
 SIGMAS = [1e-4, 1e-2, 0.3, 1.0, 5.0, 20.0]
 

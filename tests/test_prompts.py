@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from sedd import prompts
 from sedd.data.tokenizers import pretrained_tokenizer
 from sedd.errors import UserError
+from sedd.generation import prompts
 
 
 @pytest.mark.parametrize(

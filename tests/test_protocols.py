@@ -16,10 +16,10 @@ from sedd.data.layout import Layout
 from sedd.data.sources import open_source
 from sedd.data.tokenizers import make_tokenizer
 from sedd.diffusion import keyed_random
-from sedd.diffusion.likelihood import time_draws
-from sedd.diffusion.process import Absorbing
+from sedd.diffusion.discrete.likelihood import time_draws
+from sedd.diffusion.discrete.process import Absorbing
+from sedd.diffusion.discrete.score import ScoreStats
 from sedd.diffusion.schedule import LogLinear
-from sedd.diffusion.score import ScoreStats
 from sedd.evaluation.protocols import CLEAN, PROTOCOLS, get_protocol, grouped, scoring_rows
 
 LENGTH = 12

@@ -18,7 +18,7 @@ from sedd.evaluation import pictures
 from sedd.evaluation.quality import distinct, quality, read_samples, unigram_entropy
 from sedd.evaluation.scorers import ScoredTexts, language_model, open_scorer, score_in_windows, windows
 from sedd.evaluation.sweep import Point, sweep, table, to_json
-from sedd.generation import Generator, Samples
+from sedd.generation.generate import Generator, Samples
 
 
 def letters(texts):

@@ -9,8 +9,8 @@ import pytest
 from oracle import channel, index, kernel, p_value, sampler_distribution, states, step_matrix, total_variation
 from small import name_of
 
-from sedd.diffusion.process import Absorbing, Uniform
-from sedd.diffusion.samplers import Euler, Trapezoidal, Tweedie, sample
+from sedd.diffusion.discrete.process import Absorbing, Uniform
+from sedd.diffusion.discrete.samplers import Euler, Trapezoidal, Tweedie, sample
 from sedd.diffusion.schedule import Geometric, LogLinear
 
 run = jax.jit(sample, static_argnames=("denoiser", "sampler", "trace"))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from oracle import MarkovChain, states
 
-from sedd.diffusion.process import Absorbing
-from sedd.diffusion.samplers import leap
-from sedd.diffusion.score import (
+from sedd.diffusion.discrete.process import Absorbing
+from sedd.diffusion.discrete.samplers import leap
+from sedd.diffusion.discrete.score import (
     clamped,
     condition_on_mask_ratio,
     edited,

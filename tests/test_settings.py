@@ -12,17 +12,17 @@ from small import JAX_SETTINGS, MUON, NETWORK, small_config, small_corpus, unusu
 import sedd
 from sedd import config as configs
 from sedd.diffusion import keyed_random
-from sedd.diffusion.exact_likelihood import order_log_likelihoods, subset_log_likelihood
-from sedd.diffusion.likelihood import count_draws, level_draws, time_draws
-from sedd.diffusion.loss import denoising_loss
-from sedd.diffusion.score import condition_on_mask_ratio, edited, in_block, nucleus, stats_from, temperature
+from sedd.diffusion.discrete.exact_likelihood import order_log_likelihoods, subset_log_likelihood
+from sedd.diffusion.discrete.likelihood import count_draws, level_draws, time_draws
+from sedd.diffusion.discrete.loss import denoising_loss
+from sedd.diffusion.discrete.score import condition_on_mask_ratio, edited, in_block, nucleus, stats_from, temperature
 from sedd.evaluation.conditional import Answers, log_likelihoods
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import from_corpus
-from sedd.generation import Generator
+from sedd.generation.generate import Generator
+from sedd.generation.samplers import SAMPLERS, SamplerContext, named_sampler
 from sedd.network.network import Network
-from sedd.parallel import data_mesh
-from sedd.samplers import SAMPLERS, SamplerContext, named_sampler
+from sedd.runtime.parallel import data_mesh
 from sedd.training.objective import Objective
 
 

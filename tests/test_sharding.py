@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 from small import name_of
 
 from sedd import config as configs
-from sedd import parallel
 from sedd.data.batches import Batch
 from sedd.network import sharding, trunk
 from sedd.network.attention import attend
+from sedd.runtime import parallel
 from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
 from sedd.training.step import make_step

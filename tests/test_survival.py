@@ -21,9 +21,8 @@ from etils import epath
 from small import name_of, parts, small_config, small_corpus
 
 import sedd
-from sedd import parallel
 from sedd.data.batches import batch
-from sedd.runtime import storage
+from sedd.runtime import parallel, storage
 from sedd.training import objective as objectives
 from sedd.training.checkpoint import Checkpoints, restore_params, steps_saved
 from sedd.training.digests import digests

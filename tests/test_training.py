@@ -11,7 +11,7 @@ from small import MUON, parts, small_config, small_corpus
 import sedd
 from sedd import config as configs
 from sedd.data.batches import batch
-from sedd.diffusion.score import stats_from
+from sedd.diffusion.discrete.score import stats_from
 from sedd.training.objective import Objective
 from sedd.training.optimizer import learning_rate, make_optimizer
 from sedd.training.step import update_ema

@@ -19,12 +19,12 @@ import numpy as np
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import Ends, Tokenizer
 from sedd.diffusion import keyed_random
-from sedd.diffusion.exact_likelihood import importance_bound, order_log_likelihoods, subset_log_likelihood
-from sedd.diffusion.likelihood import count_draws, level_draws
-from sedd.diffusion.pickers import Entropy, Margin
-from sedd.diffusion.process import Absorbing, Process
+from sedd.diffusion.discrete.exact_likelihood import importance_bound, order_log_likelihoods, subset_log_likelihood
+from sedd.diffusion.discrete.likelihood import count_draws, level_draws
+from sedd.diffusion.discrete.pickers import Entropy, Margin
+from sedd.diffusion.discrete.process import Absorbing, Process
+from sedd.diffusion.discrete.unmasking import Adaptive
 from sedd.diffusion.schedule import Schedule
-from sedd.diffusion.unmasking import Adaptive
 from sedd.errors import UserError
 from sedd.evaluation.scoring import sigma_limits
 from sedd.evaluation.text import encode

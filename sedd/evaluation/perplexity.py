@@ -21,9 +21,8 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sedd import parallel
 from sedd.data.layout import Layout
-from sedd.diffusion.process import Absorbing
+from sedd.diffusion.discrete.process import Absorbing
 from sedd.diffusion.schedule import Schedule
 from sedd.evaluation.protocols import CLEAN, Protocol
 from sedd.evaluation.report import Report, Terms, make_report, terms_from_draws
@@ -31,7 +30,7 @@ from sedd.evaluation.scoring import KEPT, ResumableDraws, levels_of, record_shap
 from sedd.evaluation.statistics import ratio
 from sedd.evaluation.text import ScoringRows
 from sedd.network.network import Network
-from sedd.runtime import disk, processes, storage
+from sedd.runtime import disk, parallel, processes, storage
 from sedd.runtime.settings import jax_defaults
 from sedd.seeds import check_seed
 from sedd.version import __version__

@@ -16,17 +16,16 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sedd import parallel
 from sedd.diffusion import keyed_random
-from sedd.diffusion.likelihood import Draws, count_draws, level_draws, time_draws, uses_pairs
-from sedd.diffusion.process import Absorbing, Process
+from sedd.diffusion.discrete.likelihood import Draws, count_draws, level_draws, time_draws, uses_pairs
+from sedd.diffusion.discrete.process import Absorbing, Process
+from sedd.diffusion.discrete.score import ScoreStats
 from sedd.diffusion.schedule import Schedule
-from sedd.diffusion.score import ScoreStats
 from sedd.errors import UserError
 from sedd.evaluation.protocols import Protocol
 from sedd.evaluation.text import ScoringRows
 from sedd.network.network import Network
-from sedd.runtime import disk, processes, storage
+from sedd.runtime import disk, parallel, processes, storage
 
 _DRAWS = "draws.f32"
 _SYNC = 60  # seconds between copies into a bucket

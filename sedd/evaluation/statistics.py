@@ -61,9 +61,9 @@ def profile(
 ) -> list[dict[str, float | None]]:
     """The information profile: nats per token against the corruption probability; its mean is the diffusion term.
 
-    level, width, nats: Float[N M], as in `sedd.diffusion.likelihood.Draws`, nats a row; counts: Int[N]; block_length:
-    an upper limit of the number of bins. Returns for each bin low, high, nats_per_token (None without draws) and error
-    (None with fewer than two draws).
+    level, width, nats: Float[N M], as in `sedd.diffusion.discrete.likelihood.Draws`, nats a row; counts: Int[N];
+    block_length: an upper limit of the number of bins. Returns for each bin low, high, nats_per_token (None without
+    draws) and error (None with fewer than two draws).
     """
     num_bins = min(MAX_BINS, block_length)
     token_width = width * counts[:, None]

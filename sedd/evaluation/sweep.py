@@ -10,7 +10,7 @@ from tqdm import tqdm
 from sedd.errors import UserError
 from sedd.evaluation.quality import Quality, quality
 from sedd.evaluation.scorers import Scorer
-from sedd.generation import Generator
+from sedd.generation.generate import Generator
 
 
 @dataclasses.dataclass(frozen=True)

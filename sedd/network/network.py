@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.process import Absorbing, Uniform, log_expm1
-from sedd.diffusion.score import Denoiser, ScoreStats, StatsFn, clean_stats, score_stats
+from sedd.diffusion.discrete.process import Absorbing, Uniform, log_expm1
+from sedd.diffusion.discrete.score import Denoiser, ScoreStats, StatsFn, clean_stats, score_stats
 from sedd.network.trunk import Head, Trunk, padded
 
 PREDICTIONS = ("denoiser", "score")

@@ -23,10 +23,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sedd import parallel
 from sedd.errors import UserError
-from sedd.parallel import named
-from sedd.runtime import disk, processes, storage
+from sedd.runtime import disk, parallel, processes, storage
+from sedd.runtime.parallel import named
 from sedd.training.digests import digests
 from sedd.training.step import TrainState
 

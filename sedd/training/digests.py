@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd.parallel import named
+from sedd.runtime.parallel import named
 
 
 def digests(tree) -> dict[str, str]:

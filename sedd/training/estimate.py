@@ -12,9 +12,9 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from sedd import config as configs
-from sedd import parallel
 from sedd.network.network import Network
 from sedd.network.trunk import FREQUENCIES, padded
+from sedd.runtime import parallel
 from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
 from sedd.training.step import init_state

@@ -13,18 +13,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sedd import config as configs
-from sedd import parallel
 from sedd.data.batches import batches, check_block_length
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.data.layout import Layout
 from sedd.diffusion.keyed_random import root_key
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
+from sedd.network.attention import check_platform
 from sedd.network.network import Network
-from sedd.runtime import disk, processes, storage
+from sedd.runtime import disk, parallel, processes, storage
+from sedd.runtime.accelerators import peak_flops
 from sedd.runtime.settings import jax_defaults
 from sedd.training.checkpoint import Checkpoints, steps_saved
-from sedd.training.chips import peak_flops
 from sedd.training.estimate import step_flops
 from sedd.training.guard import NONFINITE, NonFiniteGuard
 from sedd.training.metrics import BOUND, Metrics, Summary, has_bound
@@ -62,6 +62,7 @@ def fit(config: ConfigDict, workdir: str | Path, weights: dict | None = None, in
     corpus = open_corpus(data.corpus)
     check_block_length(corpus, "train", data.block_length)
     _, schedule, network = configs.build(config, _vocab_size(config, corpus))
+    check_platform(config.network.attention, jax.devices()[0].platform)
     mesh = parallel.make_mesh(config)
     if weights is not None and not steps_saved(folder / "checkpoints"):
         weights = _as_parameters(weights, network, init_from or "the weights to start from")

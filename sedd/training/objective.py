@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.loss import count_loss, denoising_loss
-from sedd.diffusion.process import Absorbing
+from sedd.diffusion.discrete.loss import count_loss, denoising_loss
+from sedd.diffusion.discrete.process import Absorbing
 from sedd.diffusion.schedule import Schedule
 from sedd.network.network import Network
 

@@ -10,9 +10,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from sedd import parallel
 from sedd.data.batches import Batch
 from sedd.diffusion import keyed_random
+from sedd.runtime import parallel
 from sedd.training.objective import Objective
 from sedd.training.optimizer import learning_rate
 

@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 from sedd.data.batches import check_block_length, row_lengths
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
-from sedd.diffusion.process import Absorbing
+from sedd.diffusion.discrete.process import Absorbing
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import from_corpus
-from sedd.generation import Generator
+from sedd.generation.generate import Generator
 from sedd.network.network import Network
 from sedd.training.metrics import BOUND
 

@@ -11,7 +11,7 @@ normalised over the V clean tokens, at every sigma including 0 and infinity; pos
 absorbing process its outputs at positions that are not masked are unspecified. Samplers take a Denoiser. Losses and
 bounds take a StatsFn, which returns the three statistics of a token's concrete scores s_y = p(x with x_i := y) / p(x)
 that the score entropy needs, however the scores are computed. Neither type depends on a network.
-A process is a `sedd.diffusion.process.Process`, whose file imports this one.
+A process is a `sedd.diffusion.discrete.process.Process`, whose file imports this one.
 """
 
 from collections.abc import Callable

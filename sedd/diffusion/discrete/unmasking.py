@@ -4,8 +4,9 @@
 number, with its own key, and from it a bucket; the calls of a row are its nonempty buckets, in order. So the order
 differs by row, no call is wasted, and the network is evaluated only where a token is drawn.
 
-`Adaptive` evaluates the network at all positions, and a picker (`sedd.diffusion.pickers`) chooses the masked positions
-to unmask next. So the order of a sequence is a function of the sequence, and the sampler has an exact likelihood.
+`Adaptive` evaluates the network at all positions, and a picker (`sedd.diffusion.discrete.pickers`) chooses the masked
+positions to unmask next. So the order of a sequence is a function of the sequence, and the sampler has an exact
+likelihood.
 
 All condition the Denoiser on the row's own mask ratio, not on the time of the plan: on two small trained networks (by
 mask count, by time; 32 tokens) that cost .001 to .005 nats a token less with 1 to 16 positions free, and no more with
@@ -23,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.pickers import Picker
-from sedd.diffusion.process import Absorbing, Jump
-from sedd.diffusion.samplers import Sampler, Tweedie, move, unmask
+from sedd.diffusion.discrete.pickers import Picker
+from sedd.diffusion.discrete.process import Absorbing, Jump
+from sedd.diffusion.discrete.samplers import Sampler, Tweedie, move, unmask
+from sedd.diffusion.discrete.score import Denoiser
 from sedd.diffusion.schedule import Schedule
-from sedd.diffusion.score import Denoiser
 
 
 def _check_absorbing(sampler: Sampler) -> None:

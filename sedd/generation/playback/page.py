@@ -9,7 +9,7 @@ from importlib import resources
 import numpy as np
 
 from sedd.data.tokenizers import Tokenizer
-from sedd.playback.reader import BLOCK, Reader
+from sedd.generation.playback.reader import BLOCK, Reader
 
 
 def page(
@@ -55,7 +55,7 @@ def page(
         ),  # so that no text ends the script element
         "{{final}}": "".join(f"<pre>{html.escape(text)}</pre>" for text in final),
     }
-    template = resources.files("sedd.playback").joinpath("page.html").read_text(encoding="utf-8")
+    template = resources.files("sedd.generation.playback").joinpath("page.html").read_text(encoding="utf-8")
     return re.sub("{{data}}|{{final}}", lambda name: values[name[0]], template)
 
 

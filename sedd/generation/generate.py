@@ -11,21 +11,21 @@ import numpy as np
 from jax.sharding import Sharding
 from tqdm import tqdm
 
-from sedd import parallel, prompts
 from sedd.data.layout import Layout
 from sedd.data.splits import philox
 from sedd.data.tokenizers import Tokenizer
+from sedd.diffusion.discrete.process import Absorbing
+from sedd.diffusion.discrete.samplers import Sampler, State, advance, begin
+from sedd.diffusion.discrete.score import condition_on_mask_ratio, edited, in_block, nucleus, temperature
 from sedd.diffusion.keyed_random import fold, root_key
-from sedd.diffusion.process import Absorbing
-from sedd.diffusion.samplers import Sampler, State, advance, begin
 from sedd.diffusion.schedule import Schedule
-from sedd.diffusion.score import condition_on_mask_ratio, edited, in_block, nucleus, temperature
 from sedd.errors import UserError
+from sedd.generation import prompts
+from sedd.generation.prompts import Prompt, PromptBatch
+from sedd.generation.samplers import SamplerContext, named_sampler
 from sedd.network.network import Network
-from sedd.prompts import Prompt, PromptBatch
-from sedd.runtime import processes
+from sedd.runtime import parallel, processes
 from sedd.runtime.settings import jax_defaults
-from sedd.samplers import SamplerContext, named_sampler
 from sedd.seeds import check_seed
 
 _WINDOWS = 2**31  # window n > 0 folds this + n into the key; the rows of window 0 fold smaller numbers
@@ -40,7 +40,7 @@ class SamplingOptions(TypedDict, total=False):
     """Options of sampling, with their defaults."""
 
     steps: int  # number of steps of a sampler that is given by name; 128
-    sampler: str | Sampler  # a name in `sedd.samplers`, or a Sampler; "tweedie"
+    sampler: str | Sampler  # a name in `sedd.generation.samplers`, or a Sampler; "tweedie"
     temperature: float  # of the distribution over clean tokens; 1
     top_p: float  # nucleus sampling: keep the most probable tokens of this total probability; 1
     seed: int  # from 0 to 2**64 - 1; 0

@@ -8,7 +8,7 @@ import numpy as np
 
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import WHOLE_TEXT, Ends, Tokenizer
-from sedd.diffusion.process import Absorbing, Process
+from sedd.diffusion.discrete.process import Absorbing, Process
 from sedd.errors import UserError
 
 # Groups: the backslashes before "<blank", "<blank" itself in any spelling, and the size if it is well-formed.

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.process import Absorbing, Jump, Process
+from sedd.diffusion.discrete.process import Absorbing, Jump, Process
+from sedd.diffusion.discrete.score import Denoiser, clamped
 from sedd.diffusion.schedule import Schedule
-from sedd.diffusion.score import Denoiser, clamped
 
 _PRIOR, _PLAN, _STEPS = 0, 1, 2  # folded into the rows' keys; step k folds in _STEPS + k
 

@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sedd.errors import UserError
-from sedd.network.attention import check_platform
 
 AXES = ("data", "fsdp", "model")
 MIN_SHARD_BYTES = 1 << 20  # smaller arrays are replicated
@@ -54,7 +53,6 @@ def mesh_sizes(config: ConfigDict, devices: int) -> tuple[int, ...]:
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh over the devices, by default all. UserError if `config.mesh` or the batch does not fit them."""
     devices = jax.devices() if devices is None else devices
-    check_platform(config.network.attention, devices[0].platform)
     sizes = mesh_sizes(config, len(devices))
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 

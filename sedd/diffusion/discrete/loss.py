@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.process import Absorbing, Process
+from sedd.diffusion.discrete.process import Absorbing, Process
+from sedd.diffusion.discrete.score import StatsFn
 from sedd.diffusion.schedule import Schedule
-from sedd.diffusion.score import StatsFn
 
 
 def denoising_loss(

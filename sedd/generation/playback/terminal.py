@@ -12,7 +12,7 @@ import numpy as np
 
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
-from sedd.playback.reader import BROKEN, Reader, Run
+from sedd.generation.playback.reader import BROKEN, Reader, Run
 
 # Escape sequences by kind of text: given blue, new bold green, masked faint.
 COLOURS = {"given": "\x1b[94m", "new": "\x1b[1;32m", "unchanged": "", "masked": "\x1b[2m"}

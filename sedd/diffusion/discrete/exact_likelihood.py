@@ -7,8 +7,9 @@ distribution at position i once the set R is unmasked,
     p(x) = mean over the orders o of prod_k r_{o_k}(x_{o_k} | x_{o_1}, ..., x_{o_{k-1}}),
 
 given all that is not free. A learned Denoiser is in general not consistent with any single joint distribution, so its
-orders disagree: the mean of their log-likelihoods, which the mask-count bound in `sedd.diffusion.likelihood` estimates,
-is then below log p. With an exact Denoiser all orders agree, and both are the conditional log-likelihood.
+orders disagree: the mean of their log-likelihoods, which the mask-count bound estimates
+(`sedd.diffusion.discrete.likelihood`), is then below log p. With an exact Denoiser all orders agree, and both are the
+conditional log-likelihood.
 """
 
 import math
@@ -17,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.process import Absorbing
-from sedd.diffusion.score import Denoiser
+from sedd.diffusion.discrete.process import Absorbing
+from sedd.diffusion.discrete.score import Denoiser
 
 
 def subset_log_likelihood(
@@ -31,9 +32,9 @@ def subset_log_likelihood(
 ) -> jax.Array:
     """The exact log-likelihood, in nats, of decoding n positions in uniformly random order given the rest. Float[].
 
-    It is not a bound: the mask-count bound in `sedd.diffusion.likelihood` is a lower bound on it. All n! orders are
-    summed over the sets of unmasked positions: G({}) = 1, G(R + i) = sum over i of G(R) r_i(x_i | x_R) / (n - |R|).
-    That takes 2^n - 1 network rows, so the caller has to limit n.
+    It is not a bound: the mask-count bound is a lower bound on it. All n! orders are summed over the sets of unmasked
+    positions: G({}) = 1, G(R + i) = sum over i of G(R) r_i(x_i | x_R) / (n - |R|). That takes 2^n - 1 network rows, so
+    the caller has to limit n.
 
     x0: Int[L], seen as it stands outside of `positions`: tokens, or masks that stay masked; positions: Int[n],
     distinct; batch_size: number of rows of one Denoiser call, at those n positions only; lengths: Int[], the valid
@@ -88,8 +89,8 @@ def order_log_likelihoods(
     """The log-likelihood, in nats, of each row's free positions along one uniformly random order. Float[B].
 
     Its exponential is an unbiased estimate of the likelihood of decoding in random order, which
-    `subset_log_likelihood` computes exactly; its mean is the mask-count bound in `sedd.diffusion.likelihood`. Each
-    network call is at one position of a row; the number of calls is the largest number of free positions of a row.
+    `subset_log_likelihood` computes exactly; its mean is the mask-count bound. Each network call is at one position of
+    a row; the number of calls is the largest number of free positions of a row.
 
     keys: Key[B], one order each; x0: Int[B L]; free: Bool[B L], False where x0 is seen as it stands, masks too;
     lengths: Int[B], the valid lengths if they are not L. Pure; meant to be jitted.
@@ -110,7 +111,7 @@ def importance_bound(log_likelihoods: jax.Array) -> jax.Array:
     """The importance-weighted bound of K orders: the log of their mean likelihood. Float[K ...] -> Float[...].
 
     In expectation a lower bound, in nats, on the log-likelihood of decoding in random order. It increases with K from
-    the mask-count bound in `sedd.diffusion.likelihood` (K = 1) to the log-likelihood itself (Burda et al.,
+    the mask-count bound in `sedd.diffusion.discrete.likelihood` (K = 1) to the log-likelihood itself (Burda et al.,
     arXiv 1509.00519, theorem 1, with the order as the latent variable).
     """
     return jax.nn.logsumexp(log_likelihoods, axis=0) - math.log(log_likelihoods.shape[0])

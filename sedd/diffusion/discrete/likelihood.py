@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.loss import count_loss, denoising_loss
-from sedd.diffusion.process import Absorbing, Process
+from sedd.diffusion.discrete.loss import count_loss, denoising_loss
+from sedd.diffusion.discrete.process import Absorbing, Process
+from sedd.diffusion.discrete.score import StatsFn
 from sedd.diffusion.schedule import Schedule
-from sedd.diffusion.score import StatsFn
 
 
 class Bound(NamedTuple):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.score import ScoreStats
+from sedd.diffusion.discrete.score import ScoreStats
 
 
 class Jump(NamedTuple):

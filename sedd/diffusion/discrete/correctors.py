@@ -34,9 +34,9 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.process import Process, Uniform
-from sedd.diffusion.samplers import Sampler, Tweedie, leap, move
-from sedd.diffusion.score import Denoiser
+from sedd.diffusion.discrete.process import Process, Uniform
+from sedd.diffusion.discrete.samplers import Sampler, Tweedie, leap, move
+from sedd.diffusion.discrete.score import Denoiser
 
 _MIN_SPACING = 4  # smallest distance, in free positions, of two that Gibbs redraws at once
 

@@ -1,6 +1,6 @@
 """The absorbing and the uniform process: the closed forms of the forward process and of its reversal.
 
-Absorbing has pi = the mask, Uniform has pi = 1/V. `sedd.diffusion.jump_process` has the interface and the notation.
+Absorbing has pi = the mask, Uniform has pi = 1/V. Interface and notation: `sedd.diffusion.discrete.jump_process`.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.jump_process import Jump, Process
-from sedd.diffusion.score import ScoreStats
+from sedd.diffusion.discrete.jump_process import Jump, Process
+from sedd.diffusion.discrete.score import ScoreStats
 
 
 @dataclasses.dataclass(frozen=True)

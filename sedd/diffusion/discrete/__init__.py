@@ -1,0 +1,1 @@
+"""Diffusion of tokens by jump processes: the absorbing and the uniform process."""

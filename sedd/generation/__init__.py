@@ -1,0 +1,1 @@
+"""Generation of text: prompts, options, samplers by name, the loop over rows, and playback of it."""

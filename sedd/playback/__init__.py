@@ -1,7 +1,0 @@
-"""The states of a sampler as text: live in a terminal, or in a self-contained HTML page."""
-
-from sedd.playback.page import page
-from sedd.playback.reader import Reader, Run
-from sedd.playback.terminal import Terminal
-
-__all__ = ["Reader", "Run", "Terminal", "page"]

@@ -197,7 +197,7 @@ def bare_call(model: sedd.Model, batch: int, length: int, width: int, repeats: i
     Averages over a loop, as in samplers: a single call would also include the allocation of its logits.
     """
     calls = 4
-    tokens = jnp.full((batch, length), model.process.mask, jnp.int32)
+    tokens = jnp.full((batch, length), model.process.mask_id, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(width), (batch, width)) if width < length else None
     run = functools.partial(_calls, model.network, model.params, tokens, positions, calls)
     run()

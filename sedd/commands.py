@@ -242,7 +242,7 @@ def _generate(args, method, num_templates: int):
         raise UserError(f"--html={args.html} cannot be written; name a file in an existing folder")
     _join()
     model = load(args.model, args.tokenizer)
-    vocabulary = model.tokenizer, getattr(model.process, "mask", None)
+    vocabulary = model.tokenizer, model.process.mask_id
     names = ("num_samples", "length", "steps", "sampler", "temperature", "top_p", "seed", "batch_size")
     settings = {name: getattr(args, name) for name in names} | {"trace": html is not None}
     if args.watch and processes.is_first():

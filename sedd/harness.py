@@ -248,7 +248,7 @@ class Harness(LM):
         if not isinstance(model.process, Absorbing):
             return row
         rest = model.block_length - len(row.tokens)
-        return prompts.joined(row, Prompt(np.full(rest, model.process.mask, np.int32), np.ones(rest, bool)))
+        return prompts.joined(row, Prompt(np.full(rest, model.process.mask_id, np.int32), np.ones(rest, bool)))
 
     def _infill(self, rows: list[Prompt], sampling: tuple[tuple[str, Any], ...]) -> np.ndarray:
         """Returns the tokens of the infilled rows, Int32[N L]."""

@@ -55,14 +55,14 @@ class ByHand:
         ids = model.tokenizer.encode(given + answer)
         answer_ids, n = ids[len(given) :], len(answer)
         unmasked = (np.arange(2**n)[:, None] >> np.arange(n)) & 1 > 0
-        rows = np.full((2**n, LENGTH), model.process.mask)
+        rows = np.full((2**n, LENGTH), model.process.mask_id)
         rows[:, : len(given)] = ids[: len(given)]
-        rows[:, len(given) : len(ids)] = np.where(unmasked, answer_ids, model.process.mask)
+        rows[:, len(given) : len(ids)] = np.where(unmasked, answer_ids, model.process.mask_id)
         length, lengths = LENGTH, None
         if model.layout.masks_padding:
             rows[:, len(ids) :] = model.tokenizer.end_of_text
             length, lengths = len(ids) + 1, np.full(2**n, len(ids) + 1)
-        mask_ratio = (np.maximum((rows == model.process.mask).sum(1), 1) - 0.5) / length
+        mask_ratio = (np.maximum((rows == model.process.mask_id).sum(1), 1) - 0.5) / length
         sigma = np.clip(-np.log1p(-mask_ratio), *model.network.sigma_range)
         log_score = np.asarray(model.log_score(rows, sigma, lengths), np.float64)[..., : model.process.vocab_size]
         log_r = log_score - np.logaddexp.reduce(log_score, axis=-1, keepdims=True)

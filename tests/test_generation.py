@@ -64,7 +64,7 @@ def test_text_longer_than_a_block_starts_with_a_sample_of_a_block(request, of):
     np.testing.assert_array_equal(grouped.tokens, long.tokens)
     assert not np.array_equal(long.tokens[:, 8:16], long.tokens[:, 16:24])  # blocks have independent noise
     np.testing.assert_array_equal(long.trace[-1], long.tokens)
-    placeholder = generator.network.process.mask if of == "generator" else -1
+    placeholder = generator.network.process.mask_id if of == "generator" else -1
     assert np.all(long.trace[0][:, BLOCK:] == placeholder)  # later blocks
     assert len(long.trace) <= 4 * 4  # four blocks
     assert long.network_calls == len(long.trace) if of == "generator" else long.network_calls == 4 * 7

@@ -89,7 +89,7 @@ def requests_for(*arguments, kind="loglikelihood", documents=None):
 
 def decoded(model, context, count):
     """Greedy decoding by hand: the masked position of the largest margin gets its most likely token."""
-    mask = model.process.mask
+    mask = model.process.mask_id
     ids = model.tokenizer.encode(context)
     x = np.full((1, BLOCK), mask)
     x[0, : len(ids)] = ids

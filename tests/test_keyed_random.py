@@ -67,7 +67,7 @@ def test_one_of_1024_steps_over_zipfian_words_has_its_probabilities():
             compiler_options=FAST,
         )
         words = np.asarray(run(keys, jump))
-        return words[words != process.mask]
+        return words[words != process.mask_id]
 
     def entropy_error(jump):
         """The mean of -log p over 2e4 destinations minus the entropy, in standard errors."""

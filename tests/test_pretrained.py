@@ -57,7 +57,7 @@ def test_network_stats_are_those_of_its_log_score(published):
     model, expected = published
     x, x0, sigma = expected["xt"], expected["x0"], np.clip(expected["sigma"], *model.network.sigma_range)
     dense = sedd.score_stats(model.log_score(x, sigma), x, x0)
-    used = np.ones(x.shape, bool) if isinstance(model.process, sedd.Uniform) else x == model.process.mask
+    used = np.ones(x.shape, bool) if isinstance(model.process, sedd.Uniform) else x == model.process.mask_id
     for found, expected in zip(model.network.stats(model.params)(x, sigma, x0), dense):
         np.testing.assert_allclose(np.where(used, found, 0), np.where(used, expected, 0), rtol=1e-5, atol=1e-5)
 
@@ -72,7 +72,7 @@ def test_euler(published):
     if isinstance(process, sedd.Uniform):
         pi = 1 / process.num_states
     else:
-        pi = (x == process.mask)[..., None]
+        pi = (x == process.mask_id)[..., None]
     rate = np.where(here, 0, pi * score) * (expected["rate"] * expected["step"])[:, None, None]
     found = np.where(here, 1 - rate.sum(-1, keepdims=True), rate)
     assert close(found, expected["euler_probs"], 1e-4)
@@ -91,9 +91,9 @@ def test_tweedie(published):
         back = score * np.exp(step) - np.expm1(step) / process.num_states * total
         through = here * np.exp(-step) + noise / process.num_states
     else:
-        to_mask = np.arange(process.num_states) == process.mask
+        to_mask = np.arange(process.num_states) == process.mask_id
         back = score * np.exp(step) - np.expm1(step) * total * to_mask
-        through = here * np.exp(-step) + noise * (x == process.mask)[..., None]
+        through = here * np.exp(-step) + noise * (x == process.mask_id)[..., None]
     found, early = back * through, expected["sigma"] < 1e-3
     assert close(found[~early], expected["tweedie_probs"][~early], 1e-4)
     assert close(found[early], expected["tweedie_probs"][early], 2e-3)

@@ -19,7 +19,7 @@ SIGMAS = [1e-4, 1e-2, 0.3, 1.0, 5.0, 20.0]
 
 def evaluable(process, x):
     """True where a Denoiser's output is specified: at masks (Absorbing), or everywhere (Uniform)."""
-    return x == process.mask if isinstance(process, Absorbing) else np.ones(x.shape, bool)
+    return x == process.mask_id if isinstance(process, Absorbing) else np.ones(x.shape, bool)
 
 
 @pytest.mark.smoke
@@ -200,7 +200,7 @@ def test_tightening_never_increases_the_score_entropy(process, float64):
 
     Control for Uniform: the score rebuilt from `clean_from_score` can have a larger entropy.
     """
-    current = [process.mask] if isinstance(process, Absorbing) else np.arange(3)
+    current = [process.mask_id] if isinstance(process, Absorbing) else np.arange(3)
     x, x0 = (v.reshape(1, -1) for v in np.meshgrid(current, np.arange(3)))
     rng, rows = np.random.default_rng(0), (10_000, 1, 1)
     raw = rng.normal(size=rows) + rng.exponential(4, rows) * rng.normal(size=(*rows[:2], 3))
@@ -233,7 +233,7 @@ def test_tightening_never_increases_the_score_entropy(process, float64):
 def test_tightened_scores_are_accurate_in_float32(process):
     """With 50257 tokens, from low noise to high. Control: e^sigma - 1 computed literally."""
     process, x, x0 = type(process)(50257), np.array([3, 7]), np.array([7, 7])
-    x = np.full(2, process.mask) if isinstance(process, Absorbing) else x
+    x = np.full(2, process.mask_id) if isinstance(process, Absorbing) else x
     raw = 4 * jax.random.normal(jax.random.key(0), (2, 50257)).at[1, 7].set(0.0) - 5
     tightened, errors = jax.jit(process.tightened), []
 

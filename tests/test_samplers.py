@@ -189,7 +189,7 @@ def test_the_loop_ends_when_every_row_is_finished(joint):
     out = run(jax.random.key(1), joint.denoiser(process), sampler, tokens, FREE, trace=True)
     assert out.trace.shape == (steps, *tokens.shape) and out.trace.dtype == out.tokens.dtype == jnp.int32
     assert np.all(FREE | (out.trace == tokens))
-    unfinished = np.any(FREE & (out.trace == process.mask), axis=(1, 2))
+    unfinished = np.any(FREE & (out.trace == process.mask_id), axis=(1, 2))
     assert out.calls == unfinished.sum() + 1 < steps
     assert np.all(out.trace[out.calls - 1 :] == out.tokens) and np.all(FREE <= (out.tokens < 3))
     none = run(jax.random.key(1), joint.denoiser(process), sampler, tokens, np.zeros_like(FREE), trace=True)

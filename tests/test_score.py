@@ -28,7 +28,7 @@ def test_statistics_of_a_denoiser_are_those_of_the_dense_scores(process, joint, 
     score = joint.score(process, sigma)[..., :3]
     others = np.arange(3) != x[..., None]
     target = np.where(x == x0, 0.0, np.log(np.take_along_axis(score, x0[..., None], -1)[..., 0]))
-    specified = (x == process.mask) if isinstance(process, Absorbing) else np.ones(x.shape, bool)
+    specified = (x == process.mask_id) if isinstance(process, Absorbing) else np.ones(x.shape, bool)
     np.testing.assert_allclose(stats.log_sum[specified], np.log(np.sum(score * others, -1))[specified], atol=1e-12)
     np.testing.assert_allclose(stats.sum_log[specified], np.sum(np.log(score) * others, -1)[specified], atol=1e-12)
     np.testing.assert_allclose(stats.target[specified], target[specified], atol=1e-12)

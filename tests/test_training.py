@@ -59,7 +59,7 @@ class Same:
         assert given is None
 
         def denoiser(x, sigma, positions):
-            unmasked = (jnp.arange(x.shape[1]) < lengths[:, None]) & (x != self.process.mask)
+            unmasked = (jnp.arange(x.shape[1]) < lengths[:, None]) & (x != self.process.mask_id)
             ones = jnp.sum(unmasked & (x == 1), axis=1) + 1e-9
             zeros = jnp.sum(unmasked & (x == 0), axis=1) + 1e-9
             posterior = jnp.stack([zeros, ones], axis=-1) / (zeros + ones)[:, None]

@@ -73,7 +73,7 @@ def answers_to(
     """
     if not texts:
         raise UserError("there are no answers to score")
-    mask = process.mask if isinstance(process, Absorbing) else None
+    mask = process.mask_id if isinstance(process, Absorbing) else None
     context = encode(given, tokenizer, "the given text", Ends(closes=False)) if given else np.zeros(0, np.int32)
     shape = (len(texts), block_length)
     tokens, free = np.full(shape, 0 if mask is None else mask, np.int32), np.zeros(shape, bool)

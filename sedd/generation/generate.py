@@ -280,7 +280,7 @@ class _Loop(NamedTuple):
     @property
     def _placeholder_id(self) -> int:
         process = self.generator.network.process
-        return process.mask if isinstance(process, Absorbing) else -1
+        return process.mask_id if isinstance(process, Absorbing) else -1
 
     def _run(self, key, tokens, free, lengths, rows, num_runs: int, on_step: Callable | None):
         """Runs all steps of one window of one group. num_runs: windows times groups, for the progress bar."""
@@ -329,7 +329,7 @@ def _advance(network, sampler, block, adjusts_logits, sharding, params, task, st
     if isinstance(network.process, Absorbing):
         denoiser = condition_on_mask_ratio(network.process, denoiser, lengths)
         if lengths is None and task.tokens.shape[1] < block:
-            denoiser = in_block(denoiser, block, network.process.mask)
+            denoiser = in_block(denoiser, block, network.process.mask_id)
     if adjusts_logits:
         denoiser = edited(denoiser, lambda log_clean: temperature(log_clean, temperature_top_p[0]))
         denoiser = edited(denoiser, lambda log_clean: nucleus(log_clean, temperature_top_p[1]))

@@ -187,7 +187,7 @@ def collate(rows: list[Prompt], process: Process, block: int, layout: Layout) ->
     cut = not isinstance(process, Absorbing) and not layout.masks_padding
     lengths = np.array([len(row.tokens) for row in rows], np.int32)
     shape = (len(rows), max(int(lengths.max()), block if cut else 0))
-    tokens = np.full(shape, process.mask if isinstance(process, Absorbing) else 0, np.int32)
+    tokens = np.full(shape, process.mask_id if isinstance(process, Absorbing) else 0, np.int32)
     free = np.zeros(shape, bool)
     for number, row in enumerate(rows):
         tokens[number, : lengths[number]] = row.tokens

@@ -140,7 +140,7 @@ class Network:
             sites = (*sites, jnp.broadcast_to(sigma[:, None], x.shape))
             if not masked_pairs:
                 return self._stats(params, tightened, *sites)
-            gather, scatter = _masked_of_pairs((x == self.process.mask) & (x0 != self.process.mask))
+            gather, scatter = _masked_of_pairs((x == self.process.mask_id) & (x0 != self.process.mask_id))
             return jax.tree.map(scatter, self._stats(params, tightened, *map(gather, sites)))
 
         return stats

@@ -44,6 +44,11 @@ class Process(abc.ABC):
     def num_states(self) -> int:
         """S, the number of states of a token."""
 
+    @property
+    def mask_id(self) -> int | None:
+        """The id of the mask, the state that no clean token has; None for a process without one."""
+        return None
+
     @abc.abstractmethod
     def stationary(self) -> jax.Array:
         """pi, the stationary distribution. Float[S]."""

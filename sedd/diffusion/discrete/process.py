@@ -23,22 +23,22 @@ class Absorbing(Process):
         return self.vocab_size + 1
 
     @property
-    def mask(self) -> int:
+    def mask_id(self) -> int:
         """The id of the mask: the last state."""
         return self.vocab_size
 
     def stationary(self):
-        return (jnp.arange(self.num_states) == self.mask).astype(float)
+        return (jnp.arange(self.num_states) == self.mask_id).astype(float)
 
     def _noise(self, keys):
-        return jnp.full(keys.shape, self.mask, jnp.int32)
+        return jnp.full(keys.shape, self.mask_id, jnp.int32)
 
     def movable(self, x):
-        return x == self.mask
+        return x == self.mask_id
 
     def mask_tokens(self, x, where):
         """x with masks at the positions `where`. Int[...], Bool[...] -> Int[...]."""
-        return jnp.where(where, self.mask, x)
+        return jnp.where(where, self.mask_id, x)
 
     def gibbs(self, log_clean, sigma):
         """Redraws a masked token from m: unmasked with probability alpha. Float[... V] -> Jump."""
@@ -51,7 +51,7 @@ class Absorbing(Process):
         With k of a row's n positions masked, 1 - alpha = (k - 1/2) / n: the middle of the k-th of n equal intervals.
         lengths: Int[B], the n of each row if not all are L; positions beyond it are not counted.
         """
-        masked = x == self.mask
+        masked = x == self.mask_id
         if lengths is not None:
             masked &= jax.lax.broadcasted_iota(lengths.dtype, x.shape, x.ndim - 1) < lengths[..., None]
         count = jnp.sum(masked, axis=-1, dtype=float)
@@ -61,7 +61,7 @@ class Absorbing(Process):
 
     def log_transition(self, x, x0, sigma):
         stayed = jnp.where(x == x0, -sigma, -jnp.inf)
-        return jnp.where(x == self.mask, jnp.log(-jnp.expm1(-sigma)), stayed)
+        return jnp.where(x == self.mask_id, jnp.log(-jnp.expm1(-sigma)), stayed)
 
     def log_noised(self, log_clean, sigma):
         sigma = jnp.broadcast_to(sigma, log_clean.shape[:-1])[..., None]
@@ -102,7 +102,7 @@ class Absorbing(Process):
 
         It is w = 1 / (e^sigma - 1) times `cross_entropy`.
         """
-        return jnp.where(x == self.mask, jnp.exp(-log_expm1(sigma)) * self.cross_entropy(stats, x, sigma), 0.0)
+        return jnp.where(x == self.mask_id, jnp.exp(-log_expm1(sigma)) * self.cross_entropy(stats, x, sigma), 0.0)
 
     def cross_entropy(self, stats: ScoreStats, x: jax.Array, sigma: jax.Array) -> jax.Array:
         """The score entropy divided by its weight w = 1 / (e^sigma - 1), nats, 0 where x is not the mask. Float[...].
@@ -110,7 +110,7 @@ class Absorbing(Process):
         With c = log(sum s / w) it is (log sum s - log s_x0) + (e^c - 1 - c): the cross-entropy of the normalised score
         plus the error of its normaliser. Both terms are nonnegative.
         """
-        masked = x == self.mask
+        masked = x == self.mask_id
         excess = jnp.where(masked, stats.log_sum + log_expm1(sigma), 0.0)
         return jnp.where(masked, (stats.log_sum - stats.target) + (jnp.expm1(excess) - excess), 0.0)
 
@@ -119,7 +119,7 @@ class Absorbing(Process):
         return 0.0 if math.exp(-sigma) == 0 else math.inf
 
     def reconstruction(self, stats, x, x0, sigma):
-        return jnp.where(x == self.mask, stats.log_sum - stats.target, 0.0)
+        return jnp.where(x == self.mask_id, stats.log_sum - stats.target, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,8 +27,8 @@ from sedd.evaluation.conditional import LogLikelihood, answers_to, log_likelihoo
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.protocols import get_protocol, scoring_rows
 from sedd.evaluation.report import Comparison, Report, Terms, make_comparison
+from sedd.evaluation.resumable_draws import KEPT
 from sedd.evaluation.scorers import ScoredTexts
-from sedd.evaluation.scoring import KEPT
 from sedd.evaluation.text import check_compatible, from_texts
 from sedd.generation import prompts
 from sedd.generation.generate import Generator, Samples, SamplingOptions

@@ -21,7 +21,7 @@ from stand_in.bucket import Bucket, Object
 import sedd
 from sedd import cli
 from sedd import config as configs
-from sedd.evaluation import perplexity, scoring
+from sedd.evaluation import perplexity, resumable_draws
 from sedd.runtime import lease, parallel, storage
 from sedd.training.checkpoint import Checkpoints, restore_params, steps_saved
 from sedd.training.fit import fit
@@ -538,7 +538,7 @@ def test_an_export_to_a_bucket_loads_as_the_same_model(cloud, bucket, on_disk):
 @pytest.mark.slow
 def test_an_interrupted_evaluation_resumes(cloud, corpus, bucket, on_disk, monkeypatch, capfd):
     """Interrupted in the middle of a record, it gives the same report; another evaluation is refused."""
-    monkeypatch.setattr(scoring, "_SYNC", 0)
+    monkeypatch.setattr(resumable_draws, "_SYNC", 0)
     flags, starts, moments = ["eval", f"--model={on_disk}", "--batch_size=8", "--draws=2", "--json"], [], []
     cloud.on_write = lambda bucket, name: moments.append((name, dict(cloud.objects[bucket])))
     assert cli.main([*flags, f"--out={bucket}/report"]) == 0
@@ -547,7 +547,7 @@ def test_an_interrupted_evaluation_resumes(cloud, corpus, bucket, on_disk, monke
     record = half["report/draws.f32"]
     half["report/draws.f32"] = Object(record.data[:-7], record.generation)
     cloud.objects["half"] = half
-    monkeypatch.setattr(scoring, "_SYNC", 60)
+    monkeypatch.setattr(resumable_draws, "_SYNC", 60)
     score = perplexity.score
     monkeypatch.setattr(perplexity, "score", lambda *args, start: starts.append(start) or score(*args, start=start))
     assert cli.main([*flags, "--out=gs://half/report"]) == 0

@@ -26,7 +26,8 @@ from sedd.diffusion.discrete.process import Absorbing
 from sedd.diffusion.schedule import Schedule
 from sedd.evaluation.protocols import CLEAN, Protocol
 from sedd.evaluation.report import Report, Terms, make_report, terms_from_draws
-from sedd.evaluation.scoring import KEPT, ResumableDraws, levels_of, record_shape, score, sigma_limits
+from sedd.evaluation.resumable_draws import KEPT, ResumableDraws
+from sedd.evaluation.scoring import levels_of, record_shape, score, sigma_limits
 from sedd.evaluation.statistics import ratio
 from sedd.evaluation.text import ScoringRows
 from sedd.network.network import Network

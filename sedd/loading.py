@@ -17,7 +17,8 @@ from sedd.diffusion.keyed_random import root_key
 from sedd.errors import UserError
 from sedd.model import Model
 from sedd.runtime import parallel, storage
-from sedd.runtime.parallel import abstract_arrays, named
+from sedd.runtime.parallel import abstract_arrays
+from sedd.runtime.trees import fitted
 from sedd.training.checkpoint import restore_params
 from sedd.training.fit import fit
 
@@ -106,11 +107,4 @@ def _exported(file: epath.Path, like: dict) -> dict:
         arrays = load_arrays(file.read_bytes())
     except SafetensorError as error:
         raise UserError(f"{file} is damaged ({error}); export the model again") from None
-    expected = {name: (leaf.shape, leaf.dtype) for name, leaf in named(like).items()}
-    found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-    if found != expected:
-        wrong = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-        raise UserError(
-            f"{file} does not fit its config.json: {wrong} is {found.get(wrong)}, not {expected.get(wrong)}"
-        )
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in named(like)])
+    return fitted(arrays, like, f"{file} does not fit its config.json")

@@ -35,8 +35,8 @@ from sedd.generation.generate import Generator, Samples, SamplingOptions
 from sedd.generation.prompts import Prompt
 from sedd.network.network import Network
 from sedd.runtime import disk, processes, storage
-from sedd.runtime.parallel import fingerprint, named
 from sedd.runtime.settings import jax_defaults
+from sedd.runtime.trees import fingerprint, named
 from sedd.seeds import check_seed
 
 MAX_DRAWS = 2**20

@@ -14,7 +14,7 @@ from small import MUON, SETTINGS, name_of, parts, small_config, small_corpus
 from sedd import config as configs
 from sedd.data.batches import Batch, batch
 from sedd.errors import UserError
-from sedd.runtime import parallel
+from sedd.runtime import parallel, trees
 from sedd.training.objective import strata
 from sedd.training.step import init_state, make_step
 
@@ -220,7 +220,7 @@ def test_large_arrays_are_split_by_their_path(corpus):
     """fsdp splits the width, model the padded vocabulary; optimiser state likewise; small arrays are replicated."""
     config = small_config(corpus, "network.width=512", "network.heads=4", "mesh.fsdp=2", "mesh.model=2")
     _, _, shardings = make_step(config, *parts(config, corpus, 8))
-    specs = {name: tuple(sharding.spec) for name, sharding in parallel.named(shardings).items()}
+    specs = {name: tuple(sharding.spec) for name, sharding in trees.named(shardings).items()}
     assert specs["params/trunk/block_0/qkv/kernel"] == ("fsdp", None, "model")
     assert specs["params/trunk/block_0/up/kernel"] == ("fsdp", "model")
     assert specs["params/trunk/block_1/down/kernel"] == ("model", "fsdp")

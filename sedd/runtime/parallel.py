@@ -4,7 +4,6 @@ One step is jitted over a mesh with the axes 'data', 'fsdp' and 'model'. The bat
 parameters, their EMA and the optimiser's state are split by one table of parameter paths.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -17,8 +16,10 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sedd.errors import UserError
+from sedd.runtime.trees import name_of
 
-AXES = ("data", "fsdp", "model")
+BATCH_AXES, MODEL_AXIS = ("data", "fsdp"), "model"  # the mesh axes that split a batch, and heads and vocabulary
+AXES = (*BATCH_AXES, MODEL_AXIS)
 MIN_SHARD_BYTES = 1 << 20  # smaller arrays are replicated
 
 # The mesh axes of the last axes of a parameter, by its path; axes before them (scanned layers) are not split. fsdp
@@ -65,27 +66,7 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of a batch: rows split over 'data' and 'fsdp'."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
-
-
-def name_of(path: tuple, separator: str = "/") -> str:
-    """Returns the path of a leaf as text, such as trunk/block_0/up/kernel."""
-    return jax.tree_util.keystr(path, simple=True, separator=separator)
-
-
-def named(tree, separator: str = "/") -> dict:
-    """Returns the leaves of a tree by their paths, in the order of the tree."""
-    return {name_of(path, separator): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def fingerprint(tree) -> str:
-    """Returns a BLAKE2b hash of all leaves, their paths, types and shapes, in hexadecimal."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, leaf in named(tree).items():
-        array = np.asarray(leaf)
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.hexdigest()
+    return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def shardings(mesh: Mesh | AbstractMesh, tree) -> Any:
@@ -106,7 +87,9 @@ def shardings(mesh: Mesh | AbstractMesh, tree) -> Any:
 def num_batch_shards(params) -> int:
     """Returns the number of shards of a batch on the mesh of these parameters; 1 for parameters without a mesh."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    return sharding.mesh.shape["data"] * sharding.mesh.shape["fsdp"] if isinstance(sharding, NamedSharding) else 1
+    if not isinstance(sharding, NamedSharding):
+        return 1
+    return math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def place_for_batch(params, rows: int) -> tuple[dict, Sharding | None]:

@@ -24,9 +24,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sedd.errors import UserError
-from sedd.runtime import disk, parallel, processes, storage
-from sedd.runtime.parallel import named
-from sedd.training.digests import digests
+from sedd.runtime import disk, parallel, processes, storage, trees
 from sedd.training.step import TrainState
 
 _ITEMS = ("params", "ema", "optimizer")  # stored separately, so that inference reads the parameters only
@@ -98,7 +96,7 @@ class Checkpoints:
             if step in self._manager.all_steps():
                 return
             arrays = {name: ocp.args.PyTreeSave(_flat(tree)) for name, tree in items.items()}
-            manifest = {"step": step, "bound": bound, "arrays": _describe(items, digests(items))}
+            manifest = {"step": step, "bound": bound, "arrays": _describe(items)}
             if bound is not None:
                 self._bounds[step] = bound
             args = ocp.args.Composite(**arrays, manifest=ocp.args.JsonSave(manifest))
@@ -282,18 +280,17 @@ def _read(checkpoint: epath.Path, step: int, like: dict[str, Any]) -> dict[str, 
     manifest = _manifest(checkpoint)
     if manifest["step"] != step:
         raise _UnusableCheckpoint(f"is that of step {manifest['step']}, renamed")
-    expected = _describe(like)
     saved = {name: about for name, about in manifest["arrays"].items() if name.partition("/")[0] in like}
-    for name in (*expected, *saved):
-        there, here = (_dtype_and_shape(described.get(name)) for described in (saved, expected))
-        if there != here:
-            raise _UnusableCheckpoint(f"is another model's ({name} is {there} there, {here} here)")
+    types = {name: f"{about['dtype']}{about['shape']}" for name, about in saved.items()}
+    mismatch = trees.first_mismatch(types, trees.types(like))
+    if mismatch is not None:
+        raise _UnusableCheckpoint(f"is another model's ({mismatch})")
     items = {}
     for name, tree in like.items():
         flat = _flat(tree)
         read = ocp.StandardCheckpointHandler().restore(checkpoint / name, args=ocp.args.StandardRestore(flat))
         items[name] = jax.tree.unflatten(jax.tree.structure(tree), [read[path] for path in flat])
-    for name, digest in digests(items).items():
+    for name, digest in trees.digests(items).items():
         if digest != saved[name]["digest"]:
             raise _UnusableCheckpoint(f"is damaged ({name} is not what was written)")
     return items
@@ -315,19 +312,16 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 def _flat(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a tree by their paths, as names of files."""
-    return named(tree, separator=".")
+    return trees.named(tree, separator=".")
 
 
-def _describe(items: dict[str, Any], digest: dict[str, str] | None = None) -> dict[str, dict]:
-    """Returns the manifest's entry of each array: its shape, its type and, if given, its digest."""
+def _describe(items: dict[str, Any]) -> dict[str, dict]:
+    """Returns the manifest's entry of each array: its shape, type and digest."""
+    digests = trees.digests(items)
     return {
-        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} | ({"digest": digest[name]} if digest else {})
-        for name, leaf in named(items).items()
+        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": digests[name]}
+        for name, leaf in trees.named(items).items()
     }
-
-
-def _dtype_and_shape(about: dict | None) -> str:
-    return "missing" if about is None else f"{about['dtype']}{about['shape']}"
 
 
 def _rename_unusable(directory: epath.Path, step: int):

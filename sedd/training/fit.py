@@ -21,7 +21,7 @@ from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.network.attention import check_platform
 from sedd.network.network import Network
-from sedd.runtime import disk, parallel, processes, storage
+from sedd.runtime import disk, parallel, processes, storage, trees
 from sedd.runtime.accelerators import peak_flops
 from sedd.runtime.settings import jax_defaults
 from sedd.training.checkpoint import Checkpoints, steps_saved
@@ -65,7 +65,8 @@ def fit(config: ConfigDict, workdir: str | Path, weights: dict | None = None, in
     check_platform(config.network.attention, jax.devices()[0].platform)
     mesh = parallel.make_mesh(config)
     if weights is not None and not steps_saved(folder / "checkpoints"):
-        weights = _as_parameters(weights, network, init_from or "the weights to start from")
+        like = jax.eval_shape(network.init, root_key(0))
+        weights = trees.fitted(weights, like, f"{init_from or 'the weights to start from'} cannot start this run")
     if config.evaluation.every:
         check_split(corpus, data.block_length)
     if config.metrics.tensorboard:
@@ -203,24 +204,6 @@ class _Run:
 
 class _Stopped(Exception):
     """A signal was received during an evaluation."""
-
-
-def _as_parameters(weights: dict, network: Network, origin: str) -> dict:
-    """Returns the weights in the tree structure of the network's parameters.
-
-    origin: of the weights. UserError, naming the first leaf that does not fit.
-    """
-    like = jax.eval_shape(network.init, root_key(0))
-    given, expected = parallel.named(weights), parallel.named(like)
-
-    def dtype_and_shape(leaf):
-        return "missing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
-
-    for name in (*expected, *given):
-        there, here = dtype_and_shape(given.get(name)), dtype_and_shape(expected.get(name))
-        if there != here:
-            raise UserError(f"{origin} cannot start this run: {name} is {there} there, {here} in the config's network")
-    return jax.tree.unflatten(jax.tree.structure(like), [given[name] for name in expected])
 
 
 def _vocab_size(config: ConfigDict, corpus: Corpus) -> int:

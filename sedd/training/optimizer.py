@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from sedd.runtime.parallel import name_of
+from sedd.runtime.trees import name_of
 
 
 def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:

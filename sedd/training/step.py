@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from sedd.data.batches import Batch
 from sedd.diffusion import keyed_random
-from sedd.runtime import parallel
+from sedd.runtime import parallel, trees
 from sedd.training.objective import Objective
 from sedd.training.optimizer import learning_rate
 
@@ -92,7 +92,7 @@ def make_step(
             "parts": {
                 "rows": of_each,
                 "sigma": objective.sigma(jnp.arange(training.batch_size), key, batch.tokens.shape[1], batch.lengths),
-                "gradients": jax.tree.map(jnp.linalg.norm, parallel.named(gradient)),
+                "gradients": jax.tree.map(jnp.linalg.norm, trees.named(gradient)),
             },
         }
         finite = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])

@@ -14,10 +14,12 @@ import math
 from collections.abc import Iterator
 
 from sedd import config as configs
-from sedd.network.network import Network
-from sedd.network.trunk import REMAT, padded
+from sedd.network.adapters import padded
+from sedd.network.trunk import REMAT, Trunk
 from sedd.runtime.accelerators import CHIPS, Chip
 from sedd.training.estimate import activation_bytes, estimate, step_flops
+from sedd.training.objective import Objective
+from sedd.training.score_entropy import score_entropy
 
 MODELS = {"small": (768, 12, 12), "medium": (1024, 24, 16), "large": (2048, 24, 32)}  # width, layers, heads
 # Number of chips that links connect, and bandwidth of each chip to chips beyond, in bytes a second: TPUs from the pages
@@ -69,37 +71,40 @@ def config_of(model: str, args: argparse.Namespace):
 
 def plans(model: str, kind: str, chips: int, args: argparse.Namespace) -> Iterator[Plan]:
     """Yields all plans that fit. fsdp and model stay within the chips that links connect."""
-    _, _, network = configs.build(config_of(model, args), VOCABULARY)
+    config = config_of(model, args)
+    _, schedule, network = configs.build(config, VOCABULARY)
     powers, reach = [2**k for k in range(11)], min(KINDS[kind][0], chips)
     for fsdp, split, accumulation in itertools.product(powers, powers, powers):
         data, rest = divmod(chips, fsdp * split)
-        if rest or fsdp * split > reach or network.heads % split or args.rows % (accumulation * data * fsdp):
+        if rest or fsdp * split > reach or network.trunk.heads % split or args.rows % (accumulation * data * fsdp):
             continue
         for remat in REMAT:
-            plan = plan_of(dataclasses.replace(network, remat=remat), kind, (data, fsdp, split), accumulation, args)
+            objective = score_entropy(config, dataclasses.replace(network, trunk=network.trunk.clone(remat=remat)), schedule)
+            plan = plan_of(objective, kind, (data, fsdp, split), accumulation, args)
             if plan is not None:
                 yield plan
 
 
 def plan_of(
-    network: Network, kind: str, mesh: tuple[int, int, int], accumulation: int, args: argparse.Namespace
+    objective: Objective, kind: str, mesh: tuple[int, int, int], accumulation: int, args: argparse.Namespace
 ) -> Plan | None:
     """Returns the plan for a mesh and a number of microbatches; None if it does not fit into the memory."""
-    chip, (data, fsdp, split) = CHIPS[kind], mesh
+    chip, (data, fsdp, split), network = CHIPS[kind], mesh, objective.network
     rows = args.rows // (accumulation * data * fsdp)
-    inner = 12 * network.layers * network.width * (network.width + network.cond_dim // 2)
-    outer = 2 * padded(network.process.num_states) * network.width
+    trunk = network.trunk
+    inner = 12 * trunk.layers * trunk.width * (trunk.width + network.cond_dim // 2)
+    outer = 2 * padded(network.process.num_states) * trunk.width
     copies = 4 + (1 if accumulation == 1 else 2)  # parameters, EMA, two moments; gradients, and their sum
     state_bytes = 4 * copies * (inner + outer) / (fsdp * split)
-    if state_bytes + activation_bytes(network, rows, LENGTH, False, split) > MAX_MEMORY_SHARE * chip.memory:
+    if state_bytes + activation_bytes(objective, rows, LENGTH, split) > MAX_MEMORY_SHARE * chip.memory:
         return None
     return Plan(
         mesh,
         accumulation,
-        network.remat,
-        compute=step_flops(network, args.rows, LENGTH, False) / (math.prod(mesh) * args.mfu * chip.flops),
+        trunk.remat,
+        compute=step_flops(objective, args.rows, LENGTH) / (math.prod(mesh) * args.mfu * chip.flops),
         weights=accumulation * weight_seconds(kind, inner, outer, mesh, args.links),
-        sums=accumulation * activation_seconds(chip, network, rows, split, args.links),
+        sums=accumulation * activation_seconds(chip, trunk, rows, split, args.links),
     )
 
 
@@ -117,10 +122,10 @@ def weight_seconds(kind: str, inner: int, outer: int, mesh: tuple[int, int, int]
     return links / (share * chip.links) + slice_ / inside * (1 - inside / data) / (share * network)
 
 
-def activation_seconds(chip: Chip, network: Network, rows: int, split: int, share: float) -> float:
+def activation_seconds(chip: Chip, trunk: Trunk, rows: int, split: int, share: float) -> float:
     """Returns the seconds of a microbatch for sums over model: 2 forward, 2 backward, 2 of recomputation in a layer."""
-    sums = network.layers * (6 if network.remat == "full" else 4)
-    return sums * 2 * rows * LENGTH * network.width * 2 * (1 - 1 / split) / (share * chip.links)
+    sums = trunk.layers * (6 if trunk.remat == "full" else 4)
+    return sums * 2 * rows * LENGTH * trunk.width * 2 * (1 - 1 / split) / (share * chip.links)
 
 
 def main():

@@ -8,8 +8,8 @@ import sedd
 from sedd import config as configs
 from sedd.data.prepare import prepare
 from sedd.runtime import parallel
-from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
+from sedd.training.score_entropy import score_entropy
 
 NETWORK = ("network.width=16", "network.layers=2", "network.heads=2", "network.cond_dim=8")
 ADAMW = ("optimizer.name=adamw", "optimizer.learning_rate=0.01", "optimizer.warmup_steps=2")  # compiles twice as fast
@@ -67,10 +67,9 @@ def untrained_model(corpus, *settings):
 def parts(config, corpus, devices=None):
     """The objective, the optimiser and the mesh of a config, over the first `devices` devices or all."""
     _, schedule, network = configs.build(config, corpus.vocab_size)
-    training = config.training
-    objective = Objective(network, schedule, training.batch_size, training.noise_sampling, training.min_time)
+    objective = score_entropy(config, network, schedule)
     mesh = parallel.make_mesh(config, jax.devices()[:devices])
-    return objective, make_optimizer(config.optimizer, training.steps), mesh
+    return objective, make_optimizer(config.optimizer, config.training.steps), mesh
 
 
 def name_of(value):

@@ -17,8 +17,8 @@ from sedd.errors import UserError
 from sedd.runtime import parallel
 from sedd.runtime.accelerators import CHIPS, peak_flops
 from sedd.training.estimate import estimate, step_flops
-from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
+from sedd.training.score_entropy import score_entropy
 from sedd.training.step import make_step
 
 VOCABULARY = 1000
@@ -32,9 +32,8 @@ def config_of(*settings, base=configs.default):
 def parts(config):
     """Returns the objective and the result of `make_step`, on as many devices as the mesh needs."""
     _, schedule, network = configs.build(config, VOCABULARY)
-    training = config.training
-    objective = Objective(network, schedule, training.batch_size, training.noise_sampling, training.min_time)
-    optimizer = make_optimizer(config.optimizer, training.steps)
+    objective = score_entropy(config, network, schedule)
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
     devices = jax.devices() if config.mesh.model > 1 else jax.devices()[:1]
     return objective, make_step(config, objective, optimizer, parallel.make_mesh(config, devices))
 
@@ -63,7 +62,11 @@ def traced_flops(objective, length):
     rows, key = jnp.arange(8), jax.random.key(0)
     params = jax.eval_shape(objective.network.init, key)
     tokens = jax.ShapeDtypeStruct((8, length), jnp.int32)
-    lowered = jax.jit(jax.grad(lambda p, t: jnp.sum(objective(p, t, rows, key)))).lower(params, tokens)
+
+    def loss(params, tokens):
+        return jnp.sum(objective(params, Batch(tokens, None), rows, key).loss)
+
+    lowered = jax.jit(jax.grad(loss)).lower(params, tokens)
     return lowered.cost_analysis()["flops"]
 
 
@@ -81,11 +84,12 @@ def test_estimated_flops_of_recomputation_match_the_traced_gradient(remat):
     """The difference between the traced gradients with and without recomputation; model FLOPs exclude it."""
     config = config_of("data.block_length=256")
     plain, _ = parts(config)
-    network = dataclasses.replace(plain.network, remat=remat)
-    traced = traced_flops(dataclasses.replace(plain, network=network), 256) - traced_flops(plain, 256)
-    estimated = step_flops(network, 8, 256, True) - step_flops(plain.network, 8, 256, True)
+    network = dataclasses.replace(plain.network, trunk=plain.network.trunk.clone(remat=remat))
+    recomputing = dataclasses.replace(plain, network=network)
+    traced = traced_flops(recomputing, 256) - traced_flops(plain, 256)
+    estimated = step_flops(recomputing, 8, 256) - step_flops(plain, 8, 256)
     assert estimated == pytest.approx(traced, rel=0.15)
-    assert step_flops(network, 8, 256, True, recomputed=False) == step_flops(plain.network, 8, 256, True)
+    assert step_flops(recomputing, 8, 256, recomputed=False) == step_flops(plain, 8, 256)
 
 
 @pytest.mark.slow

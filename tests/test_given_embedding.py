@@ -21,7 +21,7 @@ from sedd.diffusion.schedule import LogLinear
 from sedd.evaluation.conditional import Answers, log_likelihoods
 from sedd.network.network import Network
 from sedd.runtime import parallel
-from sedd.training.objective import Objective, random_given
+from sedd.training.score_entropy import ScoreEntropy, random_given
 from sedd.training.step import init_state, make_step
 
 V, L = 3, 4
@@ -42,7 +42,7 @@ class Exact:
 
     joint: Joint
     conditioned: bool = True
-    process, prediction, dropout, given_embedding = Uniform(V), "denoiser", 0.0, True
+    process, prediction, given_embedding = Uniform(V), "denoiser", True
 
     def stats(self, params, keys=None, lengths=None, given=None, masked_pairs=False, tightened=False):
         given = given if self.conditioned else jnp.zeros_like(given)
@@ -167,11 +167,12 @@ def test_loss_is_the_entropy_of_the_free_tokens_conditioned_on_the_given_ones():
     copied = MarkovChain(np.full(V, 1 / V), 0.94 * np.eye(V) + 0.02).joint(3)
     x0 = jnp.asarray(copied.draw(len(rows)))
     networks = Exact(copied), Exact(copied, conditioned=False)
-    objectives = [Objective(network, LogLinear(1e-4), len(rows), "time", 1e-5) for network in networks]
+    objectives = [ScoreEntropy(network, LogLinear(1e-4), len(rows), "time", 1e-5) for network in networks]
 
     @jax.jit
     def losses():
-        return [objective({}, x0, rows, key) for objective in objectives], objectives[0].free_and_given(rows, key, 3)
+        losses = [objective({}, Batch(x0, None), rows, key).loss for objective in objectives]
+        return losses, objectives[0].free_and_given(rows, key, 3)
 
     (conditional, unconditional), (free, given) = losses()
     np.testing.assert_array_equal(free, ~given)
@@ -197,7 +198,7 @@ def test_loss_with_given_tokens_is_the_same_on_any_devices(corpus):
     @jax.jit
     def on_one_device(params, tokens, key):
         free, given = objective.free_and_given(rows, key, 16, lengths)
-        return objective(params, tokens, rows, key, lengths), free, given
+        return objective(params, Batch(tokens, lengths), rows, key).loss, free, given
 
     for k in range(3):
         params, tokens = jax.device_get(state.params), batch(corpus, 16, 8, 0, k).tokens
@@ -258,7 +259,7 @@ def test_network_learns_the_given_embedding():
     process, length, rows, steps = Uniform(4), 4, 128, 1500
     joint = MarkovChain(np.full(4, 1 / 4), 0.94 * np.eye(4) + 0.015).joint(length)
     network = Network(process, "denoiser", 32, 1, 2, sigma_range=(1e-3, 6.9), cond_dim=32, given_embedding=True)
-    objective = Objective(network, LogLinear(1e-3), rows, "time", 0.1)  # gradients have a high variance at low noise
+    objective = ScoreEntropy(network, LogLinear(1e-3), rows, "time", 0.1)  # gradients have a high variance at low noise
     rate = optax.cosine_decay_schedule(5e-3, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate, b2=0.99))
     texts = jnp.asarray(joint.draw(steps * rows)).reshape(steps, rows, length)
@@ -270,7 +271,7 @@ def test_network_learns_the_given_embedding():
             key = jax.random.fold_in(jax.random.key(1), number)
 
             def loss(params):
-                return objective(params, texts[number], jnp.arange(rows), key).sum() / rows
+                return objective(params, Batch(texts[number], None), jnp.arange(rows), key).loss.sum() / rows
 
             updates, moments = optimizer.update(jax.grad(loss)(params), moments, params)
             return (optax.apply_updates(params, updates), moments), None

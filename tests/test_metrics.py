@@ -6,10 +6,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from small import small_config, small_corpus
+from small import parts, small_config, small_corpus
 
 import sedd
-from sedd import config as configs
 from sedd.training.estimate import step_flops
 from sedd.training.fit import fit
 from sedd.training.guard import NonFiniteGuard
@@ -90,9 +89,9 @@ def test_mfu_and_profiler_trace_are_recorded(corpus, tmp_path, monkeypatch, caps
     config = small_config(corpus, "training.steps=14", "metrics.profile=2", "network.remat=full")
     summary = fit(config, tmp_path / "run")
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    _, _, network = configs.build(config, corpus.vocab_size)
-    flops = step_flops(network, 8, 16, paired=True, recomputed=False)
-    assert flops < step_flops(network, 8, 16, paired=True)
+    objective, _, _ = parts(config, corpus)
+    flops = step_flops(objective, 8, 16, recomputed=False)
+    assert flops < step_flops(objective, 8, 16)
     for record in records[1:]:
         seconds = 8 * 16 / record["tokens_per_second"]
         assert record["mfu"] == pytest.approx(flops / (seconds * 1e9 * 8), rel=0.05, abs=1e-4)
@@ -104,8 +103,9 @@ def test_mfu_and_profiler_trace_are_recorded(corpus, tmp_path, monkeypatch, caps
 def test_mfu_of_an_unknown_chip_is_not_recorded(tmp_path):
     with Metrics(tmp_path, 0, 2, NonFiniteGuard(0, None)) as log:
         for step in (1, 2):
-            numbers = {"loss": 1.0, "gradient_norm": 1.0, "learning_rate": 1.0, "tokens": 8}
+            numbers = {"loss": 1.0, "gradient_norm": 1.0, "learning_rate": 1.0, "tokens": 8, "terms": {"part": 0.25}}
             log.record(step, jax.tree.map(jnp.float32, numbers))
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert "tokens_per_second" in records[1] and "mfu" not in records[1]
+    assert [record["part"] for record in records] == [0.25, 0.25]  # the terms of the objective
     assert log.summary().mfu is None

@@ -15,7 +15,7 @@ from sedd import config as configs
 from sedd.data.batches import Batch, batch
 from sedd.errors import UserError
 from sedd.runtime import parallel, trees
-from sedd.training.objective import strata
+from sedd.training.score_entropy import strata
 from sedd.training.step import init_state, make_step
 
 ROWS = 32

@@ -11,6 +11,7 @@ from small import JAX_SETTINGS, MUON, NETWORK, small_config, small_corpus, unusu
 
 import sedd
 from sedd import config as configs
+from sedd.data.batches import Batch
 from sedd.diffusion import keyed_random
 from sedd.diffusion.discrete.exact_likelihood import order_log_likelihoods, subset_log_likelihood
 from sedd.diffusion.discrete.likelihood import count_draws, level_draws, time_draws
@@ -23,7 +24,7 @@ from sedd.generation.generate import Generator
 from sedd.generation.samplers import SAMPLERS, SamplerContext, named_sampler
 from sedd.network.network import Network
 from sedd.runtime.parallel import data_mesh
-from sedd.training.objective import Objective
+from sedd.training.score_entropy import ScoreEntropy
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +141,13 @@ def small_network(process, **settings):
 def test_a_network_is_float32_under_any_settings(name, noise_sampling, settings, jax_settings):
     """Parameters, gradients, scores and log r."""
     network = small_network(PROCESSES[name], **settings)
-    objective = Objective(network, sedd.LogLinear(), B, noise_sampling)
+    objective = ScoreEntropy(network, sedd.LogLinear(), B, noise_sampling)
     tokens, lengths = jnp.ones((B, L), jnp.int32), jnp.array([3, 8, 5, 8])
 
     def step(key, sigma):
         params = network.init(key)
-        gradient = jax.grad(lambda params: jnp.sum(objective(params, tokens, jnp.arange(B), key, lengths)))(params)
+        batch = Batch(tokens, lengths)
+        gradient = jax.grad(lambda params: jnp.sum(objective(params, batch, jnp.arange(B), key).loss))(params)
         log_clean = network.denoiser(params)(tokens, sigma, tokens[:, :2])
         return params, gradient, log_clean, network.log_score(params, tokens, sigma)
 

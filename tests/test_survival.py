@@ -1,6 +1,7 @@
 """Fault tolerance of a run: kills at any moment, damaged checkpoints, a full disk, losses that are not finite."""
 
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -23,10 +24,10 @@ from small import name_of, parts, small_config, small_corpus
 import sedd
 from sedd.data.batches import batch
 from sedd.runtime import parallel, storage
-from sedd.training import objective as objectives
 from sedd.training.checkpoint import Checkpoints, restore_params, steps_saved
 from sedd.training.fit import fit
 from sedd.training.guard import NONFINITE
+from sedd.training.score_entropy import ScoreEntropy
 from sedd.training.step import TrainState, make_step
 
 
@@ -265,14 +266,18 @@ def test_run_resumes_after_a_full_disk(corpus, tmp_path, capfd):
 def poisoned(at, times=1):
     """An objective whose loss of row 5 is NaN at steps `at`, ..., `at + times - 1`."""
 
-    class Poisoned(objectives.Objective):
-        def __call__(self, params, tokens, rows, key, lengths=None):
-            loss = super().__call__(params, tokens, rows, key, lengths)
+    class Poisoned(ScoreEntropy):
+        def __call__(self, params, batch, rows, key):
+            losses = super().__call__(params, batch, rows, key)
             keys = [jax.random.fold_in(jax.random.key(0), step - 1) for step in range(at, at + times)]
             now = jnp.any(jnp.stack([jnp.all(jax.random.key_data(key) == jax.random.key_data(k)) for k in keys]))
-            return jnp.where(now & (rows == 5), jnp.nan, loss)
+            return dataclasses.replace(losses, loss=jnp.where(now & (rows == 5), jnp.nan, losses.loss))
 
-    return Poisoned
+    def poisoned_score_entropy(config, network, schedule):
+        training = config.training
+        return Poisoned(network, schedule, training.batch_size, training.noise_sampling, training.min_time)
+
+    return poisoned_score_entropy
 
 
 @pytest.mark.slow
@@ -280,7 +285,7 @@ def test_nonfinite_loss_stops_the_run(corpus, tmp_path, monkeypatch):
     """Step, quantity, example and sigma are recorded. The checkpoints are finite, and the run resumes."""
     config = small_config(corpus, "checkpoint.every=2", "training.noise_sampling=time", "training.steps=7")
     with monkeypatch.context() as patch:
-        patch.setattr("sedd.training.fit.Objective", poisoned(6))
+        patch.setattr("sedd.training.fit.score_entropy", poisoned(6))
         with pytest.raises(sedd.UserError, match="the loss of step 6 is not finite .*nonfinite.jsonl") as caught:
             fit(config, tmp_path / "run")
     assert "\n" not in str(caught.value)
@@ -305,7 +310,7 @@ def test_nonfinite_steps_are_skipped_up_to_the_limit(corpus, tmp_path, monkeypat
         "training.ema_decay=0.9",
         "optimizer.decay=constant",
     )
-    monkeypatch.setattr("sedd.training.fit.Objective", poisoned(3, times=2))
+    monkeypatch.setattr("sedd.training.fit.score_entropy", poisoned(3, times=2))
     with pytest.raises(sedd.UserError, match="step 4 is not finite"):
         fit(small_config(corpus, *settings, "training.max_skipped_steps=1"), tmp_path / "one")
     fit(small_config(corpus, *settings, "training.max_skipped_steps=2"), tmp_path / "two")

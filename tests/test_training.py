@@ -10,10 +10,10 @@ from small import MUON, parts, small_config, small_corpus
 
 import sedd
 from sedd import config as configs
-from sedd.data.batches import batch
+from sedd.data.batches import Batch, batch
 from sedd.diffusion.discrete.score import stats_from
-from sedd.training.objective import Objective
 from sedd.training.optimizer import learning_rate, make_optimizer
+from sedd.training.score_entropy import ScoreEntropy
 from sedd.training.step import update_ema
 
 
@@ -53,7 +53,7 @@ def test_loss_of_a_row_is_independent_of_the_batch(corpus):
 class Same:
     """A stand-in for a network that knows that the tokens of a row are equal, 0 or 1. Its bound is log 2."""
 
-    dropout, process, given_embedding = 0.0, sedd.Absorbing(2), False
+    process, given_embedding = sedd.Absorbing(2), False
 
     def stats(self, params, keys, lengths, given, masked_pairs):
         assert given is None
@@ -72,14 +72,14 @@ def test_loss_of_ragged_rows_is_unbiased_for_each_length():
     """Pairs of rows of 5 and of 3 tokens in a block of 8: the mean over the noise levels is log 2 for each. Control:
     with mask counts for 8 tokens it is not, since most of them mask every token of a row."""
     count, length = 30, 8
-    objective = Objective(Same(), None, count, "mask_count")
+    objective = ScoreEntropy(Same(), None, count, "mask_count")
     lengths = jnp.tile(jnp.array([5, 3]), count // 2)
     tokens, rows, key = jnp.ones((count, length), jnp.int32), jnp.arange(count), jax.random.key(0)
-    loss = jax.jit(objective)({}, tokens, rows, key, lengths)
+    loss = jax.jit(objective)({}, Batch(tokens, lengths), rows, key).loss
     np.testing.assert_allclose([loss[::2].mean(), loss[1::2].mean()], np.log(2), rtol=1e-4)
     naive = dataclasses.replace(objective)
     object.__setattr__(naive, "counts", lambda rows, key, lengths: objective.counts(rows, key, length))
-    wrong = jax.jit(lambda *args: naive(*args))({}, tokens, rows, key, lengths)
+    wrong = jax.jit(lambda *args: naive(*args))({}, Batch(tokens, lengths), rows, key).loss
     assert wrong[::2].mean() > 1.3 * np.log(2) and wrong[1::2].mean() > 1.3 * np.log(2)
 
 
@@ -87,7 +87,7 @@ def test_pair_of_ragged_rows_masks_at_most_one_more_than_the_block_length():
     """Each row masks at least one and at most all of its tokens; full rows have the counts of a batch without lengths.
     Control: independent counts mask more than L + 1 tokens of a pair."""
     length, count = 37, 4096
-    objective = Objective(Same(), None, count, "mask_count")
+    objective = ScoreEntropy(Same(), None, count, "mask_count")
     random, rows, key = np.random.default_rng(0), jnp.arange(count), jax.random.key(1)
     lengths = random.integers(1, length + 1, count)
     counts = np.asarray(objective.counts(rows, key, jnp.asarray(lengths)))

@@ -12,11 +12,11 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from sedd import config as configs
-from sedd.network.network import Network
-from sedd.network.trunk import FREQUENCIES, padded
+from sedd.network.adapters import FREQUENCIES, padded
 from sedd.runtime import parallel
 from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
+from sedd.training.score_entropy import score_entropy
 from sedd.training.step import init_state
 
 
@@ -89,7 +89,7 @@ def estimate(config: ConfigDict, vocab_size: int, devices: int) -> RunEstimate:
     _, schedule, network = configs.build(config, vocab_size)
     sizes = parallel.mesh_sizes(config, devices)
     mesh = AbstractMesh(sizes, parallel.AXES, axis_types=(AxisType.Auto,) * len(sizes))
-    objective = Objective(network, schedule, training.batch_size, training.noise_sampling, training.min_time)
+    objective = score_entropy(config, network, schedule)
     optimizer = make_optimizer(config.optimizer, training.steps)
     state = jax.eval_shape(lambda: init_state(config, objective, optimizer))
     shardings = parallel.shardings(mesh, state)
@@ -98,9 +98,8 @@ def estimate(config: ConfigDict, vocab_size: int, devices: int) -> RunEstimate:
         for part in ("params", "ema", "optimizer")
     }
     parameters = network.num_parameters()
-    outer = network.process.num_states * (2 * network.width + 1)  # the embedding, and the head's matrix with its bias
+    outer = network.process.num_states * (2 * network.trunk.width + 1)  # the embedding, and the head's matrix with its bias
     rows = training.batch_size // training.accumulation // (sizes[0] * sizes[1])
-    paired = training.noise_sampling == "mask_count"
     return RunEstimate(
         parameters=parameters,
         inner_parameters=parameters - outer,
@@ -114,48 +113,44 @@ def estimate(config: ConfigDict, vocab_size: int, devices: int) -> RunEstimate:
         ema_bytes=held["ema"],
         optimizer_bytes=held["optimizer"],
         gradient_bytes=held["params"] * (1 if training.accumulation == 1 else 2),
-        activation_bytes=activation_bytes(network, rows, length, paired, sizes[2]),
-        step_flops=step_flops(network, training.batch_size, length, paired),
+        activation_bytes=activation_bytes(objective, rows, length, sizes[2]),
+        step_flops=step_flops(objective, training.batch_size, length),
     )
 
 
-def step_flops(network: Network, rows: int, length: int, paired: bool, recomputed: bool = True) -> int:
-    """FLOPs of one step over `rows` rows. paired: the head runs at the masked positions of antithetic pairs.
+def step_flops(objective: Objective, rows: int, length: int, recomputed: bool = True) -> int:
+    """FLOPs of one step over `rows` rows of `length` tokens.
 
     recomputed: includes the recomputation of `network.remat`. Without it the result is the model FLOPs, from which the
     model FLOPs utilisation (MFU) is computed.
     """
-    width, cond_dim, sites = network.width, network.cond_dim, _sites(rows, length, paired)
-    attention = network.layers * rows * length * 4 * length * width  # scores and values
-    maps = network.layers * rows * (length * 24 * width**2 + 12 * cond_dim * width)  # qkv, out, up, down; modulation
+    network, sites = objective.network, objective.head_positions(rows, length)
+    trunk, width, cond_dim = network.trunk, network.trunk.width, network.cond_dim
+    attention = trunk.layers * rows * length * 4 * length * width  # scores and values
+    maps = trunk.layers * rows * (length * 24 * width**2 + 12 * cond_dim * width)  # qkv, out, up, down; modulation
     conditioning = 2 * rows * cond_dim * (FREQUENCIES + cond_dim)
     head = 2 * sites * width * (padded(network.process.num_states) + 2 * cond_dim)
-    recomputation = {"none": 0, "dots": attention, "full": attention + maps}[network.remat]
+    recomputation = {"none": 0, "dots": attention, "full": attention + maps}[trunk.remat]
     return 3 * (attention + maps + conditioning + head) + (recomputation if recomputed else 0)
 
 
-def activation_bytes(network: Network, rows: int, length: int, paired: bool, model: int = 1) -> int:
+def activation_bytes(objective: Objective, rows: int, length: int, model: int = 1) -> int:
     """Estimated bytes that the backward pass of `rows` rows needs on a device. model: devices that share the heads."""
-    width, size = network.width, 2 if network.dtype == "bfloat16" else 4
-    tokens, sites = rows * length, _sites(rows, length, paired)
+    network, tokens, sites = objective.network, rows * length, objective.head_positions(rows, length)
+    trunk, width, size = network.trunk, network.trunk.width, 2 if network.trunk.dtype == "bfloat16" else 4
     # A layer, per token: in float32 the residual stream, its norm, and the branch before and after its gate, each
     # twice, with the dropout masks; in the trunk's dtype the inputs of all matrices, q, k and v, and the rotated q and
     # k; and the attention's logits and weights, in float32 and in the trunk's dtype, which only XLA's attention stores.
-    replicated = (2 * 4 * 4 + 2 * bool(network.dropout) + 2 * size) * width
-    sharded = (5 + 1 + 8) * size * width + (network.attention == "xla") * network.heads * length * (8 + size)
+    replicated = (2 * 4 * 4 + 2 * bool(trunk.dropout) + 2 * size) * width
+    sharded = (5 + 1 + 8) * size * width + (trunk.attention == "xla") * trunk.heads * length * (8 + size)
     layer = tokens * (replicated + sharded // model)
     # Recomputed layers save the residual stream ("dots": and the outputs of their linear maps); one layer is live.
     maps = tokens * (2 + 7 / model) * size * width
-    saved = {"none": layer, "dots": tokens * 4 * width + int(maps), "full": tokens * 4 * width}[network.remat]
-    trunk = network.layers * saved + (layer if network.remat != "none" else 0)
+    saved = {"none": layer, "dots": tokens * 4 * width + int(maps), "full": tokens * 4 * width}[trunk.remat]
+    layers = trunk.layers * saved + (layer if trunk.remat != "none" else 0)
     # The head: its inputs, in float32, and three arrays of the size of the logits.
     head = sites * (4 * (3 * width + network.cond_dim) + 3 * 4 * padded(network.process.num_states) // model)
-    return trunk + head
-
-
-def _sites(rows: int, length: int, paired: bool) -> int:
-    """Number of positions at which the head runs."""
-    return math.ceil(rows * (length + 1) / 2) if paired else rows * length
+    return layers + head
 
 
 def _bytes_per_device(tree, shardings) -> int:

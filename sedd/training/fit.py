@@ -28,9 +28,9 @@ from sedd.training.checkpoint import Checkpoints, steps_saved
 from sedd.training.estimate import step_flops
 from sedd.training.guard import NONFINITE, NonFiniteGuard
 from sedd.training.metrics import BOUND, Metrics, Summary, has_bound
-from sedd.training.objective import Objective
 from sedd.training.optimizer import make_optimizer
 from sedd.training.profile import Profiler
+from sedd.training.score_entropy import score_entropy
 from sedd.training.step import TrainState, make_step
 from sedd.training.tensorboard import TensorBoardWriter, check_installed
 from sedd.training.validation import Validator, check_split, layout_of
@@ -109,9 +109,7 @@ class _Run:
     def __call__(self, weights: dict | None) -> Summary:
         """Trains from the newest checkpoint, the weights or initial parameters, to the last step."""
         config, training = self.config, self.config.training
-        objective = Objective(
-            self.network, self.schedule, training.batch_size, training.noise_sampling, training.min_time
-        )
+        objective = score_entropy(config, self.network, self.schedule)
         optimizer = make_optimizer(config.optimizer, training.steps)
         init, step, shardings = make_step(config, objective, optimizer, self.mesh)
         with (
@@ -170,9 +168,9 @@ class _Run:
             return Metrics(None, start, training.steps, NonFiniteGuard(training.max_skipped_steps, None))
         board = TensorBoardWriter(folder / "tensorboard", start) if config.metrics.tensorboard else None
         guard, ideal_step_seconds = NonFiniteGuard(training.max_skipped_steps, folder), None
-        rate, paired = peak_flops(jax.devices()[0].device_kind), training.noise_sampling == "mask_count"
+        rate, objective = peak_flops(jax.devices()[0].device_kind), score_entropy(config, self.network, self.schedule)
         if rate is not None:
-            flops = step_flops(self.network, training.batch_size, config.data.block_length, paired, recomputed=False)
+            flops = step_flops(objective, training.batch_size, config.data.block_length, recomputed=False)
             ideal_step_seconds = flops / (rate * jax.device_count())
         return Metrics(folder, start, training.steps, guard, board, ideal_step_seconds)
 

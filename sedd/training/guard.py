@@ -52,17 +52,17 @@ def _record(step: int, metrics: dict) -> dict:
 
     Only the examples whose loss is not finite; all if there is none.
     """
-    rows, sigma = (np.asarray(metrics["parts"][name]) for name in ("rows", "sigma"))
-    gradients = [name for name, norm in metrics["parts"]["gradients"].items() if not math.isfinite(norm)]
-    nonfinite, first = np.flatnonzero(~np.isfinite(rows)), (step - 1) * len(rows)
+    loss, sigma = np.asarray(metrics["losses"].loss), np.asarray(metrics["losses"].sigma)
+    gradients = [name for name, norm in metrics["gradients"].items() if not math.isfinite(norm)]
+    nonfinite, first = np.flatnonzero(~np.isfinite(loss)), (step - 1) * len(loss)
     return {
         "step": step,
         "quantity": "the loss" if len(nonfinite) else f"the gradient of {', '.join(gradients[:3]) or 'all parameters'}",
         "gradients": gradients,
-        "examples": [first, first + len(rows) - 1],
+        "examples": [first, first + len(loss) - 1],
         "rows": [
-            {"example": first + int(row), "sigma": _json_number(sigma[row]), "loss": _json_number(rows[row])}
-            for row in (nonfinite if len(nonfinite) else range(len(rows)))
+            {"example": first + int(row), "sigma": _json_number(sigma[row]), "loss": _json_number(loss[row])}
+            for row in (nonfinite if len(nonfinite) else range(len(loss)))
         ],
     }
 

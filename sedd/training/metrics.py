@@ -104,6 +104,7 @@ class Metrics:
         (step, metrics), self._pending = jax.device_get(self._pending), None
         finite, tokens = self._guard.check(step, metrics), int(metrics["tokens"])
         values = {name: float(metrics[name]) for name in ("loss", "gradient_norm", "learning_rate")}
+        values |= {name: float(term) for name, term in metrics["terms"].items()}
         self._num_steps, self._tokens = self._num_steps + 1, self._tokens + tokens
         self._write(step, {**(values if finite else {"skipped": True}), **self._speed(tokens)})
         self._loss = _moving_average(self._loss, values["loss"]) if finite else self._loss

@@ -1,132 +1,44 @@
-"""The loss of a global batch per row, and its noise levels: pure functions of (parameters, tokens, rows, key).
-
-The training loop holds no key. The key of a step is folded with the global index of each row; all random numbers of the
-row (noise level within its stratum, corruption, given tokens, dropout) are drawn from the result, so that they are
-independent of devices and accumulation.
-"""
+"""The interface of the training objectives: all that the step, the guard, the metrics and the estimate know of one."""
 
 import dataclasses
+from typing import Protocol
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.loss import count_loss, denoising_loss
-from sedd.diffusion.discrete.process import Absorbing
-from sedd.diffusion.schedule import Schedule
+from sedd.data.batches import Batch
 from sedd.network.network import Network
 
-_LEVEL, _NOISE, _DROPOUT, _GIVEN = range(4)  # folded into the keys of the rows
 
-
-def strata(count: int) -> np.ndarray:
-    """The stratum of each of `count` examples: the rank of its bit-reversed index. Int[count].
-
-    Any contiguous slice of the batch, of a device or a microbatch, then spans all noise levels.
-    """
-    bits = max(1, (count - 1).bit_length())
-    reversed_bits = [int(f"{i:0{bits}b}"[::-1], 2) for i in range(count)]
-    return np.argsort(np.argsort(reversed_bits))
-
-
-def random_given(keys: jax.Array, valid: jax.Array) -> jax.Array:
-    """Draws the given tokens of each row, on which the network is conditioned. Key[B], Bool[B L] -> Bool[B L].
-
-    valid: the valid tokens, which precede the others. In half of the rows no token is given: that trains the
-    unconditional model, which evaluation scores. In a quarter a share, uniform on [0, 1), of the n valid tokens is
-    given, at random positions. In a quarter all but a span of 1 .. n tokens are given, each length equally likely; the
-    span starts the text in a quarter of those rows, ends it in a quarter, and lies anywhere in the others, so that a
-    suffix, a prefix or both are given. At least one valid token of each row is free.
-    """
-    kind, share, place = (keyed_random.uniform(keyed_random.fold(keys, number))[:, None] for number in range(3))
-    n, position = jnp.sum(valid, axis=-1, keepdims=True), jnp.arange(valid.shape[-1])[None]
-    count = jnp.minimum((share * n.astype(share.dtype)).astype(jnp.int32), n - 1)  # share * n can be rounded to n
-    scattered = keyed_random.ranks(keyed_random.fold(keys, 3), valid) < count
-    begin = jnp.round(jnp.clip(2 * place - 0.5, 0, 1) * count.astype(place.dtype)).astype(jnp.int32)
-    around = (position < begin) | (position >= begin + n - count)
-    return valid & (kind >= 0.5) & jnp.where(kind < 0.75, scattered, around)
-
-
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Objective:
-    """The paper's loss: the score entropy summed over positions, for each row of a batch of `batch_size` rows.
+class Losses:
+    """The losses of the rows of a batch."""
 
-    noise_sampling: "time": times stratified over [min_time, 1] (SEDD, algorithm 1); "mask_count": antithetic pairs, in
-    which rows 2i and 2i + 1 mask k and L + 1 - k tokens, so that the head runs at L + 1 positions per pair.
-    The optimiser minimises the sum over the scored positions, averaged over rows of any length. With
-    `network.given_embedding` the tokens of `random_given` are clean, marked and not scored: the loss is an upper bound
-    on the negative log-likelihood of the others given them.
+    loss: jax.Array  # Float[B], nats, summed over the scored tokens of the row
+    count: jax.Array  # Int[B], number of scored tokens
+    sigma: jax.Array  # Float[B], the noise level that the network is conditioned on
+    terms: dict[str, jax.Array]  # the parts of the loss by name, Float[B], nats a row; empty for a loss of one part
+
+
+class Objective(Protocol):
+    """What is minimised: a pure function of (parameters, batch, rows, key), frozen and hashable.
+
+    All random numbers of a row are drawn from the key of the step and the row's global index, so that they are
+    independent of devices and accumulation.
     """
 
-    network: Network
-    schedule: Schedule
-    batch_size: int
-    noise_sampling: str = "time"
-    min_time: float = 1e-3
+    @property
+    def network(self) -> Network:
+        """The network whose parameters are trained."""
 
-    def __call__(
-        self, params: dict, tokens: jax.Array, rows: jax.Array, key: jax.Array, lengths: jax.Array | None = None
-    ) -> jax.Array:
-        """Returns the loss of each row, Float[B], in nats.
+    def init(self, key: jax.Array) -> dict:
+        """Returns the initial parameters. Pure; meant to be jitted and sharded."""
 
-        tokens: Int[B L]; rows: Int[B], indices in the global batch; key: of the step; lengths: Int[B], number of valid
-        tokens of each row; the others are neither attended to nor scored; None: all are valid.
+    def __call__(self, params: dict, batch: Batch, rows: jax.Array, key: jax.Array) -> Losses:
+        """Returns the losses of a batch, whose sum over rows is differentiated.
+
+        batch: B rows of the global batch; rows: Int[B], their indices in it; key: of the step.
         """
-        keys = keyed_random.row_keys(key, rows)
-        paired = self.noise_sampling == "mask_count"
-        dropout = keyed_random.fold(keys, _DROPOUT) if self.network.dropout else None
-        free, given = self.free_and_given(rows, key, tokens.shape[1], lengths)
-        stats = self.network.stats(params, dropout, lengths=lengths, given=given, masked_pairs=paired)
-        noise, process = keyed_random.fold(keys, _NOISE), self.network.process
-        if paired:
-            assert isinstance(process, Absorbing)  # `config.validate` refuses mask counts for other processes
-            counts = self.counts(rows, key, tokens.shape[1] if lengths is None else lengths)
-            loss = count_loss(process, stats, noise, tokens, counts, free, lengths)
-        else:
-            loss = denoising_loss(process, self.schedule, stats, noise, tokens, self.times(rows, key), free)
-        return jnp.sum(loss, axis=-1)
 
-    def free_and_given(
-        self, rows: jax.Array, key: jax.Array, length: int, lengths: jax.Array | np.ndarray | None = None
-    ) -> tuple[jax.Array | None, jax.Array | None]:
-        """Returns the tokens of each row that are corrupted and scored, and those that are given. Bool[B L] each.
-
-        rows: Int[B]; lengths: Int[B]. None in place of the first: all are scored; of the second: none is given, and the
-        network has no embedding of given tokens.
-        """
-        valid = None if lengths is None else jnp.arange(length)[None] < lengths[:, None]
-        if not self.network.given_embedding:
-            return valid, None
-        valid = jnp.ones((len(rows), length), bool) if valid is None else valid
-        given = random_given(keyed_random.fold(keyed_random.row_keys(key, rows), _GIVEN), valid)
-        return valid & ~given, given
-
-    def times(self, rows: jax.Array, key: jax.Array) -> jax.Array:
-        """Stratified times. Int[B] -> Float[B] in [min_time, 1]."""
-        return self.min_time + (1 - self.min_time) * self._level(rows, key, self.batch_size)
-
-    def counts(self, rows: jax.Array, key: jax.Array, lengths: jax.Array | int) -> jax.Array:
-        """Stratified mask counts, antithetic in the two rows of a pair. Int[B] -> Int[B].
-
-        lengths: n, number of tokens of each row, Int[B] or one number for all. At level u the even row of a pair masks
-        1 + floor(u n) of its n tokens, the odd row n' - floor(u n') of its n': k and L + 1 - k if both have L tokens.
-        """
-        # A pair masks at most L + 1 tokens: 1 + n' + floor(u n) - floor(u n'), where floor(u n) - floor(u n') is at
-        # most ceil(u (n - n')) <= n - n' for n > n', and at most 0 else; so it is 1 + max(n, n') or less.
-        level = self._level(rows // 2, key, self.batch_size // 2)
-        lengths = jnp.maximum(lengths, 1)  # a row without tokens has no loss at any count
-        below = jnp.minimum((level * lengths.astype(level.dtype)).astype(jnp.int32), lengths - 1)
-        return jnp.where(rows % 2 == 0, 1 + below, lengths - below)
-
-    def sigma(self, rows: jax.Array, key: jax.Array, length: int, lengths: jax.Array | None = None) -> jax.Array:
-        """The sigma of each row that the network is conditioned on. Int[B] -> Float[B]. lengths: Int[B]."""
-        if self.noise_sampling == "time":
-            return self.schedule.sigma(self.times(rows, key))
-        lengths = jnp.maximum(length if lengths is None else lengths, 1)
-        return -jnp.log1p(-(self.counts(rows, key, lengths) - 0.5) / lengths)
-
-    def _level(self, index, key, count):
-        """A uniform draw from the stratum of each index, of `count` strata of [0, 1). Int[B] -> Float[B]."""
-        within = keyed_random.uniform(keyed_random.fold(keyed_random.row_keys(key, index), _LEVEL))
-        return (jnp.asarray(strata(count), within.dtype)[index] + within) / count
+    def head_positions(self, rows: int, length: int) -> int:
+        """Returns the number of positions at which the head runs in a batch of `rows` rows of `length` tokens."""

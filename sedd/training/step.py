@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from sedd.data.batches import Batch
 from sedd.diffusion import keyed_random
 from sedd.runtime import parallel, trees
-from sedd.training.objective import Objective
+from sedd.training.objective import Losses, Objective
 from sedd.training.optimizer import learning_rate
 
 
@@ -36,7 +36,7 @@ def init_state(
     config: ConfigDict, objective: Objective, optimizer: optax.GradientTransformation, params: dict | None = None
 ) -> TrainState:
     """Returns the state before the first step, from `params` or initial parameters. A pure function, to be jitted."""
-    params = objective.network.init(keyed_random.root_key(config.training.seed)) if params is None else params
+    params = objective.init(keyed_random.root_key(config.training.seed)) if params is None else params
     ema = jax.tree.map(jnp.copy, params) if config.training.ema_decay else None
     return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
 
@@ -47,61 +47,23 @@ def make_step(
     """Returns the jitted functions `init` and `step`, and the shardings of the state.
 
     init takes the initial parameters, or nothing. step takes the state, which is donated, and the global batch; it
-    returns the new state and the metrics: loss (nats per scored token), gradient_norm (of the loss summed over
-    positions, averaged over rows), learning_rate, tokens (valid ones), and `parts`: loss and sigma of each row,
-    Float[B], and the norm of each gradient by its path. If loss or gradient_norm is not finite, only the step number
-    changes.
+    returns the new state and the metrics: loss and terms (nats per scored token), gradient_norm (of the loss summed
+    over positions, averaged over rows), learning_rate, tokens (valid ones), losses (`Losses` of each row) and gradients
+    (the norm of each by its path). If loss or gradient_norm is not finite, only the step number changes.
     """
     training = config.training
     rate = learning_rate(config.optimizer, config.optimizer.learning_rate, training.steps)
 
-    def loss_and_gradient(params, batch, key):
-        def of_rows(params, batch, rows):
-            loss = objective(params, batch.tokens, rows, key, batch.lengths)
-            return jnp.sum(loss) / training.batch_size, loss
-
-        def add(total, microbatch):
-            (loss, of_each), gradient = jax.value_and_grad(of_rows, has_aux=True)(params, *microbatch)
-            return jax.tree.map(jnp.add, total, (loss, gradient)), of_each
-
-        rows = (batch, jnp.arange(training.batch_size))
-        if training.accumulation == 1:
-            (loss, of_each), gradient = jax.value_and_grad(of_rows, has_aux=True)(params, *rows)
-            return loss, gradient, of_each
-        microbatches = jax.tree.map(lambda array: array.reshape(training.accumulation, -1, *array.shape[1:]), rows)
-        microbatches = jax.lax.with_sharding_constraint(microbatches, NamedSharding(mesh, P(None, ("data", "fsdp"))))
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        (loss, gradient), of_each = jax.lax.scan(add, zero, microbatches)
-        return loss, gradient, of_each.reshape(-1)
+    def init(params=None):
+        return init_state(config, objective, optimizer, params)
 
     def step(state, batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for the sharding constraints of the network
-            return update(state, batch)
-
-    def update(state, batch):
-        key = keyed_random.fold(keyed_random.root_key(training.seed), state.step)
-        loss, gradient, of_each = loss_and_gradient(state.params, batch, key)
-        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = None if state.ema is None else update_ema(state.ema, params, state.step + 1, training.ema_decay)
-        metrics = {
-            "loss": loss / _scored_per_row(objective, batch, key),
-            "gradient_norm": optax.tree.norm(gradient),
-            "learning_rate": rate(state.step),
-            "tokens": batch.tokens.size if batch.lengths is None else jnp.sum(batch.lengths),
-            "parts": {
-                "rows": of_each,
-                "sigma": objective.sigma(jnp.arange(training.batch_size), key, batch.tokens.shape[1], batch.lengths),
-                "gradients": jax.tree.map(jnp.linalg.norm, trees.named(gradient)),
-            },
-        }
-        finite = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])
-        old, new = (state.params, state.ema, state.optimizer), (params, ema, moments)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-        return TrainState(state.step + 1, *kept), metrics
-
-    def init(params=None):
-        return init_state(config, objective, optimizer, params)
+            key = keyed_random.fold(keyed_random.root_key(training.seed), state.step)
+            loss, losses, gradient = _loss_and_gradient(objective, training, mesh, state.params, batch, key)
+            metrics = _metrics(loss, losses, gradient, batch) | {"learning_rate": rate(state.step)}
+            finite = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])
+            return _updated(state, gradient, optimizer, training.ema_decay, finite), metrics
 
     shardings = parallel.shardings(mesh, jax.eval_shape(init))
     in_shardings, out_shardings = (shardings, parallel.batch_sharding(mesh)), (shardings, NamedSharding(mesh, P()))
@@ -109,11 +71,49 @@ def make_step(
     return jax.jit(init, out_shardings=shardings), jitted_step, shardings
 
 
-def _scored_per_row(objective: Objective, batch: Batch, key: jax.Array) -> jax.Array | int:
-    """Number of scored tokens per row, averaged over the batch: those that are valid and not given."""
-    rows, length = batch.tokens.shape
-    free, _ = objective.free_and_given(jnp.arange(rows), key, length, batch.lengths)
-    return length if free is None else jnp.mean(jnp.sum(free, axis=-1), dtype=jnp.float32)
+def _loss_and_gradient(objective, training, mesh, params, batch, key) -> tuple[jax.Array, Losses, dict]:
+    """The loss, its mean over the rows; the losses of each row; and the gradient, summed over the microbatches."""
+
+    def mean_loss(params, batch, rows):
+        losses = objective(params, batch, rows, key)
+        return jnp.sum(losses.loss) / training.batch_size, losses
+
+    def add(total, microbatch):
+        (loss, losses), gradient = jax.value_and_grad(mean_loss, has_aux=True)(params, *microbatch)
+        return jax.tree.map(jnp.add, total, (loss, gradient)), losses
+
+    rows = (batch, jnp.arange(training.batch_size))
+    if training.accumulation == 1:
+        (loss, losses), gradient = jax.value_and_grad(mean_loss, has_aux=True)(params, *rows)
+        return loss, losses, gradient
+    microbatches = jax.tree.map(lambda array: array.reshape(training.accumulation, -1, *array.shape[1:]), rows)
+    microbatches = jax.lax.with_sharding_constraint(microbatches, NamedSharding(mesh, P(None, ("data", "fsdp"))))
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    (loss, gradient), losses = jax.lax.scan(add, zero, microbatches)
+    return loss, jax.tree.map(lambda rows: rows.reshape(-1), losses), gradient
+
+
+def _metrics(loss: jax.Array, losses: Losses, gradient: dict, batch: Batch) -> dict:
+    """The metrics of a step, but for its learning rate."""
+    count = jnp.mean(losses.count, dtype=jnp.float32)  # scored tokens of a row
+    return {
+        "loss": loss / count,
+        "terms": {name: jnp.mean(term) / count for name, term in losses.terms.items()},
+        "gradient_norm": optax.tree.norm(gradient),
+        "tokens": batch.tokens.size if batch.lengths is None else jnp.sum(batch.lengths),
+        "losses": losses,
+        "gradients": jax.tree.map(jnp.linalg.norm, trees.named(gradient)),
+    }
+
+
+def _updated(state: TrainState, gradient: dict, optimizer, ema_decay: float, finite: jax.Array) -> TrainState:
+    """The state after a step; unless `finite`, with the step number alone changed."""
+    updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = None if state.ema is None else update_ema(state.ema, params, state.step + 1, ema_decay)
+    old, new = (state.params, state.ema, state.optimizer), (params, ema, moments)
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+    return TrainState(state.step + 1, *kept)
 
 
 def update_ema(ema: dict, params: dict, updates: jax.Array, decay: float) -> dict:

@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from sedd import config as configs
+from sedd.diffusion.keyed_random import root_key
 from sedd.errors import UserError
 from sedd.network.trunk import padded
+from sedd.runtime.trees import fitted
 
 
 def is_published(about: dict) -> bool:
@@ -60,7 +63,7 @@ def _config(published: dict, directory: Path) -> ConfigDict:
 
 
 def _params(tensors: dict[str, np.ndarray], config: ConfigDict, directory: Path) -> dict:
-    """Maps the tensors to the parameter tree. UserError if a tensor is missing or left over."""
+    """Maps the tensors to the parameter tree. UserError if one is missing, left over or of another shape."""
     process, _, network = configs.build(config, config.data.vocab_size)
     padding = padded(process.num_states) - process.num_states
 
@@ -74,7 +77,8 @@ def _params(tensors: dict[str, np.ndarray], config: ConfigDict, directory: Path)
         return {**kernel, "bias": take(f"{name}.bias")} if bias else kernel
 
     def heads(name):  # queries, keys and values get an axis of their own
-        return {"kernel": take(f"{name}.weight").T.reshape(network.width, 3, network.width)}
+        kernel = take(f"{name}.weight").T
+        return {"kernel": kernel.reshape(len(kernel), 3, -1)}
 
     def norm(name):
         return {"scale": take(f"{name}.weight")}
@@ -106,4 +110,4 @@ def _params(tensors: dict[str, np.ndarray], config: ConfigDict, directory: Path)
     }
     if tensors:
         raise UserError(f"{directory}: the checkpoint has tensors that the network does not have: {sorted(tensors)}")
-    return params
+    return fitted(params, jax.eval_shape(network.init, root_key(0)), f"{directory} does not fit its config.json")

@@ -151,6 +151,21 @@ def test_a_missing_or_unknown_tensor_is_named(tmp_path):
         sedd.load(tmp_path)
 
 
+@pytest.mark.parametrize("setting", [("model", "hidden_size", 32), ("model", "cond_dim", 64), ("tokens", 300)])
+def test_weights_of_another_size_than_in_the_config_are_refused(setting, tmp_path):
+    """In one line that names the first parameter that does not fit."""
+    shutil.copy(PARITY / "absorb" / "model.safetensors", tmp_path)
+    config = json.loads((PARITY / "absorb" / "config.json").read_text())
+    *groups, name, value = setting
+    (config[groups[0]] if groups else config)[name] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        sedd.UserError, match="does not fit its config.json: .* there, .* in the config's network"
+    ) as caught:
+        sedd.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_unsupported_scaling_is_refused(tmp_path):
     config = json.loads((PARITY / "uniform" / "config.json").read_text())
     config["model"]["scale_by_sigma"] = True

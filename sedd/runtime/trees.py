@@ -25,7 +25,10 @@ def types(tree) -> dict[str, str]:
 
 
 def first_mismatch(found: dict[str, str], expected: dict[str, str], here: str = "here") -> str | None:
-    """Returns the first leaf that does not fit, as "PATH is TYPE there, TYPE here"; None if all fit. Both: of `types`."""
+    """Returns the first leaf that does not fit, as "PATH is TYPE there, TYPE here"; None if all fit.
+
+    found, expected: as of `types`.
+    """
     for name in (*expected, *found):
         is_there, is_here = (leaves.get(name, "missing") for leaves in (found, expected))
         if is_there != is_here:

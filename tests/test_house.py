@@ -91,14 +91,15 @@ def test_diffusion_imports_no_network():
                 assert DIFFUSION.index(name) < DIFFUSION.index(other), f"{name} imports {other}"
 
 
-def test_only_keyed_random_makes_random_keys():
-    """It names the generator: with the default of JAX the numbers can depend on the batch."""
+def test_only_keyed_random_and_seeds_make_random_streams():
+    """They name the generator: with the default of JAX the numbers can depend on the batch."""
     for file in PACKAGE.rglob("*.py"):
         calls = (node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
         names = {ast.unparse(function) for function in calls}
         makers = {name for name in names if name.split(".")[-1] in ("PRNGKey", "wrap_key_data", "default_rng")}
         makers |= names & {"jax.random.key", "random.key", "jax.random.fold_in", "random.fold_in"}
-        assert not makers or file.name == "keyed_random.py", f"{file.name} calls {', '.join(makers)}"
+        makers |= {name for name in names if name.endswith("Philox")}
+        assert not makers or file.name in ("keyed_random.py", "seeds.py"), f"{file.name} calls {', '.join(makers)}"
 
 
 @pytest.mark.smoke

@@ -10,6 +10,7 @@ import sedd
 from sedd import config as configs
 from sedd import data
 from sedd.diffusion import keyed_random
+from sedd.seeds import DOCUMENT_ORDER, HELD_OUT_DOCUMENTS, SAMPLE_LENGTHS, philox
 
 INVALID_SEEDS = (-1, 2**64, 1.5, "7", None)
 
@@ -31,6 +32,13 @@ def test_a_key_depends_on_all_bits_of_its_seed():
         np.testing.assert_array_equal(jax.random.key_data(keyed_random.root_key(seed)), jax.random.key_data(expected))
     seeds = [7, 7 + 2**32, 7 + 2**63, 2**64 - 1, 2**32 - 1]
     assert len({keyed_random.uniform(keyed_random.root_key(seed)).item() for seed in seeds}) == len(seeds)
+
+
+def test_the_random_streams_of_data_are_unchanged():
+    """Corpora and runs that exist depend on them; each purpose has a stream of its own."""
+    purposes = (HELD_OUT_DOCUMENTS, DOCUMENT_ORDER, SAMPLE_LENGTHS, 3)
+    numbers = [philox(2**63 + 7, purpose).integers(2**32) for purpose in purposes]
+    assert numbers == [689774521, 2147372342, 1825421329, 4239009689]
 
 
 def test_training_batches_depend_on_all_bits_of_the_seed(corpus):

@@ -14,8 +14,8 @@ import numpy as np
 
 from sedd.data.corpus import Corpus
 from sedd.data.layout import cut, padded_rows
-from sedd.data.splits import philox
 from sedd.errors import UserError
+from sedd.seeds import philox
 
 PREFETCH = 4  # number of batches read ahead of the consumer
 

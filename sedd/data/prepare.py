@@ -18,13 +18,13 @@ from sedd.data.overlap import also_in_train
 from sedd.data.scan import PROGRESS_DELAY, Scan, scan
 from sedd.data.source import Source
 from sedd.data.split_text import SplitText, open_sources, parse_rule, with_split_rule
-from sedd.data.splits import SPLITS, philox
+from sedd.data.splits import SPLITS
 from sedd.data.staging import file_stamps, staging_directory
 from sedd.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, pretrained_data
 from sedd.data.writer import arrange, hash_of_splits, token_dtype, write_splits
 from sedd.errors import UserError
 from sedd.runtime.disk import absolute, write_text_atomic
-from sedd.seeds import check_seed
+from sedd.seeds import DOCUMENT_ORDER, check_seed, philox
 
 MAX_DEFAULT_WORKERS = 32  # threads: each holds some megabytes
 MAX_OVERLAP = 0.01  # share of a split's tokens that may be in documents also in train: short ones, such as headings
@@ -123,7 +123,7 @@ def _write(folder: Path, text: SplitText, layout: Layout, request: dict, workers
         segments = text.segments(seed)
         counts: dict[str, dict[str, Any]] = write_splits(written, segments, splits, tokenizer, workers, progress.update)
     dtype = token_dtype(tokenizer)
-    arrange(written, corpus, splits, dtype, None if text.in_order else philox(seed, 1))
+    arrange(written, corpus, splits, dtype, None if text.in_order else philox(seed, DOCUMENT_ORDER))
     for split, copies in also_in_train(corpus, splits, dtype).items():
         counts[split] = counts[split] | {"also_in_train": copies}
     meta = {

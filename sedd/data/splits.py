@@ -17,7 +17,7 @@ import numpy as np
 from sedd.data.scan import Scan
 from sedd.data.source import Piece
 from sedd.errors import UserError
-from sedd.seeds import check_seed
+from sedd.seeds import HELD_OUT_DOCUMENTS, philox
 
 SPLITS = ("train", "validation", "test")
 MIN_DOCUMENTS_TO_DRAW = 40  # fewer are cut in order by default: 5 per cent of them is too small a sample
@@ -64,7 +64,7 @@ class Documents(Rule):
 
     def segments(self, pieces, scan, seed):
         order = np.arange(scan.documents, dtype=np.uint32)
-        philox(seed, 0).shuffle(order)
+        philox(seed, HELD_OUT_DOCUMENTS).shuffle(order)
         split_of = np.zeros(scan.documents, np.uint8)
         start = 0
         for split, size in list(enumerate(self.sizes(scan).values()))[1:]:
@@ -141,11 +141,6 @@ def check_sizes(rule: Rule, scan: Scan, source: str):
             raise UserError(
                 f"the {split} split of {source} would be empty with {rule.spec}; add text, or change --split"
             )
-
-
-def philox(seed: int, purpose: int) -> np.random.Generator:
-    """Returns a Philox generator keyed by (seed, purpose). UserError if the seed is invalid."""
-    return np.random.Generator(np.random.Philox(key=np.array([check_seed(seed), purpose], np.uint64)))
 
 
 def _divide(total: int, proportions: tuple[float, ...]) -> dict[str, int]:

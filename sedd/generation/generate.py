@@ -12,7 +12,6 @@ from jax.sharding import Sharding
 from tqdm import tqdm
 
 from sedd.data.layout import Layout
-from sedd.data.splits import philox
 from sedd.data.tokenizers import Tokenizer
 from sedd.diffusion.discrete.process import Absorbing
 from sedd.diffusion.discrete.samplers import Sampler, State, advance, begin
@@ -26,7 +25,7 @@ from sedd.generation.samplers import SamplerContext, named_sampler
 from sedd.network.network import Network
 from sedd.runtime import parallel, processes
 from sedd.runtime.settings import jax_defaults
-from sedd.seeds import check_seed
+from sedd.seeds import SAMPLE_LENGTHS, check_seed, philox
 
 _WINDOWS = 2**31  # window n > 0 folds this + n into the key; the rows of window 0 fold smaller numbers
 HOST_SYNCS = 32  # times that a loop of many steps returns to the host, to show progress and to be interruptible
@@ -92,7 +91,7 @@ class Generator:
             counts = self.layout.row_lengths
             assert counts is not None  # set for every model trained with ignored padding
             p = np.array(counts) / sum(counts)
-            lengths = philox(settings.get("seed", 0), 2).choice(len(p), num_samples, p=p).tolist()
+            lengths = philox(settings.get("seed", 0), SAMPLE_LENGTHS).choice(len(p), num_samples, p=p).tolist()
         else:
             lengths = [self.block_length] * num_samples
         return self.generate([prompts.blank(length) for length in lengths], **settings)

@@ -14,7 +14,7 @@ from sedd.data import sources, tokenizers
 from sedd.data.splits import SPLITS
 from sedd.errors import UserError
 from sedd.evaluation.protocols import get_protocol
-from sedd.runtime import disk, processes, storage
+from sedd.runtime import disk, folders, processes, storage
 
 
 def prepare(args, _):
@@ -138,7 +138,7 @@ def _eval_protocols(args, model, text, protocols, settings):
 
     reports, several = [], len(protocols) > 1
     folder = None if args.out is None else storage.folder_of(args.out)
-    with storage.locked_by_first(folder if several else None):
+    with folders.locked_by_first(folder if several else None):
         for name in protocols:
             out = folder / name if folder and several else folder
             try:
@@ -203,7 +203,7 @@ def sweep(args, _):
     samplers = [name.strip() for name in args.samplers.split(",")]
     options = {name: getattr(args, name) for name in ("length", "temperature", "top_p", "batch_size")}
     folder = None if args.out is None else storage.folder_of(args.out)
-    with storage.locked_by_first(folder):
+    with folders.locked_by_first(folder):
         points = sweep(model.generator, samplers, steps, args.num_samples, scorer, args.seed, **options)
         print(table(points))
         if folder and processes.is_first():

@@ -34,7 +34,7 @@ from sedd.generation import prompts
 from sedd.generation.generate import Generator, Samples, SamplingOptions
 from sedd.generation.prompts import Prompt
 from sedd.network.network import Network
-from sedd.runtime import disk, processes, storage
+from sedd.runtime import disk, folders, processes, storage
 from sedd.runtime.settings import jax_defaults
 from sedd.runtime.trees import fingerprint, named
 from sedd.seeds import check_seed
@@ -181,12 +181,12 @@ class Model:
             raise UserError("the models cannot be compared row by row: they have different tokenizers")
         out = settings.pop("out", None)
         out = None if out is None else storage.folder_of(out)
-        folders = (None, None) if out is None else (out / "first", out / "second")
+        outs = (None, None) if out is None else (out / "first", out / "second")
         protocol = get_protocol(settings.get("protocol", "clean"))
         if settings.get("draws") is None:
             settings["draws"] = protocol.draws or self.config.evaluation.draws
-        with storage.locked_by_first(out):
-            models = zip((self, other), folders)
+        with folders.locked_by_first(out):
+            models = zip((self, other), outs)
             scores = [model._score(texts_or_corpus, out=folder, **settings) for model, folder in models]
             comparison = make_comparison(*scores)
             if out is not None and processes.is_first():
@@ -241,9 +241,9 @@ class Model:
         UserError if the folder is not empty.
         """
         directory = storage.folder_of(directory)
-        with storage.locked_by_first(directory), processes.together():
+        with folders.locked_by_first(directory), processes.together():
             if processes.is_first():
-                with storage.filled(directory):
+                with folders.filled(directory):
                     self._write(directory)
 
     def _write(self, directory: epath.Path):

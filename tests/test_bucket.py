@@ -22,7 +22,7 @@ import sedd
 from sedd import cli
 from sedd import config as configs
 from sedd.evaluation import perplexity, resumable_draws
-from sedd.runtime import lease, parallel, storage
+from sedd.runtime import folders, lease, parallel, storage
 from sedd.training.checkpoint import Checkpoints, restore_params, steps_saved
 from sedd.training.fit import fit
 from sedd.training.step import TrainState, make_step
@@ -141,7 +141,7 @@ def test_a_bucket_that_cannot_be_used_is_refused(cloud, bucket, corpus, capfd, c
     cloud.refuse = lambda *request: forbidden(*request, end=f"/b/{name}")  # needed to remove a checkpoint
     assert "storage.legacyBucketReader are needed" in refusal(fit, config, f"{bucket}/run")
     cloud.refuse = lambda *request: forbidden(*request, of=("POST",))
-    for call in (fit, lambda _, path: enter(storage.locked(storage.folder_of(path)))):
+    for call in (fit, lambda _, path: enter(folders.locked(storage.folder_of(path)))):
         assert f"{bucket}/run cannot be written to (refused); choose another" in refusal(call, config, f"{bucket}/run")
     cloud.refuse = lambda *request: forbidden(*request, of=("DELETE",))
     assert f"nothing can be removed from {bucket}/run (refused)" in refusal(fit, config, f"{bucket}/run")
@@ -175,12 +175,12 @@ def lock_by_other(cloud, bucket, **changes):
 def test_a_folder_in_a_bucket_has_one_owner(cloud, bucket, quick, capfd):
     """A second job is refused once the first renews its lock; the lock is removed at the end of the first."""
     folder = storage.folder_of(f"{bucket}/run")
-    with storage.locked(folder):
+    with folders.locked(folder):
         (mine,) = lease._held.values()
         first = mine._generation
         jobs.wait_for(lambda: mine._generation != first)
         with pytest.raises(sedd.UserError, match="is at work in gs://.*/run \\(process .*; wait for it"):
-            enter(storage.locked(folder))
+            enter(folders.locked(folder))
     assert cloud.names(f"{bucket}/run") == [] and "waiting up to 1 s" in capfd.readouterr().err
 
 
@@ -191,12 +191,12 @@ def test_the_lock_of_a_killed_job_is_taken_over(cloud, bucket, quick, capfd):
     gone.wait()
     for known in ({"pid": gone.pid}, {"pid": os.getpid()}):
         lock_by_other(cloud, bucket, **known)
-        enter(storage.locked(folder))
+        enter(folders.locked(folder))
     assert capfd.readouterr().err == ""
     for unknown in ({}, {"machine": "another", "pid": gone.pid}, {"pid": None}):
         lock_by_other(cloud, bucket, **unknown)
         start = time.monotonic()
-        with storage.locked(folder):
+        with folders.locked(folder):
             assert time.monotonic() - start > 1
     assert capfd.readouterr().err.count("waiting up to 1 s for a renewal") == 3
 
@@ -205,7 +205,7 @@ def test_a_job_whose_lock_was_taken_over_ends(cloud, bucket, quick):
     """Before it writes again. It does not remove the lock of the other job."""
     folder = storage.folder_of(f"{bucket}/run")
     with pytest.raises(sedd.UserError, match="another job took gs://.*/run over"):
-        with storage.locked(folder), storage.Mirror(folder, ()) as mirror:
+        with folders.locked(folder), storage.Mirror(folder, ()) as mirror:
             (mirror.local / "mine").write_text("mine")
             (mine,) = lease._held.values()
             lock_by_other(cloud, bucket)

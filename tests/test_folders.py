@@ -16,7 +16,7 @@ import sedd
 from sedd import config as configs
 from sedd.cli import main
 from sedd.data.sources import open_source
-from sedd.runtime import disk, storage
+from sedd.runtime import disk, folders, storage
 from sedd.training.checkpoint import Checkpoints, restore_params, steps_saved
 from sedd.training.fit import fit
 from sedd.training.step import TrainState
@@ -67,7 +67,7 @@ def test_a_second_job_in_a_folder_is_refused(corpus, model, tmp_path, capsys):
     ]
     sweep = ["sweep", f"--model={tmp_path}/model", f"--out={folder}"]
     several = ["eval", f"--model={tmp_path}/model", "--protocol=clean,mdlm", f"--out={folder}"]
-    with storage.locked(storage.folder_of(folder)):
+    with folders.locked(storage.folder_of(folder)):
         for call in calls:
             assert f"another process is at work in {folder} (process {os.getpid()} on " in refusal(call)
         for command in (sweep, several):

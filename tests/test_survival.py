@@ -23,7 +23,7 @@ from small import name_of, parts, small_config, small_corpus
 
 import sedd
 from sedd.data.batches import batch
-from sedd.runtime import parallel, storage
+from sedd.runtime import folders, parallel
 from sedd.training.checkpoint import Checkpoints, restore_params, steps_saved
 from sedd.training.fit import fit
 from sedd.training.guard import NONFINITE
@@ -341,11 +341,11 @@ def test_nonfinite_step_changes_only_the_step_number(corpus):
 def test_second_job_in_a_folder_is_refused(corpus, tmp_path):
     """The lock can be acquired again once it is released."""
     (tmp_path / "run").mkdir()
-    with storage.locked(epath.Path(tmp_path / "run")):
+    with folders.locked(epath.Path(tmp_path / "run")):
         with pytest.raises(sedd.UserError, match="another process is at work in"):
-            with storage.locked(epath.Path(tmp_path / "run")):
+            with folders.locked(epath.Path(tmp_path / "run")):
                 pass
-    with storage.locked(epath.Path(tmp_path / "run")):
+    with folders.locked(epath.Path(tmp_path / "run")):
         pass
 
 

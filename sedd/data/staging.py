@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from sedd.errors import UserError
 from sedd.runtime import disk
+from sedd.runtime.folders import clear
 
 
 @contextmanager
@@ -25,9 +28,7 @@ def staging_directory(out: Path, request: dict[str, Any], result: str) -> Iterat
             raise UserError(f"another process has made {out} meanwhile; repeat the command")
         record = folder / "request.json"
         if not record.is_file() or record.read_text() != json.dumps(request):
-            for path in folder.iterdir():
-                if path.name != disk.LOCK:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            clear(epath.Path(folder))
             record.write_text(json.dumps(request))
         (folder / result).mkdir(exist_ok=True)
         try:

@@ -20,7 +20,7 @@ from sedd.data.tokenizer_characters import Characters
 from sedd.data.tokenizer_huggingface import HuggingFace, gpt2_data
 from sedd.data.tokenizer_sentencepiece import SentencePiece
 from sedd.errors import UserError
-from sedd.runtime.disk import absolute
+from sedd.runtime.disk import absolute, write_bytes_atomic, write_text_atomic
 
 END_OF_TEXT = "<|endoftext|>"  # how the id is decoded; the same characters in a text are ordinary text
 
@@ -206,12 +206,12 @@ class Tokenizer:
         return hashlib.sha256(f"{self.kind} {self.has_end_of_text} ".encode() + self.backend.data).hexdigest()
 
     def save(self, directory: str | Path) -> None:
-        """Writes `tokenizer.json` and `tokenizer.model` into a directory, which is created if it is missing."""
+        """Writes `tokenizer.json` and `tokenizer.model` into a directory, created if missing; each atomically."""
         folder = epath.Path(absolute(directory))
         folder.mkdir(parents=True, exist_ok=True)
         about = {"kind": self.kind, "end_of_text": self.end_of_text, "fingerprint": self.fingerprint}
-        (folder / "tokenizer.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        (folder / "tokenizer.model").write_bytes(self.backend.data)
+        write_text_atomic(folder / "tokenizer.json", json.dumps(about, indent=2) + "\n")
+        write_bytes_atomic(folder / "tokenizer.model", self.backend.data)
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, what: str, advice: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from sedd.errors import UserError
-from sedd.runtime import disk, processes, storage
+from sedd.runtime import disk, folders, processes, storage
 
 KEPT = "; what is scored is kept"
 _DRAWS = "draws.f32"
@@ -51,7 +51,7 @@ class ResumableDraws:
         with contextlib.ExitStack() as held:
             with processes.together():
                 if processes.is_first():
-                    held.enter_context(storage.locked(folder))
+                    held.enter_context(folders.locked(folder))
                     with storage.user_errors(folder):
                         _write_or_check_job(folder, job)
                         self._mirror = held.enter_context(storage.Mirror(folder, (_DRAWS,)))
@@ -96,19 +96,20 @@ class ResumableDraws:
 
 def _write_or_check_job(folder: epath.Path, job: dict):
     """Writes job.json into an empty folder. UserError if the folder is of another job, or of none."""
+
+    def differences(existing):
+        return [f"its {key} differs" for key in {**existing, **job} if existing.get(key) != job.get(key)][:1]
+
     file = folder / "job.json"
-    if not file.exists():
-        if not storage.is_empty(folder):
-            raise UserError(f"{folder} is not empty and holds no evaluation; choose another --out")
+    if folders.claimed(file, "evaluation", "--out", _read_job, differences) is None:
         disk.write_text_atomic(file, json.dumps(job))
-        return
+
+
+def _read_job(file: epath.Path) -> dict:
     try:
-        existing = dict(json.loads(file.read_bytes()))
+        return dict(json.loads(file.read_bytes()))
     except (ValueError, TypeError):
-        raise UserError(f"{file} is damaged: it is no JSON; remove {folder} and evaluate again") from None
-    differs = [key for key in {**existing, **job} if existing.get(key) != job.get(key)]
-    if differs:
-        raise UserError(f"{folder} holds another evaluation: its {differs[0]} differs; choose another --out")
+        raise UserError(f"{file} is damaged: it is no JSON; remove {file.parent} and evaluate again") from None
 
 
 def _check_records(folder: epath.Path, records: np.ndarray, rows: int, levels: Callable[[int], np.ndarray]):

@@ -127,10 +127,15 @@ def held_by(folder: os.PathLike, holder: str) -> str:
 
 
 def write_text_atomic(path: Path, text: str):
+    """Writes a text file, in UTF-8, as `write_bytes_atomic` does."""
+    write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_atomic(path: Path, content: bytes):
     """Writes a file atomically: readers see the old content or the new. path: a pathlib or epath path."""
     part = path.with_name(f"{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content)
         part.replace(path)
     except OSError:
         with contextlib.suppress(OSError):

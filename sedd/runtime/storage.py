@@ -1,4 +1,4 @@
-"""Folders of results, on a disk or in a bucket (gs://), shared by all processes of a job."""
+"""Paths of results, on a disk or in a bucket (gs://): whether they can be used, and files that are appended to."""
 
 import contextlib
 import functools
@@ -16,10 +16,10 @@ from etils import epath
 
 from sedd.errors import UserError
 from sedd.runtime import disk, processes
-from sedd.runtime.lease import Lease, check
+from sedd.runtime.lease import check
 
 _TIMEOUT_SECONDS = 20  # seconds until other hosts of a network file system see a file, or until a bucket answers
-_PROBE = ".probe-"  # prefix of the files that test whether a folder can be written to
+PROBE = ".probe-"  # prefix of the files that test whether a folder can be written to
 _CONTROL = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control, surrogate, line and paragraph separators
 os.environ.setdefault("EPATH_USE_TF", "false")  # gcsfs is used for buckets even if TensorFlow is installed
 
@@ -68,7 +68,7 @@ def _bucket(path: epath.Path) -> str:
 
 
 @functools.cache
-def _files():
+def bucket_files():
     """Returns the fsspec file system of buckets, the object that epath uses too."""
     import fsspec
     import google.auth
@@ -92,7 +92,7 @@ def _is_new_information(record: logging.LogRecord) -> bool:
 def _ask(bucket: str, what: str, **parameters):
     """Sends Google Cloud Storage one GET request about the bucket. UserError, with advice, if it fails."""
     try:
-        _files().call("GET", what, bucket, timeout=_TIMEOUT_SECONDS, **parameters)
+        bucket_files().call("GET", what, bucket, timeout=_TIMEOUT_SECONDS, **parameters)
     except FileNotFoundError:
         make = f"gcloud storage buckets create gs://{bucket}"
         raise UserError(f"there is no bucket gs://{bucket}; choose another, or make it with {make}") from None
@@ -101,13 +101,13 @@ def _ask(bucket: str, what: str, **parameters):
         advice = "check the network, and renew the credentials with gcloud auth application-default login"
         if str(error).startswith("Forbidden"):
             advice = "the roles storage.objectUser and storage.legacyBucketReader are needed"
-        elif _files().credentials.credentials is None:
+        elif bucket_files().credentials.credentials is None:
             advice = "there are no credentials; gcloud auth application-default login makes some"
         raise UserError(f"gs://{bucket} cannot be used ({reason}): {advice}") from None
 
 
 def _probe() -> str:
-    return f"{_PROBE}{secrets.token_hex(8)}"
+    return f"{PROBE}{secrets.token_hex(8)}"
 
 
 def check_writable(folder: epath.Path):
@@ -134,12 +134,6 @@ def _remove_probe(folder: epath.Path, name: str):
         (folder / name).unlink(missing_ok=True)
     except Exception as error:
         raise UserError(f"nothing can be removed from {folder} ({_reason(error)}); choose another") from None
-
-
-def is_empty(folder: epath.Path) -> bool:
-    """True if the folder holds only lock, probe and partial files, or does not exist."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return all(name == disk.LOCK or name.endswith(".part") or name.startswith(_PROBE) for name in names)
 
 
 def check_shared(folder: epath.Path):
@@ -183,33 +177,6 @@ def line_of(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: epath.Path) -> Iterator[None]:
-    """Creates the folder and locks it against other jobs until the end of the block or of the process.
-
-    UserError if another job holds the lock, or the folder cannot be created or written to.
-    """
-    if not is_bucket(folder):
-        with disk.locked(Path(folder)):
-            yield
-        return
-    check_writable(folder)
-    with contextlib.ExitStack() as stack:
-        with user_errors(folder):
-            stack.enter_context(Lease(_files(), os.fspath(folder).removeprefix("gs://").rstrip("/")))
-        yield
-
-
-@contextlib.contextmanager
-def locked_by_first(folder: epath.Path | None) -> Iterator[None]:
-    """`locked` by process 0 for the whole job. All processes have to call it. None: there is no folder to lock."""
-    with contextlib.ExitStack() as stack:
-        with processes.together():
-            if folder is not None and processes.is_first():
-                stack.enter_context(locked(folder))
-        yield
-
-
-@contextlib.contextmanager
 def user_errors(folder: epath.Path, note: str = "") -> Iterator[None]:
     """A block that writes to the folder, in which errors of disk and network become a UserError.
 
@@ -224,22 +191,6 @@ def user_errors(folder: epath.Path, note: str = "") -> Iterator[None]:
         if not is_bucket(folder):
             raise
         raise UserError(f"{folder} cannot be written to ({_reason(error)}); repeat the command{note}") from error
-
-
-@contextlib.contextmanager
-def filled(folder: epath.Path) -> Iterator[None]:
-    """A block that fills a locked, empty folder; after an error the folder is emptied. UserError if it is not empty."""
-    if not is_empty(folder):
-        raise UserError(f"{folder} is not empty; choose another folder")
-    try:
-        with user_errors(folder):
-            yield
-    except BaseException:
-        with contextlib.suppress(Exception):
-            for path in folder.iterdir():
-                if path.name != disk.LOCK:
-                    path.rmtree() if path.is_dir() else path.unlink()
-        raise
 
 
 class Mirror:

@@ -21,7 +21,7 @@ from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.network.attention import check_platform
 from sedd.network.network import Network
-from sedd.runtime import disk, parallel, processes, storage, trees
+from sedd.runtime import disk, folders, parallel, processes, storage, trees
 from sedd.runtime.accelerators import peak_flops
 from sedd.runtime.settings import jax_defaults
 from sedd.training.checkpoint import Checkpoints, steps_saved
@@ -90,7 +90,7 @@ def _acquire_workdir(stack: contextlib.ExitStack, workdir: epath.Path, config: C
         processes.check_same("config", configs.fingerprint(config))
     with processes.together():
         if processes.is_first():
-            stack.enter_context(storage.locked(workdir))
+            stack.enter_context(folders.locked(workdir))
             prepare_workdir(workdir, config, corpus, *about)
 
 

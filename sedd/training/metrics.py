@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from sedd.runtime.disk import write_text_atomic
 from sedd.training.guard import NonFiniteGuard
 from sedd.training.tensorboard import TensorBoardWriter
 
@@ -194,6 +195,4 @@ def _truncate_after(path: Path, step: int):
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         if len(kept) < len(lines):
-            part = path.with_name(f"{path.name}.part")
-            part.write_text("".join(kept))
-            part.replace(path)
+            write_text_atomic(path, "".join(kept))

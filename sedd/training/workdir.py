@@ -13,6 +13,7 @@ from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.errors import UserError
 from sedd.runtime import disk, storage
+from sedd.runtime.folders import claimed
 from sedd.training.checkpoint import steps_saved
 
 # Keys that may change when a run is resumed.
@@ -34,7 +35,7 @@ def prepare_workdir(
 
     UserError if it holds another run or other files. Writes config.json: the config with the absolute path of the
     corpus, its vocabulary size and hash, its layout as of `layout_of`, and the origin of the initial parameters. Called
-    by process 0, which holds the lock of the folder (`storage.locked`); the others read the result.
+    by process 0, which holds the lock of the folder (`folders.locked`); the others read the result.
     """
     path = workdir / "config.json"
     values = config.to_dict()
@@ -47,15 +48,13 @@ def prepare_workdir(
         "layout": layout.to_json(),
         "init_from": init_from and disk.absolute(init_from),
     }
-    if path.is_file():
-        existing = _read(path)
-        changed = [f"{key} ({old!r} there, {new!r} here)" for key, old, new in _differences(existing, description)]
-        if changed:
-            raise UserError(f"{workdir} holds another run: {', '.join(changed)}; choose another --workdir")
-        if steps_saved(workdir / "checkpoints"):
-            description["init_from"] = existing.get("init_from")
-    elif not storage.is_empty(workdir):
-        raise UserError(f"{workdir} is not empty and holds no run; choose another --workdir")
+
+    def differences(existing):
+        return (f"{key} ({old!r} there, {new!r} here)" for key, old, new in _differences(existing, description))
+
+    existing = claimed(path, "run", "--workdir", _read, differences)
+    if existing and steps_saved(workdir / "checkpoints"):
+        description["init_from"] = existing.get("init_from")
     with storage.user_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         disk.write_text_atomic(path, json.dumps(description, indent=2) + "\n")

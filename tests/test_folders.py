@@ -78,6 +78,30 @@ def test_a_second_job_in_a_folder_is_refused(corpus, model, tmp_path, capsys):
     assert os.listdir(folder) == []
 
 
+def test_a_folder_belongs_to_the_job_whose_description_it_holds(tmp_path):
+    """An empty folder belongs to none; lock, probe and partial files do not count."""
+    file = storage.folder_of(tmp_path / "r") / "job.json"
+
+    def description(differences=()):
+        return folders.existing_description(
+            file, "job", "--out", lambda file: {"name": file.name}, lambda _: differences
+        )
+
+    assert description() is None
+    (tmp_path / "r").mkdir()
+    for name in (disk.LOCK, "job.json.part", f"{storage.PROBE}1"):
+        (tmp_path / "r" / name).touch()
+    assert description() is None
+    (tmp_path / "r/letter.txt").touch()
+    assert refusal(description) == f"{tmp_path}/r is not empty and holds no job; choose another --out"
+    file.touch()
+    assert description() == {"name": "job.json"}
+    message = f"{tmp_path}/r holds another job: its seed differs, its text differs; choose another --out"
+    assert refusal(description, ["its seed differs", "its text differs"]) == message
+    disk.clear(file.parent)
+    assert os.listdir(tmp_path / "r") == [disk.LOCK]
+
+
 def test_the_lock_file_of_a_killed_job_does_not_block(corpus, model, tmp_path):
     """The next job removes it."""
     (tmp_path / "r").mkdir()

@@ -91,6 +91,13 @@ def test_diffusion_imports_no_network():
                 assert DIFFUSION.index(name) < DIFFUSION.index(other), f"{name} imports {other}"
 
 
+def test_data_does_not_use_jax():
+    """Of runtime/ it imports disk only, which does not either."""
+    for file in [*(PACKAGE / "data").glob("*.py"), PACKAGE / "runtime/disk.py"]:
+        assert "import jax" not in file.read_text(), file
+        assert {module for module in imports(file) if module.startswith("runtime")} <= {"runtime.disk"}, file
+
+
 def test_only_keyed_random_and_seeds_make_random_streams():
     """They name the generator: with the default of JAX the numbers can depend on the batch."""
     for file in PACKAGE.rglob("*.py"):

@@ -11,7 +11,6 @@ from etils import epath
 
 from sedd.errors import UserError
 from sedd.runtime import disk
-from sedd.runtime.folders import clear
 
 
 @contextmanager
@@ -28,7 +27,7 @@ def staging_directory(out: Path, request: dict[str, Any], result: str) -> Iterat
             raise UserError(f"another process has made {out} meanwhile; repeat the command")
         record = folder / "request.json"
         if not record.is_file() or record.read_text() != json.dumps(request):
-            clear(epath.Path(folder))
+            disk.clear(epath.Path(folder))
             record.write_text(json.dumps(request))
         (folder / result).mkdir(exist_ok=True)
         try:

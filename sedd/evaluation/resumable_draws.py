@@ -101,7 +101,7 @@ def _write_or_check_job(folder: epath.Path, job: dict):
         return [f"its {key} differs" for key in {**existing, **job} if existing.get(key) != job.get(key)][:1]
 
     file = folder / "job.json"
-    if folders.claimed(file, "evaluation", "--out", _read_job, differences) is None:
+    if folders.existing_description(file, "evaluation", "--out", _read_job, differences) is None:
         disk.write_text_atomic(file, json.dumps(job))
 
 

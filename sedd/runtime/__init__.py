@@ -1,1 +1,1 @@
-"""Paths, folders, several processes, output streams, JAX's settings. Imports `sedd.errors` and `sedd.version` only."""
+"""The machine under the models: devices and processes, disks and buckets, owners of folders, trees of arrays."""

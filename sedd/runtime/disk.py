@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import TextIO
 
+from etils import epath
+
 from sedd.errors import UserError
 
 LOCK = ".lock"  # name of the lock file in a folder
@@ -124,6 +126,13 @@ def me() -> str:
 def held_by(folder: os.PathLike, holder: str) -> str:
     """Returns the error message for a folder that another process has locked."""
     return f"another process is at work in {os.fspath(folder)} ({holder or 'unknown'}); wait for it, or end it"
+
+
+def clear(folder: epath.Path):
+    """Removes everything in a locked folder but its lock."""
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            path.rmtree() if path.is_dir() else path.unlink()
 
 
 def write_text_atomic(path: Path, text: str):

@@ -46,28 +46,28 @@ def is_empty(folder: epath.Path) -> bool:
     return all(name == disk.LOCK or name.endswith(".part") or name.startswith(storage.PROBE) for name in names)
 
 
-def claimed(
+def existing_description(
     file: epath.Path,
-    job: str,
+    kind: str,
     flag: str,
     read: Callable[[epath.Path], dict[str, Any]],
     differences: Callable[[dict[str, Any]], Iterable[str]],
 ) -> dict[str, Any] | None:
-    """Returns the description of this job in a locked folder, or None if the folder is empty, and free to be taken.
+    """Returns the description of this job, if its locked folder holds one; None if the folder is empty.
 
-    file: of the description; job: its kind, such as "run"; flag: the option that names the folder; differences: what
-    makes a description, as of `read`, that of another job. UserError if the folder holds another job, or none and is
-    not empty.
+    file: of the description; kind: of the job, such as "run"; flag: the option that names the folder; differences:
+    given a description, as of `read`, each difference that makes it that of another job. UserError if the folder is
+    that of another job, or holds other files only.
     """
     folder = file.parent
     if not file.is_file():
         if not is_empty(folder):
-            raise UserError(f"{folder} is not empty and holds no {job}; choose another {flag}")
+            raise UserError(f"{folder} is not empty and holds no {kind}; choose another {flag}")
         return None
     description = read(file)
     differing = list(differences(description))
     if differing:
-        raise UserError(f"{folder} holds another {job}: {', '.join(differing)}; choose another {flag}")
+        raise UserError(f"{folder} holds another {kind}: {', '.join(differing)}; choose another {flag}")
     return description
 
 
@@ -81,12 +81,5 @@ def filled(folder: epath.Path) -> Iterator[None]:
             yield
     except BaseException:
         with contextlib.suppress(Exception):
-            clear(folder)
+            disk.clear(folder)
         raise
-
-
-def clear(folder: epath.Path):
-    """Removes everything in a locked folder but the lock."""
-    for path in folder.iterdir():
-        if path.name != disk.LOCK:
-            path.rmtree() if path.is_dir() else path.unlink()

@@ -13,7 +13,7 @@ from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.errors import UserError
 from sedd.runtime import disk, storage
-from sedd.runtime.folders import claimed
+from sedd.runtime.folders import existing_description
 from sedd.training.checkpoint import steps_saved
 
 # Keys that may change when a run is resumed.
@@ -52,7 +52,7 @@ def prepare_workdir(
     def differences(existing):
         return (f"{key} ({old!r} there, {new!r} here)" for key, old, new in _differences(existing, description))
 
-    existing = claimed(path, "run", "--workdir", _read, differences)
+    existing = existing_description(path, "run", "--workdir", _read, differences)
     if existing and steps_saved(workdir / "checkpoints"):
         description["init_from"] = existing.get("init_from")
     with storage.user_errors(workdir):

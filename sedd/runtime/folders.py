@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def existing_description(
     kind: str,
     flag: str,
     read: Callable[[epath.Path], dict[str, Any]],
-    differences: Callable[[dict[str, Any]], Iterable[str]],
+    differences: Callable[[dict[str, Any]], list[str]],
 ) -> dict[str, Any] | None:
     """Returns the description of this job, if its locked folder holds one; None if the folder is empty.
 
@@ -65,9 +65,8 @@ def existing_description(
             raise UserError(f"{folder} is not empty and holds no {kind}; choose another {flag}")
         return None
     description = read(file)
-    differing = list(differences(description))
-    if differing:
-        raise UserError(f"{folder} holds another {kind}: {', '.join(differing)}; choose another {flag}")
+    if different := differences(description):
+        raise UserError(f"{folder} holds another {kind}: {', '.join(different)}; choose another {flag}")
     return description
 
 

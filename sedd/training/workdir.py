@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -48,11 +47,7 @@ def prepare_workdir(
         "layout": layout.to_json(),
         "init_from": init_from and disk.absolute(init_from),
     }
-
-    def differences(existing):
-        return (f"{key} ({old!r} there, {new!r} here)" for key, old, new in _differences(existing, description))
-
-    existing = existing_description(path, "run", "--workdir", _read, differences)
+    existing = existing_description(path, "run", "--workdir", _read, lambda old: _differences(old, description))
     if existing and steps_saved(workdir / "checkpoints"):
         description["init_from"] = existing.get("init_from")
     with storage.user_errors(workdir):
@@ -70,17 +65,15 @@ def _read(path: epath.Path) -> dict[str, Any]:
     return description
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yields the key, old and new value of each difference that makes it another run. The corpus: by its hash."""
-    for key in ("vocab_size", "corpus"):
-        if old.get(key) != new[key]:
-            yield key, old.get(key), new[key]
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns what makes it another run, each as KEY (VALUE there, VALUE here). The corpus: by its hash."""
+    values = {key: (old.get(key), new[key]) for key in ("vocab_size", "corpus")}
     default = configs.default()  # of keys that are newer than the run
     for group, members in new["config"].items():
         for name, value in members.items():
-            before, key = old["config"].get(group, {}).get(name, default[group][name]), f"{group}.{name}"
-            if before != value and group not in _MUTABLE_GROUPS and key not in _MUTABLE_KEYS:
-                yield key, before, value
-    before, now = old.get("init_from"), new["init_from"]
-    if before is not None and now is not None and disk.absolute(before) != now:
-        yield "init_from", before, now
+            key = f"{group}.{name}"
+            if group not in _MUTABLE_GROUPS and key not in _MUTABLE_KEYS:
+                values[key] = old["config"].get(group, {}).get(name, default[group][name]), value
+    if old.get("init_from") is not None and new["init_from"] is not None:
+        values["init_from"] = disk.absolute(old["init_from"]), new["init_from"]
+    return [f"{key} ({before!r} there, {now!r} here)" for key, (before, now) in values.items() if before != now]

@@ -79,7 +79,9 @@ def plans(model: str, kind: str, chips: int, args: argparse.Namespace) -> Iterat
         if rest or fsdp * split > reach or network.trunk.heads % split or args.rows % (accumulation * data * fsdp):
             continue
         for remat in REMAT:
-            objective = score_entropy(config, dataclasses.replace(network, trunk=network.trunk.clone(remat=remat)), schedule)
+            objective = score_entropy(
+                config, dataclasses.replace(network, trunk=network.trunk.clone(remat=remat)), schedule
+            )
             plan = plan_of(objective, kind, (data, fsdp, split), accumulation, args)
             if plan is not None:
                 yield plan

@@ -16,8 +16,9 @@ from sedd.diffusion.discrete.process import Absorbing, Uniform
 from sedd.diffusion.schedule import Geometric, LogLinear, Schedule
 from sedd.errors import UserError
 from sedd.network.attention import ATTENTION, check_sizes
-from sedd.network.network import PREDICTIONS, Network
-from sedd.network.trunk import REMAT
+from sedd.network.network import Network
+from sedd.network.predictions import PREDICTIONS
+from sedd.network.trunk import REMAT, Trunk
 from sedd.seeds import check_seed
 
 FORMAT = 2  # of config.json of runs and exported models; version 0.1.0 wrote format 1 without the key
@@ -94,7 +95,7 @@ _DEFAULT = {
 _CHOICES = {
     "process.name": tuple(PROCESSES),
     "schedule.name": tuple(SCHEDULES),
-    "network.prediction": PREDICTIONS,
+    "network.prediction": tuple(PREDICTIONS),
     "network.dtype": ("float32", "bfloat16"),
     "network.remat": tuple(REMAT),
     "network.attention": tuple(ATTENTION),
@@ -287,6 +288,8 @@ def build(config: ConfigDict, vocab_size: int) -> tuple[Absorbing | Uniform, Sch
     """Returns the process, schedule and network of a config, for a vocabulary of V tokens."""
     process = PROCESSES[config.process.name](vocab_size)
     schedule = SCHEDULES[config.schedule.name](config.schedule)
-    sizes = config.network.to_dict()
+    of_trunk = config.network.to_dict()
+    of_network = {name: of_trunk.pop(name) for name in ("prediction", "cond_dim", "embedding_std", "given_embedding")}
     sigma_range = (float(schedule.sigma(config.training.min_time)), float(schedule.sigma(1.0)))
-    return process, schedule, Network(process=process, sigma_range=sigma_range, **sizes)
+    network = Network(process=process, trunk=Trunk(**of_trunk), sigma_range=sigma_range, **of_network)
+    return process, schedule, network

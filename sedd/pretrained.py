@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from sedd import config as configs
 from sedd.diffusion.keyed_random import root_key
 from sedd.errors import UserError
-from sedd.network.trunk import padded
+from sedd.network.adapters import padded
 from sedd.runtime.trees import fitted
 
 
@@ -100,7 +100,7 @@ def _params(tensors: dict[str, np.ndarray], config: ConfigDict, directory: Path)
             "embedding": np.pad(take("vocab_embed.embedding"), ((0, padding), (0, 0))),
             "sigma_in": linear("sigma_map.mlp.0"),
             "sigma_out": linear("sigma_map.mlp.2"),
-            **{f"block_{i}": block(f"blocks.{i}") for i in range(network.layers)},
+            **{f"block_{i}": block(f"blocks.{i}") for i in range(network.trunk.layers)},
         },
         "head": {
             "modulation": linear("output_layer.adaLN_modulation"),

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from oracle import Joint, MarkovChain, p_value, standard_errors
-from small import parts, small_config, small_corpus
+from small import parts, small_config, small_corpus, trained_of
 from test_protocols import random_model
 
 import sedd
@@ -18,8 +18,10 @@ from sedd.diffusion import keyed_random
 from sedd.diffusion.discrete.process import Absorbing, Uniform
 from sedd.diffusion.discrete.score import stats_from
 from sedd.diffusion.schedule import LogLinear
-from sedd.evaluation.conditional import Answers, log_likelihoods
+from sedd.evaluation.conditional import log_likelihoods
+from sedd.generation.rows import Rows
 from sedd.network.network import Network
+from sedd.network.trunk import Trunk
 from sedd.runtime import parallel
 from sedd.training.score_entropy import ScoreEntropy, random_given
 from sedd.training.step import init_state, make_step
@@ -27,7 +29,7 @@ from sedd.training.step import init_state, make_step
 V, L = 3, 4
 UNIFORM = ("process.name=uniform", "training.noise_sampling=time")
 GIVEN_EMBEDDING = (*UNIFORM, "network.given_embedding=True")
-NETWORK = Network(Uniform(V), "denoiser", 16, 1, 2, sigma_range=(1e-3, 7.0), cond_dim=8, given_embedding=True)
+NETWORK = Network(Uniform(V), "denoiser", Trunk(16, 1, 2), sigma_range=(1e-3, 7.0), cond_dim=8, given_embedding=True)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +141,7 @@ def test_network_without_given_tokens_equals_network_without_given_embedding():
 def test_model_conditions_denoiser_and_score_on_given_tokens():
     """Through the `given` array. Control: without it the outputs differ."""
     params = random_params(NETWORK)
-    model = sedd.Model(None, params, None, NETWORK.process, LogLinear(), NETWORK)
+    model = sedd.Model(config=None, **vars(trained_of(NETWORK, LogLinear(), params, 4)))
     x, given = np.array([[0, 1, 2, 1]]), np.array([[True, False, True, False]])
     expected = jax.jit(lambda: NETWORK.denoiser(params, given=jnp.asarray(given))(x, jnp.ones(1)))()
     actual = jax.jit(lambda: model.denoiser(x, given)(np.where(given, 2 - x, x), jnp.ones(1), None))()
@@ -217,11 +219,11 @@ def test_bound_conditioned_on_a_context_equals_the_conditional_likelihood(joint)
     tokens = np.indices((V,) * L).reshape(L, -1).T[::5]
     for seed, free in enumerate(([0, 0, 0, 1], [0, 1, 1, 0], [1, 0, 1, 1])):
         free = np.broadcast_to(np.array(free, bool), tokens.shape)
-        answers = Answers(tokens, free, np.full(len(tokens), L))
+        answers = Rows(tokens, free, np.full(len(tokens), L))
 
         def deviations(conditioned):
             network = Exact(joint, conditioned)
-            bounds = log_likelihoods(network, LogLinear(1e-3), {}, answers, num_draws=512, seed=seed)
+            bounds = log_likelihoods(trained_of(network, LogLinear(1e-3), {}, L), answers, num_draws=512, seed=seed)
             assert {(bound.method, bound.is_bound) for bound in bounds} == {("levels", True)}
             expected = -joint.nll(tokens, free)
             return np.array([(bound.nats - nats) / bound.standard_error for bound, nats in zip(bounds, expected)])
@@ -258,7 +260,7 @@ def test_network_learns_the_given_embedding():
     conditionals. Control: those without `given` are not, nor are its bounds with a zero embedding."""
     process, length, rows, steps = Uniform(4), 4, 128, 1500
     joint = MarkovChain(np.full(4, 1 / 4), 0.94 * np.eye(4) + 0.015).joint(length)
-    network = Network(process, "denoiser", 32, 1, 2, sigma_range=(1e-3, 6.9), cond_dim=32, given_embedding=True)
+    network = Network(process, "denoiser", Trunk(32, 1, 2), sigma_range=(1e-3, 6.9), cond_dim=32, given_embedding=True)
     objective = ScoreEntropy(network, LogLinear(1e-3), rows, "time", 0.1)  # gradients have a high variance at low noise
     rate = optax.cosine_decay_schedule(5e-3, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate, b2=0.99))
@@ -292,11 +294,11 @@ def test_network_learns_the_given_embedding():
     assert total_variation(given) < 0.1 < 0.4 < total_variation(np.zeros_like(given))
 
     free = np.broadcast_to(np.arange(length) > 0, (64, length))
-    answers = Answers(x0[:64], free, np.full(64, length))
+    answers = Rows(x0[:64], free, np.full(64, length))
     trunk = {**params["trunk"], "given": jnp.zeros(32)}
 
     def excess(params):
-        bounds = log_likelihoods(network, LogLinear(1e-3), params, answers, num_draws=256)
+        bounds = log_likelihoods(trained_of(network, LogLinear(1e-3), params, length), answers, num_draws=256)
         return np.mean([-bound.nats for bound in bounds] - joint.nll(answers.tokens, free))
 
     assert 0 < 2 * excess(params) < excess({**params, "trunk": trunk})

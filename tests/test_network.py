@@ -1,6 +1,7 @@
 """The network computes the same function under scanning, rematerialisation, padding and any choice of positions."""
 
 import dataclasses
+import functools
 import sys
 
 import jax
@@ -13,12 +14,18 @@ from sedd.diffusion.discrete.loss import count_loss
 from sedd.diffusion.discrete.process import Absorbing, Uniform
 from sedd.diffusion.discrete.score import score_stats
 from sedd.errors import UserError
+from sedd.network.adapters import padded
 from sedd.network.attention import attend, check_platform, check_sizes
+from sedd.network.layers import Linear
 from sedd.network.network import Network
-from sedd.network.trunk import Linear, padded
+from sedd.network.trunk import Trunk
 
 B, L, V = 4, 12, 37
-NETWORK = Network(Absorbing(V), "denoiser", width=16, layers=3, heads=2, sigma_range=(1e-3, 7.0), cond_dim=8)
+NETWORK = Network(Absorbing(V), "denoiser", Trunk(width=16, layers=3, heads=2), sigma_range=(1e-3, 7.0), cond_dim=8)
+
+
+def with_trunk(network, **changes):
+    return dataclasses.replace(network, trunk=network.trunk.clone(**changes))
 
 
 def random_params(network, seed=1):
@@ -40,7 +47,7 @@ def noisy():
 def stacked(params):
     """Converts the parameters of unrolled layers to those of scanned layers."""
     trunk = dict(params["trunk"])
-    blocks = [trunk.pop(f"block_{layer}") for layer in range(NETWORK.layers)]
+    blocks = [trunk.pop(f"block_{layer}") for layer in range(NETWORK.trunk.layers)]
     return {**params, "trunk": {**trunk, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}}
 
 
@@ -52,7 +59,7 @@ def test_scanned_and_rematerialised_layers_are_the_same_function(noisy, scan, re
     keys = keyed_random.row_keys(jax.random.key(4), jnp.arange(B))
 
     def loss(params, **changes):
-        network = dataclasses.replace(NETWORK, dropout=0.2, **changes)
+        network = with_trunk(NETWORK, dropout=0.2, **changes)
         return jnp.sum(network.stats(params, keys)(x, sigma, x0).log_sum * (x == V)) + jnp.sum(
             network.log_score(params, x, sigma)[..., 0]
         )
@@ -68,7 +75,7 @@ def test_scanned_and_rematerialised_layers_are_the_same_function(noisy, scan, re
 def test_dropout_depends_only_on_the_key_of_the_example(noisy):
     """A row drops the same entries at any index of any batch. Control: another key drops others."""
     params, (x, sigma, x0) = random_params(NETWORK), noisy
-    network = dataclasses.replace(NETWORK, dropout=0.5)
+    network = with_trunk(NETWORK, dropout=0.5)
     keys = keyed_random.row_keys(jax.random.key(4), jnp.arange(B))
     target = jax.jit(lambda keys, *row: network.stats(params, keys)(*row).target)
     alone = target(keys[2:3], x[2:3], sigma[2:3], x0[2:3])
@@ -117,7 +124,7 @@ def test_loss_with_head_at_masked_positions_equals_loss_with_head_everywhere(pre
 def test_tightened_statistics_follow_the_unnormalised_ones(noisy, process):
     """Along a leading axis of size two. With the head at masked positions only, those masked in x0 too are left out."""
     (x, _, x0), sigma = noisy, jnp.array([0.2, 1.0, 2.0, 6.0])
-    network = dataclasses.replace(NETWORK, process=process, prediction="score", layers=1)
+    network = dataclasses.replace(with_trunk(NETWORK, layers=1), process=process, prediction="score")
     params, pairs = random_params(network), isinstance(process, Absorbing)
     x = jnp.minimum(x, process.num_states - 1)
     if pairs:  # nine tokens after three that are masked in x0 too, in rows that mask k and 10 - k of them
@@ -184,7 +191,7 @@ def test_bfloat16_trunk_keeps_parameters_and_outputs_in_float32(noisy):
     """The outputs differ from those of float32 by the precision of bfloat16."""
     x, sigma, _ = noisy
     params = random_params(NETWORK)
-    half = dataclasses.replace(NETWORK, dtype="bfloat16")
+    half = with_trunk(NETWORK, dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half.init(jax.random.key(0)))} == {"float32"}
     actual, expected = half.log_score(params, x, sigma), NETWORK.log_score(params, x, sigma)
     assert actual.dtype == jnp.float32 and not np.array_equal(actual, expected)
@@ -207,10 +214,36 @@ def test_sigma_is_clipped_to_the_range_of_training(noisy):
     assert not np.allclose(at[0], at[2])
 
 
-@pytest.mark.parametrize("change", [{"prediction": "noise"}, {"heads": 3}])
-def test_invalid_networks_are_refused(change):
-    with pytest.raises(ValueError, match="network"):
-        dataclasses.replace(NETWORK, **change)
+def test_invalid_networks_are_refused():
+    with pytest.raises(ValueError, match="network.prediction must be one of denoiser, score, not 'noise'"):
+        dataclasses.replace(NETWORK, prediction="noise")
+    with pytest.raises(ValueError, match="network.width .16. must be a multiple of twice network.heads .3."):
+        Trunk(width=16, layers=3, heads=3)
+
+
+def test_networks_with_equal_hyperparameters_are_equal():
+    """So that a jitted function is traced once for both. Their text is one line, as results record it."""
+    network, traces = with_trunk(NETWORK), []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def width(network):
+        traces.append(network)
+        return jnp.float32(network.trunk.width)
+
+    assert network == NETWORK and network.trunk is not NETWORK.trunk and hash(network) == hash(NETWORK)
+    assert width(network) == width(NETWORK) == 16 and len(traces) == 1
+    other = with_trunk(NETWORK, layers=4)
+    assert other != NETWORK and width(other) == 16 and len(traces) == 2
+    assert repr(network) == repr(NETWORK) != repr(other) and "\n" not in repr(network)
+    assert "trunk=Trunk(width=16, layers=3, heads=2, dropout=0.0, dtype='float32', scan=False," in repr(network)
+
+
+def test_network_says_whether_its_scores_are_unnormalised():
+    networks = {prediction: dataclasses.replace(NETWORK, prediction=prediction) for prediction in ("denoiser", "score")}
+    assert {name: network.has_unnormalised_scores for name, network in networks.items()} == {
+        "denoiser": False,
+        "score": True,
+    }
 
 
 @pytest.mark.parametrize("shape", [(2, 128, 2, 64), pytest.param((1, 384, 2, 128), marks=pytest.mark.slow)])
@@ -246,12 +279,12 @@ def test_splash_attention_is_lowered_for_tpus(monkeypatch, head):
 
 @pytest.mark.slow
 def test_splash_attention_in_recomputed_layers_equals_xla_attention():
-    network = dataclasses.replace(NETWORK, layers=2, scan=True, remat="dots")
+    network = with_trunk(NETWORK, layers=2, scan=True, remat="dots")
     x, sigma = jax.random.randint(jax.random.key(2), (2, 128), 0, V), jnp.array([0.5, 2.0])
     params = random_params(network)
 
     def loss(params, attention):
-        stats = dataclasses.replace(network, attention=attention).stats(params, lengths=jnp.array([100, 128]))
+        stats = with_trunk(network, attention=attention).stats(params, lengths=jnp.array([100, 128]))
         return jnp.sum(jnp.where(jnp.arange(128) < 100, stats(jnp.full_like(x, V), sigma, x).target, 0.0))
 
     both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
@@ -263,11 +296,11 @@ def test_splash_attention_in_recomputed_layers_equals_xla_attention():
 def test_unsupported_attention_is_refused(noisy):
     """Platforms and sizes that an implementation does not support: one line, before compilation."""
     x, sigma, _ = noisy
-    network = dataclasses.replace(NETWORK, attention="cudnn", dtype="bfloat16")
+    network = with_trunk(NETWORK, attention="cudnn", dtype="bfloat16")
     with pytest.raises(UserError, match="attention=cudnn does not run on cpu devices; set network.attention=xla"):
         network.log_score(random_params(NETWORK), x, sigma)
     with pytest.raises(ValueError, match="a multiple of 128, not 12"):
-        dataclasses.replace(NETWORK, attention="splash").log_score(random_params(NETWORK), x, sigma)
+        with_trunk(NETWORK, attention="splash").log_score(random_params(NETWORK), x, sigma)
     check_sizes("cudnn", "bfloat16", 64, 100)
     for dtype, head in [("float32", 64), ("bfloat16", 260)]:
         with pytest.raises(ValueError, match="cudnn"):

@@ -13,7 +13,7 @@ from small import name_of
 
 from sedd import config as configs
 from sedd.data.batches import Batch
-from sedd.network import sharding, trunk
+from sedd.network import adapters, sharding
 from sedd.network.attention import attend
 from sedd.runtime import parallel
 from sedd.training.optimizer import make_optimizer
@@ -75,9 +75,9 @@ def test_compiler_reports_full_rematerialisation(fresh, capfd, monkeypatch):
     """The control: looking up tokens in an embedding whose width is sharded."""
 
     def constrain_all_but_the_embedding(x, *axes):
-        return x if axes == (sharding.MODEL_AXIS,) else sharding.constrain_sharding(x, *axes)
+        return x if axes == (parallel.MODEL_AXIS,) else sharding.constrain_sharding(x, *axes)
 
-    monkeypatch.setattr(trunk, "constrain_sharding", constrain_all_but_the_embedding)
+    monkeypatch.setattr(adapters, "constrain_sharding", constrain_all_but_the_embedding)
     compiled(configs.paper, (2, 2, 2))
     assert "Involuntary" in capfd.readouterr().err
 
@@ -106,12 +106,12 @@ def test_data_parallel_step_exchanges_only_gradients_and_losses(fresh):
 def test_no_constraints_without_the_axes_of_the_mesh():
     """Without a mesh, under a mesh of other axes and under `jax.pmap`, arrays are not constrained."""
     x = jnp.ones((8, 4))
-    assert sharding.constrain_sharding(x, sharding.BATCH_AXES) is x
+    assert sharding.constrain_sharding(x, parallel.BATCH_AXES) is x
     with jax.sharding.use_abstract_mesh(parallel.data_mesh(jax.devices()[:2]).abstract_mesh):
-        assert jax.make_jaxpr(lambda x: sharding.constrain_sharding(x, sharding.BATCH_AXES))(x).eqns
+        assert jax.make_jaxpr(lambda x: sharding.constrain_sharding(x, parallel.BATCH_AXES))(x).eqns
     with jax.sharding.use_abstract_mesh(jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,)).abstract_mesh):
-        assert sharding.constrain_sharding(x, sharding.BATCH_AXES) is x
-    mapped = jax.make_jaxpr(jax.pmap(lambda x: sharding.constrain_sharding(x, sharding.BATCH_AXES)))(x)
+        assert sharding.constrain_sharding(x, parallel.BATCH_AXES) is x
+    mapped = jax.make_jaxpr(jax.pmap(lambda x: sharding.constrain_sharding(x, parallel.BATCH_AXES)))(x)
     assert "sharding_constraint" not in str(mapped)
 
 
@@ -120,13 +120,13 @@ def test_splash_attention_is_sharded_by_rows_and_heads():
     mesh = parallel.make_mesh(configs.override(configs.default(), ["mesh.fsdp=2", "mesh.model=2"]))
     q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 128, 2, 16))
     lengths = jnp.array([128, 5, 64, 100])
-    expected = NamedSharding(mesh, P(sharding.BATCH_AXES, None, sharding.MODEL_AXIS))
+    expected = NamedSharding(mesh, P(parallel.BATCH_AXES, None, parallel.MODEL_AXIS))
 
     def split(q, k, v, lengths):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return attend("splash", q, k, v, lengths)
 
-    step = jax.jit(split, in_shardings=(expected, expected, expected, NamedSharding(mesh, P(sharding.BATCH_AXES))))
+    step = jax.jit(split, in_shardings=(expected, expected, expected, NamedSharding(mesh, P(parallel.BATCH_AXES))))
     out = step(q, k, v, lengths)
     assert out.sharding.is_equivalent_to(expected, 4) and not list(exchanged(step.lower(q, k, v, lengths).compile()))
     valid = np.arange(128) < lengths[:, None]

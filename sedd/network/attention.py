@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from sedd.errors import UserError
-from sedd.network.sharding import BATCH_AXES, MODEL_AXIS, has_mesh
+from sedd.network.sharding import has_mesh
+from sedd.runtime.parallel import BATCH_AXES, MODEL_AXIS
 
 LANES = 128  # block size of splash attention, in positions
 # The platforms of each implementation. On CPUs the splash kernel is interpreted, for tests.
@@ -13,16 +14,22 @@ _PLATFORMS = {"xla": ("cpu", "gpu", "tpu"), "cudnn": ("gpu",), "splash": ("tpu",
 
 
 def attend(
-    implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None
+    implementation: str,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k / sqrt(K)) v over the first `lengths` keys of each row. q, k, v: Float[B L H K]; lengths: Int[B].
 
-    implementation: a key of ATTENTION. Outputs at positions beyond a row's length are unspecified. UserError if the
-    implementation does not run on the default backend.
+    implementation: a key of ATTENTION. mask: Bool[B L L] or Bool[1 L L], True where a query may attend to a key.
+    Outputs are unspecified at positions beyond a row's length, and for queries that may attend to no key. UserError if
+    the implementation does not run on the default backend, or takes no mask.
     """
     check_platform(implementation, jax.default_backend())
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # JAX's own functions promote
-        return ATTENTION[implementation](q, k, v, lengths)
+        return ATTENTION[implementation](q, k, v, lengths, None if mask is None else mask[:, None])
 
 
 def check_platform(implementation: str, platform: str):
@@ -45,16 +52,20 @@ def check_sizes(implementation: str, dtype: str, head: int, length: int):
         raise ValueError(f"network.attention=splash takes lengths that are a multiple of {LANES}, not {length}")
 
 
-def _xla(q, k, v, lengths):
-    mask = None if lengths is None else _valid(q, lengths)[:, None, None, :]
+def _xla(q, k, v, lengths, mask):
+    if lengths is not None:
+        valid = _valid(q, lengths)[:, None, None, :]
+        mask = valid if mask is None else mask & valid
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
-def _cudnn(q, k, v, lengths):
-    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+def _cudnn(q, k, v, lengths, mask):
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, key_value_seq_lengths=lengths, implementation="cudnn")
 
 
-def _splash(q, k, v, lengths):
+def _splash(q, k, v, lengths, mask):
+    if mask is not None:
+        raise UserError("network.attention=splash takes no attention mask; set network.attention=xla")
     check_sizes("splash", q.dtype.name, q.shape[-1], q.shape[1])
     if not has_mesh():
         return _splash_of_device(q, k, v, lengths)

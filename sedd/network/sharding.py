@@ -1,7 +1,8 @@
 """Sharding constraints of the network's arrays, on the mesh under which it is traced. Without a mesh: none.
 
-The batch is sharded over BATCH_AXES; heads, the MLP's hidden units and the vocabulary over MODEL_AXIS. The training
-state shards weights over the second of BATCH_AXES too; they are gathered along it where they are used.
+The batch is sharded over `parallel.BATCH_AXES`; heads, the MLP's hidden units and the vocabulary over
+`parallel.MODEL_AXIS`. The training state shards weights over the second of BATCH_AXES too; they are gathered along it
+where they are used.
 """
 
 import math
@@ -10,13 +11,13 @@ import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-BATCH_AXES, MODEL_AXIS = ("data", "fsdp"), "model"
+from sedd.runtime.parallel import AXES
 
 
 def has_mesh() -> bool:
     """True if a mesh with these axes is set; False under `jax.pmap`, whose mesh is another, and in `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return {*BATCH_AXES, MODEL_AXIS} <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
+    return set(AXES) <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
 
 
 def constrain_sharding(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:

@@ -98,7 +98,7 @@ def estimate(config: ConfigDict, vocab_size: int, devices: int) -> RunEstimate:
         for part in ("params", "ema", "optimizer")
     }
     parameters = network.num_parameters()
-    outer = network.process.num_states * (2 * network.trunk.width + 1)  # the embedding, and the head's matrix with its bias
+    outer = network.process.num_states * (2 * network.trunk.width + 1)  # embedding, and the head's matrix and bias
     rows = training.batch_size // training.accumulation // (sizes[0] * sizes[1])
     return RunEstimate(
         parameters=parameters,

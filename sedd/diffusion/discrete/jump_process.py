@@ -98,6 +98,13 @@ class Process(abc.ABC):
         Float[... V], Float[...] -> Float[... V].
         """
 
+    def score_from_logits(self, logits: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        """The unnormalised log score of all states that a network's logits stand for, 0 at the current token.
+
+        Float[... S], Int[...], Float[...] -> Float[... S].
+        """
+        return jnp.where(jax.nn.one_hot(x, self.num_states, dtype=bool), 0.0, logits)
+
     @abc.abstractmethod
     def clean_from_score(self, log_score: jax.Array, sigma: jax.Array) -> jax.Array:
         """log r from any log score, unnormalised ones too. Float[... V] -> Float[... V]."""

@@ -74,6 +74,11 @@ class Absorbing(Process):
         """
         return log_clean - log_expm1(jnp.broadcast_to(sigma, here.shape))[..., None]
 
+    def score_from_logits(self, logits, x, sigma):
+        """The logits less log(e^sigma - 1) + log V; SEDD, appendix C.2. Equal logits are the score of a uniform r."""
+        shift = log_expm1(sigma) + math.log(self.vocab_size)
+        return super().score_from_logits(logits - shift[..., None], x, sigma)
+
     def clean_from_score(self, log_score, sigma):
         """log r from any log score of a masked token, without its mask column (if it has one). Float[... V].
 

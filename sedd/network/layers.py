@@ -1,0 +1,116 @@
+"""The layers that the trunk and its adapters are made of.
+
+Parameters, residual stream, norms and logits are float32; the linear maps and the attention of the trunk run in its
+`dtype`. Dropout masks are drawn from the key of each example, so that they do not depend on how a batch is sharded.
+"""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from sedd.diffusion import keyed_random
+from sedd.network.sharding import constrain_sharding
+from sedd.runtime.parallel import BATCH_AXES, MODEL_AXIS
+
+
+def _torch_uniform(fan_in: int):
+    """Initialiser U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default, used for the published models."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x, kernel, in_axis, out_axes):
+    """x W, in the dtype of x. x: Float[N D]; kernel: Float32[D ...].
+
+    in_axis: the mesh axis that shards D; out_axes: those of the kernel's other axes.
+    The gradient equals JAX's. The backward pass gathers and casts the kernel again, where JAX would save the gathered
+    copy; and the gradient of the kernel, summed over devices, has the kernel's dtype, where JAX would round each
+    device's part to that of x.
+    """
+    x = constrain_sharding(x, BATCH_AXES, in_axis)
+    kernel = constrain_sharding(kernel.astype(x.dtype), in_axis, *out_axes)
+    return constrain_sharding(jnp.tensordot(x, kernel, 1), BATCH_AXES, *out_axes)
+
+
+def _product_forward(x, kernel, in_axis, out_axes):
+    return _product(x, kernel, in_axis, out_axes), (x, kernel)
+
+
+def _product_backward(in_axis, out_axes, residuals, gradient):
+    x, kernel = residuals
+    gradient = constrain_sharding(gradient, BATCH_AXES, *out_axes)
+    # Without the barrier XLA would keep the copy that the forward pass gathered.
+    gathered = constrain_sharding(jax.lax.optimization_barrier(kernel).astype(x.dtype), in_axis, *out_axes)
+    columns = tuple(range(1, kernel.ndim))
+    grad_x = constrain_sharding(jnp.tensordot(gradient, gathered, (columns, columns)), BATCH_AXES, in_axis)
+    if jax.default_backend() == "cpu":  # XLA for CPUs lacks some products of bfloat16 with float32 sums
+        x, gradient = x.astype(kernel.dtype), gradient.astype(kernel.dtype)
+    return grad_x, jnp.tensordot(x, gradient, (0, 0), preferred_element_type=kernel.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+class Linear(nn.Module):
+    """x W + b over the last axis; with `zero` initialised to zero.
+
+    features: size of the output's last axis, or of its last axes. split: the features that are sharded over MODEL_AXIS,
+    those of the output ("out", the last axis), those of x ("in") or neither (None).
+    """
+
+    features: int | tuple[int, ...]
+    use_bias: bool = True
+    zero: bool = False
+    dtype: str = "float32"
+    split: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        features = self.features if isinstance(self.features, tuple) else (self.features,)
+        init = nn.initializers.zeros if self.zero else _torch_uniform(x.shape[-1])
+        kernel = self.param("kernel", init, (x.shape[-1], *features), jnp.float32)
+        in_axis, out_axis = MODEL_AXIS if self.split == "in" else None, MODEL_AXIS if self.split == "out" else None
+        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # the gradient of 3-D products takes twice as long on CPUs
+        out_axes = (*(None,) * (len(features) - 1), out_axis)
+        y = checkpoint_name(_product(flat, kernel, in_axis, out_axes), "dot")
+        if self.use_bias:
+            y = y + self.param("bias", init, features, jnp.float32)[None].astype(self.dtype)
+        return y.reshape(*x.shape[:-1], *features)
+
+
+def norm(name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-5, use_bias=False, name=name)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * (1 + scale) + shift
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None, number: int | jax.Array) -> jax.Array:
+    """Dropout with the key of each example, folded with `number`. x: Float[B L W]; keys: Key[B]; None: no dropout."""
+    if keys is None or rate == 0:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keyed_random.fold(keys, number))
+    return jnp.where(keep, x / (1 - rate), 0.0)
+
+
+def frequencies(count: int) -> jax.Array:
+    """The geometric series 10000^(-i / count), from 1 towards 1 / 10000. Float32[1 count]."""
+    return (10000.0 ** (-jnp.arange(count, dtype=jnp.float32) / count))[None]
+
+
+def rotary(x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+    """Rotary position embedding, base 10000, halves paired (Su et al., arXiv 2104.09864). x: Float[B L H K].
+
+    positions: Int[B L] or Int[1 L]; None: 0 .. L - 1.
+    """
+    position = jnp.arange(x.shape[1], dtype=jnp.float32)[None] if positions is None else positions.astype(jnp.float32)
+    angle = position[..., None] * frequencies(x.shape[-1] // 2)[None]
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,72 @@
+"""What the logits of a network mean: an unnormalised log score, or log r; and the quantities that follow from them."""
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sedd.diffusion.discrete.process import Absorbing, Uniform
+from sedd.diffusion.discrete.score import ScoreStats, clean_stats, score_stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction(abc.ABC):
+    """The meaning of a network's logits, Float32[... S], at tokens x, Int[...], and noise sigma, Float[...]."""
+
+    process: Absorbing | Uniform
+    unnormalised = False
+
+    @abc.abstractmethod
+    def log_clean(self, logits: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        """log r, normalised. Float32[... V]."""
+
+    @abc.abstractmethod
+    def log_score(self, logits: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        """The log concrete score of all states, 0 at the current token. Float32[... S]."""
+
+    @abc.abstractmethod
+    def stats(
+        self, logits: jax.Array, x: jax.Array, x0: jax.Array, sigma: jax.Array, tightened: bool = False
+    ) -> ScoreStats:
+        """The statistics of the scores. tightened: as of `Network.stats`, for unnormalised scores only."""
+
+
+class ScorePrediction(Prediction):
+    """The logits are an unnormalised log score, as in the SEDD paper, up to `process.score_from_logits`.
+
+    The training loss uses it as it is; bounds also use `process.tightened` of it. Samplers use its projection to the
+    simplex, `process.clean_from_score`, which is done here and nowhere else.
+    """
+
+    unnormalised = True
+
+    def log_clean(self, logits, x, sigma):
+        return self.process.clean_from_score(self.log_score(logits, x, sigma), sigma)
+
+    def log_score(self, logits, x, sigma):
+        return self.process.score_from_logits(logits, x, sigma)
+
+    def stats(self, logits, x, x0, sigma, tightened=False):
+        log_score = self.log_score(logits, x, sigma)
+        if not tightened:
+            return score_stats(log_score, x, x0)
+        scores = (log_score, self.process.tightened(log_score, sigma))
+        return jax.tree.map(lambda *both: jnp.stack(both), *(score_stats(one, x, x0) for one in scores))
+
+
+class DenoiserPrediction(Prediction):
+    """The softmax of the logits of the clean tokens is r, the posterior of the clean token given all other tokens."""
+
+    def log_clean(self, logits, x, sigma):
+        return jax.nn.log_softmax(logits[..., : self.process.vocab_size], axis=-1)
+
+    def log_score(self, logits, x, sigma):
+        log_noised = self.process.log_noised(self.log_clean(logits, x, sigma), sigma)
+        return log_noised - jnp.take_along_axis(log_noised, x[..., None], axis=-1)
+
+    def stats(self, logits, x, x0, sigma, tightened=False):
+        return clean_stats(self.process, self.log_clean(logits, x, sigma), x, x0, sigma)
+
+
+PREDICTIONS: dict[str, type[Prediction]] = {"denoiser": DenoiserPrediction, "score": ScorePrediction}

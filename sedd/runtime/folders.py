@@ -19,14 +19,13 @@ def locked(folder: epath.Path) -> Iterator[None]:
 
     UserError if another job holds the lock, or the folder cannot be created or written to.
     """
-    if not storage.is_bucket(folder):
-        with disk.locked(Path(folder)):
-            yield
-        return
-    storage.check_writable(folder)
     with contextlib.ExitStack() as stack:
-        with storage.user_errors(folder):
-            stack.enter_context(Lease(storage.bucket_files(), os.fspath(folder).removeprefix("gs://").rstrip("/")))
+        if storage.is_bucket(folder):
+            storage.check_writable(folder)
+            with storage.user_errors(folder):
+                stack.enter_context(Lease(storage.bucket_files(), os.fspath(folder).removeprefix("gs://").rstrip("/")))
+        else:
+            stack.enter_context(disk.locked(Path(folder)))
         yield
 
 

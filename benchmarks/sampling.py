@@ -36,8 +36,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import sedd
-from sedd.diffusion.discrete import samplers
-from sedd.diffusion.discrete.samplers import Sampler, Tweedie
+from sedd.diffusion import sampling
+from sedd.diffusion.discrete.samplers import Tweedie
 from sedd.diffusion.discrete.unmasking import Counts, FirstHitting
 from sedd.diffusion.keyed_random import root_key
 
@@ -187,8 +187,8 @@ def compare(model: sedd.Model, batch: int, steps: int, repeats: int, peers: dict
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _sample(network, params, key, sampler: Sampler, tokens, free) -> samplers.Sampled:
-    return samplers.sample(key, network.denoiser(params), sampler, tokens, free)
+def _sample(network, params, key, sampler: sampling.Sampler, tokens, free) -> sampling.Sampled:
+    return sampling.sample(key, network.denoiser(params), sampler, tokens, free)
 
 
 def bare_call(model: sedd.Model, batch: int, length: int, width: int, repeats: int) -> float:

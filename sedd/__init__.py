@@ -8,14 +8,16 @@ Importing sedd loads no dataset or checkpoint library, initialises no device and
 
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.data.prepare import prepare
-from sedd.diffusion.discrete.correctors import Barker, Corrected, Gibbs, Renoise
+from sedd.diffusion.denoiser import Denoiser
+from sedd.diffusion.discrete.correctors import Barker, Gibbs, Renoise
 from sedd.diffusion.discrete.loss import count_loss, denoising_loss
 from sedd.diffusion.discrete.pickers import Entropy, EntropyBounded, Margin
 from sedd.diffusion.discrete.process import Absorbing, Jump, Process, Uniform
-from sedd.diffusion.discrete.samplers import Euler, Sampler, Trapezoidal, Tweedie, sample
-from sedd.diffusion.discrete.score import Denoiser, ScoreStats, StatsFn, score_stats, stats_from
+from sedd.diffusion.discrete.samplers import Euler, TokenSampler, Trapezoidal, Tweedie
+from sedd.diffusion.discrete.score import ScoreStats, StatsFn, score_stats, stats_from
 from sedd.diffusion.discrete.unmasking import Adaptive, Counts, FirstHitting, FixedCounts
 from sedd.diffusion.discrete.unmasking_schedules import UnmaskingPlan, cosine_unmasking, plan_unmasking
+from sedd.diffusion.sampling import Corrected, Sampler, sample
 from sedd.diffusion.schedule import Geometric, LogLinear, Schedule
 from sedd.errors import UserError
 from sedd.evaluation.conditional import LogLikelihood
@@ -55,6 +57,7 @@ __all__ = [
     "Schedule",
     "ScoreStats",
     "StatsFn",
+    "TokenSampler",
     "Trapezoidal",
     "Tweedie",
     "Uniform",

@@ -19,8 +19,8 @@ from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.data.source import Source
 from sedd.data.tokenizers import Tokenizer
+from sedd.diffusion.denoiser import Denoiser, clamped
 from sedd.diffusion.discrete.process import Process
-from sedd.diffusion.discrete.score import Denoiser, clamped
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.evaluation.conditional import LogLikelihood, answers_to, log_likelihoods

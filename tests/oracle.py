@@ -16,9 +16,10 @@ import numpy as np
 import scipy.linalg
 import scipy.stats
 
+from sedd.diffusion.denoiser import clamped
 from sedd.diffusion.discrete.process import Absorbing
 from sedd.diffusion.discrete.samplers import Trapezoidal, halves
-from sedd.diffusion.discrete.score import ScoreStats, clamped
+from sedd.diffusion.discrete.score import ScoreStats
 
 
 def states(num_states, length):

@@ -13,8 +13,9 @@ from sedd.diffusion import keyed_random
 from sedd.diffusion.discrete.likelihood import count_draws, level_draws, time_draws
 from sedd.diffusion.discrete.loss import count_loss, denoising_loss
 from sedd.diffusion.discrete.process import Absorbing, Uniform, log_expm1
-from sedd.diffusion.discrete.samplers import Interval, halves, leap
+from sedd.diffusion.discrete.samplers import halves, leap
 from sedd.diffusion.discrete.score import clean_stats, score_stats
+from sedd.diffusion.sampling import Interval
 from sedd.diffusion.schedule import Geometric, LogLinear
 
 V, NUM_INPUTS = 3, 12_288

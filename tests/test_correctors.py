@@ -10,12 +10,13 @@ import pytest
 from oracle import MarkovChain, index, kernel, p_value, sampler_distribution, states, total_variation
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.correctors import Barker, Corrected, Gibbs, Renoise
+from sedd.diffusion.denoiser import clamped
+from sedd.diffusion.discrete.correctors import Barker, Gibbs, Renoise
 from sedd.diffusion.discrete.pickers import Margin
 from sedd.diffusion.discrete.process import Absorbing, Jump, Uniform
-from sedd.diffusion.discrete.samplers import Trapezoidal, Tweedie, leap, sample
-from sedd.diffusion.discrete.score import clamped
+from sedd.diffusion.discrete.samplers import Trapezoidal, Tweedie, leap
 from sedd.diffusion.discrete.unmasking import Adaptive
+from sedd.diffusion.sampling import Corrected, sample
 from sedd.diffusion.schedule import Geometric, LogLinear
 
 run = jax.jit(sample, static_argnames=("denoiser", "sampler"))

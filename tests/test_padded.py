@@ -11,7 +11,7 @@ from small import small_config, small_corpus
 
 import sedd
 from sedd.data.layout import Layout
-from sedd.diffusion.discrete.score import condition_on_mask_ratio
+from sedd.diffusion.denoiser import condition_on_mask_ratio
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import from_corpus, from_texts
 

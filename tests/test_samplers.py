@@ -10,7 +10,8 @@ from oracle import channel, index, kernel, p_value, sampler_distribution, states
 from small import name_of
 
 from sedd.diffusion.discrete.process import Absorbing, Uniform
-from sedd.diffusion.discrete.samplers import Euler, Trapezoidal, Tweedie, sample
+from sedd.diffusion.discrete.samplers import Euler, Trapezoidal, Tweedie
+from sedd.diffusion.sampling import sample
 from sedd.diffusion.schedule import Geometric, LogLinear
 
 run = jax.jit(sample, static_argnames=("denoiser", "sampler", "trace"))
@@ -173,7 +174,7 @@ def test_every_call_of_a_step_sees_the_given_tokens(joint):
 
     class IgnoresState(Tweedie):
         def step(self, keys, denoiser, x, entry):
-            return jnp.argmax(denoiser(jnp.zeros_like(x), jnp.zeros(len(x))), axis=-1)
+            return jnp.argmax(denoiser(jnp.zeros_like(x), jnp.zeros(len(x)), None), axis=-1)
 
     def echo(x, sigma, positions):  # puts each token's mass on the sum of all tokens
         return jax.nn.one_hot(jnp.broadcast_to(x.sum(-1, keepdims=True), x.shape), 9)

@@ -6,18 +6,10 @@ import numpy as np
 import pytest
 from oracle import MarkovChain, states
 
+from sedd.diffusion.denoiser import clamped, condition_on_mask_ratio, edited, in_block, nucleus, temperature
 from sedd.diffusion.discrete.process import Absorbing
 from sedd.diffusion.discrete.samplers import leap
-from sedd.diffusion.discrete.score import (
-    clamped,
-    condition_on_mask_ratio,
-    edited,
-    in_block,
-    nucleus,
-    score_stats,
-    stats_from,
-    temperature,
-)
+from sedd.diffusion.discrete.score import score_stats, stats_from
 
 
 def test_statistics_of_a_denoiser_are_those_of_the_dense_scores(process, joint, float64):

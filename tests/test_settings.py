@@ -13,10 +13,11 @@ import sedd
 from sedd import config as configs
 from sedd.data.batches import Batch
 from sedd.diffusion import keyed_random
+from sedd.diffusion.denoiser import condition_on_mask_ratio, edited, in_block, nucleus, temperature
 from sedd.diffusion.discrete.exact_likelihood import order_log_likelihoods, subset_log_likelihood
 from sedd.diffusion.discrete.likelihood import count_draws, level_draws, time_draws
 from sedd.diffusion.discrete.loss import denoising_loss
-from sedd.diffusion.discrete.score import condition_on_mask_ratio, edited, in_block, nucleus, stats_from, temperature
+from sedd.diffusion.discrete.score import stats_from
 from sedd.evaluation.conditional import Answers, log_likelihoods
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import from_corpus

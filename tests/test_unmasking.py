@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from oracle import index, p_value, random_tables, states, table_denoiser, table_log_clean
 
+from sedd.diffusion.denoiser import condition_on_mask_ratio, edited, in_block, nucleus
 from sedd.diffusion.discrete.pickers import Entropy, EntropyBounded, Margin
 from sedd.diffusion.discrete.process import Absorbing, Uniform
-from sedd.diffusion.discrete.samplers import sample
-from sedd.diffusion.discrete.score import condition_on_mask_ratio, edited, in_block, nucleus
 from sedd.diffusion.discrete.unmasking import Adaptive
+from sedd.diffusion.sampling import sample
 
 V, L = 3, 3
 PROCESS, MASK = Absorbing(V), V

@@ -12,14 +12,15 @@ import pytest
 from oracle import index, kernel, p_value, random_tables, sampler_distribution, states, table_denoiser, table_log_clean
 
 from sedd.diffusion import keyed_random
+from sedd.diffusion.denoiser import condition_on_mask_ratio
 from sedd.diffusion.discrete import samplers, unmasking
 from sedd.diffusion.discrete.exact_likelihood import subset_log_likelihood
 from sedd.diffusion.discrete.pickers import EntropyBounded
 from sedd.diffusion.discrete.process import Absorbing, Jump, Uniform
-from sedd.diffusion.discrete.samplers import Euler, Tweedie, sample
-from sedd.diffusion.discrete.score import condition_on_mask_ratio
+from sedd.diffusion.discrete.samplers import Euler, Tweedie
 from sedd.diffusion.discrete.unmasking import Adaptive, Counts, FirstHitting, FixedCounts
 from sedd.diffusion.discrete.unmasking_schedules import cosine_unmasking, excess, information, plan_unmasking
+from sedd.diffusion.sampling import sample
 from sedd.diffusion.schedule import Geometric, LogLinear
 from sedd.evaluation.statistics import profile as measured
 

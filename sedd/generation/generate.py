@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import Tokenizer
+from sedd.diffusion.denoiser import condition_on_mask_ratio, edited, in_block, nucleus, temperature
 from sedd.diffusion.discrete.process import Absorbing
-from sedd.diffusion.discrete.samplers import Sampler, State, advance, begin
-from sedd.diffusion.discrete.score import condition_on_mask_ratio, edited, in_block, nucleus, temperature
 from sedd.diffusion.keyed_random import fold, root_key
+from sedd.diffusion.sampling import Progress, Sampler, advance, begin
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.generation import prompts
@@ -269,7 +269,7 @@ class _Loop(NamedTuple):
             start = np.take_along_axis(tokens, at, axis=1)
             num_runs = groups * len(windows)
             state = self._run(key, start, window_free, lengths, rows, num_runs, on_step if self.watch else None)
-            np.put_along_axis(tokens, at, state.tokens, axis=1)
+            np.put_along_axis(tokens, at, state.x, axis=1)
             calls += int(self.sampler.calls(state.steps)) if state.steps else 0
             if self.trace:
                 states += [full_rows(x) for x in state.trace[: state.steps]]
@@ -297,7 +297,7 @@ class _Loop(NamedTuple):
             before, steps, done = steps, int(state.steps), bool(state.done)
             self.bar.update(steps - before)
             if on_step:
-                on_step(parallel.on_host(state.tokens), steps)
+                on_step(parallel.on_host(state.x), steps)
         self.bar.update(task.steps - steps)
         return parallel.on_host(state)
 
@@ -311,10 +311,10 @@ def _begin(sampler, trace, sharding, key, tokens, free, rows):
     return task, _constrain_rows(state, sharding)
 
 
-def _constrain_rows(state: State, sharding: Sharding | None) -> State:
+def _constrain_rows(state: Progress, sharding: Sharding | None) -> Progress:
     """Constrains the sharding of the rows, so that one program runs the first steps and all later ones."""
     trace = None if state.trace is None else jnp.moveaxis(_constrain(jnp.moveaxis(state.trace, 1, 0), sharding), 0, 1)
-    return state._replace(tokens=_constrain(state.tokens, sharding), trace=trace)
+    return state._replace(x=_constrain(state.x, sharding), trace=trace)
 
 
 def _constrain(array: jax.Array, sharding: Sharding | None) -> jax.Array:
@@ -327,7 +327,7 @@ def _advance(network, sampler, block, adjusts_logits, sharding, params, task, st
     denoiser = network.denoiser(params, lengths, ~task.free if network.given_embedding else None)
     if isinstance(network.process, Absorbing):
         denoiser = condition_on_mask_ratio(network.process, denoiser, lengths)
-        if lengths is None and task.tokens.shape[1] < block:
+        if lengths is None and task.free.shape[1] < block:
             denoiser = in_block(denoiser, block, network.process.mask_id)
     if adjusts_logits:
         denoiser = edited(denoiser, lambda log_clean: temperature(log_clean, temperature_top_p[0]))

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from sedd.diffusion.discrete.correctors import Barker, Corrected, Gibbs, Renoise
+from sedd.diffusion.discrete.correctors import Barker, Gibbs, Renoise
 from sedd.diffusion.discrete.pickers import Entropy, EntropyBounded, Margin
 from sedd.diffusion.discrete.process import Absorbing, Process
-from sedd.diffusion.discrete.samplers import Euler, Sampler, Trapezoidal, Tweedie
+from sedd.diffusion.discrete.samplers import Euler, Trapezoidal, Tweedie
 from sedd.diffusion.discrete.unmasking import Adaptive, Counts, FirstHitting, FixedCounts
 from sedd.diffusion.discrete.unmasking_schedules import cosine_unmasking, information, plan_unmasking
+from sedd.diffusion.sampling import Corrected, Sampler
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.runtime.disk import absolute

@@ -1,4 +1,4 @@
-"""Correctors: moves at a fixed noise level that bring samples closer to its distribution p_sigma.
+"""Correctors of tokens: moves at a fixed noise level that bring samples closer to its distribution p_sigma.
 
 A grid sampler makes a small error in each step; a corrector, run at the noise level that the step has reached, removes
 part of the errors so far (predictor-corrector; Campbell et al., arXiv 2205.14987, section 4.4).
@@ -26,37 +26,16 @@ deterministic chain .5 became .43. A Denoiser that is conditioned on which token
 at 64 steps).
 """
 
-import abc
 import dataclasses
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.process import Process, Uniform
-from sedd.diffusion.discrete.samplers import Sampler, Tweedie, leap, move
-from sedd.diffusion.discrete.score import Denoiser
+from sedd.diffusion.discrete.process import Uniform
+from sedd.diffusion.discrete.samplers import leap, move
+from sedd.diffusion.sampling import Corrector
 
 _MIN_SPACING = 4  # smallest distance, in free positions, of two that Gibbs redraws at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Corrector(abc.ABC):
-    """A corrector, whose round is one network call. Frozen and hashable, as samplers are."""
-
-    def check(self, process: Process) -> None:  # noqa: B027, not abstract: most correctors accept any process
-        """ValueError if it cannot correct this process."""
-
-    def plan(self, keys: jax.Array, free: jax.Array) -> Any:
-        """All that is drawn before a round. Key[B], Bool[B L] -> a pytree."""
-        return ()
-
-    @abc.abstractmethod
-    def correct(
-        self, process: Process, keys: jax.Array, denoiser: Denoiser, x: jax.Array, sigma: jax.Array, entry: Any
-    ) -> jax.Array:
-        """One round at noise sigma > 0. Key[B], Int[B L], Float[] -> Int[B L]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,54 +122,3 @@ class Barker(Corrector):
 def _positive(corrector: Renoise | Barker) -> None:
     if not corrector.size > 0:
         raise ValueError(f"{type(corrector).__name__}: size must be positive, not {corrector.size}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Corrected(Sampler):
-    """A grid sampler with `rounds` rounds of a corrector after each step but the last, which ends at noise 0.
-
-    sampler: Tweedie, Euler or Trapezoidal. Network calls: the sampler's, and `rounds` for each step but the last.
-    """
-
-    process: Process = dataclasses.field(init=False, repr=False)
-    sampler: Tweedie
-    corrector: Corrector
-    rounds: int = 1
-
-    def __post_init__(self):
-        if not isinstance(self.sampler, Tweedie):
-            kind = type(self.sampler).__name__
-            raise ValueError(f"a corrector needs a sampler on a grid of noise levels, not {kind}")
-        if self.rounds < 1:
-            raise ValueError(f"a corrector needs at least one round, not {self.rounds}")
-        self.corrector.check(self.sampler.process)
-        object.__setattr__(self, "process", self.sampler.process)
-
-    def plan(self, keys, free):
-        rounds = jnp.arange(self.sampler.steps * self.rounds).reshape(self.sampler.steps, self.rounds)
-        keys_of_rounds = keyed_random.fold(keys, 1)
-
-        def plan(number):
-            return self.corrector.plan(keyed_random.fold(keys_of_rounds, number), free)
-
-        return self.sampler.plan(keyed_random.fold(keys, 0), free), jax.vmap(jax.vmap(plan))(rounds)
-
-    def step(self, keys, denoiser, x, entry):
-        interval, corrector_plan = entry
-        x = self.sampler.step(keyed_random.fold(keys, 0), denoiser, x, interval)
-
-        def correct(j, x):
-            entry = jax.tree.map(lambda leaf: leaf[j], corrector_plan)
-            return self.corrector.correct(
-                self.process, keyed_random.fold(keys, 1 + j), denoiser, x, interval.sigma_next, entry
-            )
-
-        rounds = jnp.where(interval.sigma_next > 0, self.rounds, 0)
-        return jax.lax.fori_loop(0, rounds, correct, x)
-
-    def finished(self, x):
-        """False for every row: a corrector can change any token until the last step."""
-        return jnp.zeros(x.shape[0], bool)
-
-    def calls(self, steps):
-        return self.sampler.calls(steps) + self.rounds * jnp.minimum(steps, self.sampler.steps - 1)

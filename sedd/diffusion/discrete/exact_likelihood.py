@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
+from sedd.diffusion.denoiser import Denoiser
 from sedd.diffusion.discrete.process import Absorbing
-from sedd.diffusion.discrete.score import Denoiser
 
 
 def subset_log_likelihood(

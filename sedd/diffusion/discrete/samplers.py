@@ -1,86 +1,45 @@
-"""Samplers: a plan, a step, and the one loop that runs them all.
+"""Tau-leaping samplers of tokens, and the draws that samplers of tokens share.
 
-A sampler depends on a Denoiser and the process, never on a network. Its plan is a pytree with a leading axis of steps,
-drawn before the first step; each step takes one entry of it. Steps are factorised over the positions: a `Jump` for
-each token, drawn by `move`.
+Steps are factorised over the positions: a `Jump` for each token, drawn by `move`. Samplers of the absorbing process
+that leave the grid of noise levels are in `sedd.diffusion.discrete.unmasking`.
 """
 
-import abc
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.process import Absorbing, Jump, Process
-from sedd.diffusion.discrete.score import Denoiser, clamped
-from sedd.diffusion.schedule import Schedule
-
-_PRIOR, _PLAN, _STEPS = 0, 1, 2  # folded into the rows' keys; step k folds in _STEPS + k
+from sedd.diffusion.denoiser import Denoiser
+from sedd.diffusion.discrete.process import Jump, Process
+from sedd.diffusion.sampling import Grid, Interval, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampler(abc.ABC):
-    """A sampler: frozen and hashable, so that it can be a static argument of jit."""
+class TokenSampler(Sampler):
+    """A sampler whose state is tokens, Int[B L]."""
 
     process: Process
 
-    @abc.abstractmethod
-    def plan(self, keys: jax.Array, free: jax.Array) -> Any:
-        """All that is decided before the first step. Key[B], Bool[B L] -> a pytree with a leading axis of steps."""
+    def start(self, keys, given):
+        return self.process.prior(keys, given.shape[-1])
 
-    @abc.abstractmethod
-    def step(self, keys: jax.Array, denoiser: Denoiser, x: jax.Array, entry: Any) -> jax.Array:
-        """One step. Key[B], Int[B L] -> Int[B L]."""
-
-    def finished(self, x: jax.Array) -> jax.Array:
-        """True for rows that no further step changes. Int[B L] -> Bool[B]."""
-        return ~jnp.any(self.process.movable(x), axis=-1)
-
-    def calls(self, steps: jax.Array) -> jax.Array:
-        """Number of network calls in the first `steps` steps."""
-        return steps
-
-
-class Interval(NamedTuple):
-    """One step of a grid of noise levels. Each Float[], or Float[steps] in the plan."""
-
-    sigma: jax.Array  # noise at the start of the step
-    sigma_next: jax.Array  # noise at its end, exactly 0 in the last step
-    linear: jax.Array  # Euler's approximation of sigma - sigma_next, rate(t) (t - t_next)
+    def finished(self, x, free):
+        return ~jnp.any(self.process.movable(x) & free, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Tweedie(Sampler):
+class Tweedie(TokenSampler, Grid):
     """Tweedie tau-leaping: each token takes its exact posterior step, independently of the others.
 
-    The grid of times from 1 to 0 is even, and its last noise is exactly 0, so that the last interval is the final
-    denoising step. Exact if the tokens are independent, otherwise of first order in the step size. SEDD, equation 19
-    and theorem 4.2.
+    Exact if the tokens are independent, otherwise of first order in the step size. SEDD, equation 19 and theorem 4.2.
     """
-
-    schedule: Schedule
-    steps: int
-
-    def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"a sampler needs at least one step, not {self.steps}")
-
-    def times(self) -> jax.Array:
-        """The grid, from 1 down to 0. Float[steps + 1]."""
-        return jnp.linspace(1.0, 0.0, self.steps + 1)
-
-    def plan(self, keys, free):
-        t = self.times()
-        sigma = self.schedule.sigma(t).at[-1].set(0.0)
-        return Interval(sigma[:-1], sigma[1:], self.schedule.rate(t[:-1]) * (t[:-1] - t[1:]))
 
     def step(self, keys, denoiser, x, entry):
         sigma = jnp.full(x.shape[0], entry.sigma)
-        if not isinstance(self.process, Absorbing):
+        if self.process.mask_id is None:
             return move(keys, x, self.jump(denoiser(x, sigma, None), x, entry))
         # Which masks are unmasked does not depend on the Denoiser: the head is evaluated at those alone.
         p_move = self.jump(jnp.zeros((*x.shape, 1), sigma.dtype), x, entry).p_move
@@ -94,7 +53,7 @@ class Tweedie(Sampler):
         At most one step in a million unmasks more of `length` masked tokens.
         """
         with jax.ensure_compile_time_eval():
-            mask = jnp.int32(self.process.num_states - 1)
+            mask = jnp.int32(self.process.mask_id)
             p_move = jax.vmap(lambda entry: self.jump(jnp.zeros(1), mask, entry).p_move)(self.plan(None, None))
             p_masked = jnp.cumprod(1 - p_move)  # after each step
             p = float(jnp.max(p_move * jnp.append(1.0, p_masked[:-1])))
@@ -209,103 +168,3 @@ def unmask(
         return remaining, drawn, jnp.any(remaining)
 
     return jax.lax.while_loop(lambda state: state[2], draw_some, (where, x, jnp.bool_(True)))[1]
-
-
-class Task(NamedTuple):
-    """Rows to be filled in, and all that is decided before the first step."""
-
-    keys: jax.Array  # Key[B], from the global row
-    tokens: jax.Array  # Int32[B L], read where not free
-    free: jax.Array  # Bool[B L]
-    plan: Any  # the sampler's plan, a pytree with a leading axis of steps
-
-    @property
-    def steps(self) -> int:
-        """Maximum number of steps."""
-        return jax.tree.leaves(self.plan)[0].shape[0]
-
-
-class State(NamedTuple):
-    """The state of a task between two steps."""
-
-    steps: jax.Array  # Int32[], number of steps taken
-    done: jax.Array  # Bool[], True if no further step changes anything
-    tokens: jax.Array  # Int32[B L]
-    trace: jax.Array | None  # Int32[steps B L], the tokens after each step taken, 0 for the others
-
-
-def begin(
-    key: jax.Array,
-    sampler: Sampler,
-    tokens: jax.Array,
-    free: jax.Array,
-    rows: jax.Array | None = None,
-    trace: bool = False,
-) -> tuple[Task, State]:
-    """Draws the plan and the state before the first step. Arguments as of `sample`."""
-    rows = jnp.arange(tokens.shape[0]) if rows is None else rows
-    tokens = tokens.astype(jnp.int32)
-    keys = keyed_random.row_keys(key, rows)
-    task = Task(keys, tokens, free, sampler.plan(keyed_random.fold(keys, _PLAN), free))
-    start = jnp.where(free, sampler.process.prior(keyed_random.fold(keys, _PRIOR), tokens.shape[-1]), tokens)
-    states = jnp.zeros((task.steps, *tokens.shape), jnp.int32) if trace else None
-    return task, State(jnp.int32(0), _done(sampler, task, jnp.int32(0), start), start, states)
-
-
-def advance(
-    task: Task, state: State, denoiser: Denoiser, sampler: Sampler, until: jax.Array | int | None = None
-) -> State:
-    """The one loop under every sampler: runs until all rows are finished, or `until` steps are taken in all.
-
-    The given tokens are clamped in the Denoiser that the sampler calls, and in the state (SEDD, equation 22).
-    """
-    until = task.steps if until is None else until
-    clamped_denoiser = clamped(denoiser, task.tokens, task.free)
-
-    def unfinished(state):
-        return ~state.done & (state.steps < until)
-
-    def body(state):
-        k = state.steps
-        entry = jax.tree.map(lambda leaf: leaf[k], task.plan)
-        x = sampler.step(keyed_random.fold(task.keys, _STEPS + k), clamped_denoiser, state.tokens, entry)
-        x = jnp.where(task.free, x, task.tokens)
-        states = None if state.trace is None else state.trace.at[k].set(x)
-        return State(k + 1, _done(sampler, task, k + 1, x), x, states)
-
-    return jax.lax.while_loop(unfinished, body, state)
-
-
-def _done(sampler: Sampler, task: Task, steps: jax.Array, x: jax.Array) -> jax.Array:
-    x = jnp.where(task.free, x, 0)  # a given position is finished, whatever token it has
-    finished = sampler.finished(x) | ~jnp.any(task.free, axis=-1)
-    return (steps >= task.steps) | jnp.all(finished)
-
-
-class Sampled(NamedTuple):
-    """The result of `sample`."""
-
-    tokens: jax.Array  # Int32[B L]
-    calls: jax.Array  # Int32[], network calls
-    trace: jax.Array | None  # Int32[steps B L], the tokens after each step; steps not taken repeat the last
-
-
-def sample(
-    key: jax.Array,
-    denoiser: Denoiser,
-    sampler: Sampler,
-    tokens: jax.Array,
-    free: jax.Array,
-    rows: jax.Array | None = None,
-    trace: bool = False,
-) -> Sampled:
-    """Samples the free positions given the others: `begin`, then `advance` to the end. Pure; meant to be jitted.
-
-    key: a typed key; tokens: Int[B L], read where not free; free: Bool[B L], any positions, which may differ by row;
-    rows: Int[B], the rows' global indices, from which their keys are made (None: 0 .. B - 1).
-    """
-    task, state = begin(key, sampler, tokens, free, rows, trace)
-    steps, _, x, states = advance(task, state, denoiser, sampler)
-    if states is not None:
-        states = jnp.where(jnp.arange(task.steps)[:, None, None] < steps, states, x[None])
-    return Sampled(x, sampler.calls(steps), states)

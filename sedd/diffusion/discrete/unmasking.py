@@ -24,15 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd.diffusion import keyed_random
+from sedd.diffusion.denoiser import Denoiser
 from sedd.diffusion.discrete.pickers import Picker
 from sedd.diffusion.discrete.process import Absorbing, Jump
-from sedd.diffusion.discrete.samplers import Sampler, Tweedie, move, unmask
-from sedd.diffusion.discrete.score import Denoiser
+from sedd.diffusion.discrete.samplers import TokenSampler, Tweedie, move, unmask
 from sedd.diffusion.schedule import Schedule
 
 
-def _check_absorbing(sampler: Sampler) -> None:
-    if not isinstance(sampler.process, Absorbing):
+def _check_absorbing(sampler: TokenSampler) -> None:
+    if sampler.process.mask_id is None:
         name = type(sampler).__name__
         raise ValueError(f"{name} unmasks tokens: it needs the absorbing process, not {sampler.process}")
 
@@ -45,7 +45,7 @@ class Call(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class PlannedUnmasking(Sampler):
+class PlannedUnmasking(TokenSampler):
     """Unmasks each free position in a call that is decided beforehand; the tokens of a call are drawn independently.
 
     Needs the absorbing process. A call evaluates the Denoiser at W positions of a row, the maximum that a call unmasks.
@@ -199,7 +199,7 @@ class FixedCounts(PlannedUnmasking):
 
 
 @dataclasses.dataclass(frozen=True)
-class Adaptive(Sampler):
+class Adaptive(TokenSampler):
     """Decodes in an order chosen from the unmasked tokens; each call unmasks all positions that the picker picks.
 
     Needs the absorbing process. Each call evaluates the Denoiser at every position, conditioned on the row's own mask

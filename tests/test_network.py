@@ -235,7 +235,10 @@ def test_networks_with_equal_hyperparameters_are_equal():
     other = with_trunk(NETWORK, layers=4)
     assert other != NETWORK and width(other) == 16 and len(traces) == 2
     assert repr(network) == repr(NETWORK) != repr(other) and "\n" not in repr(network)
-    assert "trunk=Trunk(width=16, layers=3, heads=2, dropout=0.0, dtype='float32', scan=False," in repr(network)
+    trunk = (
+        "Trunk(width=16, layers=3, heads=2, dropout=0.0, dtype='float32', scan=False, remat='none', attention='xla')"
+    )
+    assert f"prediction='denoiser', trunk={trunk}, sigma_range=" in repr(network)
 
 
 def test_network_says_whether_its_scores_are_unnormalised():

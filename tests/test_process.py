@@ -52,6 +52,22 @@ def test_corrupt_and_prior_sample_the_forward_distribution(process):
 
 
 @pytest.mark.smoke
+def test_equal_logits_are_the_score_of_the_uniform_distribution(process, float64):
+    """At every noise level, where a token can move. Logits are shifts of log scores, but for the current token's 0."""
+    x, v = np.arange(process.num_states), process.vocab_size
+    movable = np.asarray(process.movable(x))
+    uniform = np.full((len(x), v), -np.log(v))
+    for sigma in np.array(SIGMAS):
+        score = process.score_from_logits(np.zeros((len(x), process.num_states)), x, np.full(len(x), sigma))
+        expected = process.log_score(uniform, uniform[:, 0], sigma)
+        np.testing.assert_allclose(score[movable, :v], expected[movable], atol=1e-12)
+        logits = np.arange(process.num_states) / 7 + np.zeros_like(score)
+        shifted = process.score_from_logits(logits, x, np.full(len(x), sigma))
+        np.testing.assert_array_equal(shifted[x, x], 0.0)
+        np.testing.assert_allclose(shifted - score, np.where(np.eye(len(x)), 0.0, logits), atol=1e-12)
+
+
+@pytest.mark.smoke
 def test_scores_are_ratios_of_the_noisy_distribution(process, joint, float64):
     """log_score of the exact r, log m, the reverse rates, r from the score: a wrong constant gives errors of O(1)."""
     x, denoiser = states(process.num_states, 3), joint.denoiser(process)

@@ -6,12 +6,14 @@ process, whose meaning is that of `sedd.network.predictions`.
 
 import dataclasses
 import math
+from typing import cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.denoiser import Denoiser
+from sedd.diffusion.discrete.score import Denoiser
 from sedd.diffusion.discrete.process import Absorbing, Uniform
 from sedd.diffusion.discrete.score import StatsFn
 from sedd.network.adapters import NoiseEmbedding, TokenEmbedding, TokenHead, padded
@@ -179,17 +181,21 @@ class Network:
             raise ValueError(
                 "this network has no embedding of given tokens; train one with network.given_embedding=True"
             )
-        variables = {"params": params["trunk"]}
-        h = self.embedding.apply(variables, x, given)
-        condition = self.noise_embedding.apply(variables, sigma)
-        return self.trunk.apply(variables, h, condition, keys, lengths), condition
+        h = _apply(self.embedding, params["trunk"], x, given)
+        condition = _apply(self.noise_embedding, params["trunk"], sigma)
+        return _apply(self.trunk, params["trunk"], h, condition, keys, lengths), condition
 
     def logits(self, params: dict, hidden: jax.Array, condition: jax.Array) -> jax.Array:
         """The head, at any sites. Float[... P W], Float[... P C] or Float[... 1 C] -> Float32[... P S]."""
-        return self.head.apply({"params": params["head"]}, hidden, condition)
+        return _apply(self.head, params["head"], hidden, condition)
 
     def _clipped(self, sigma):
         return jnp.clip(sigma.astype(jnp.float32), *self.sigma_range)
+
+
+def _apply(module: nn.Module, params: dict, *inputs) -> jax.Array:
+    """The module with the parameters that it names, of a tree that may hold others."""
+    return cast(jax.Array, module.apply({"params": params}, *inputs))
 
 
 def _masked_of_pairs(masked: jax.Array):

@@ -4,6 +4,8 @@ Bidirectional attention with rotary positions; each layer is modulated by a cond
 from sigma (adaLN-zero; Peebles and Xie, arXiv 2212.09748).
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -96,5 +98,5 @@ class Trunk(nn.Module):
         return h
 
     def __repr__(self):  # one line, as results record it; linen's has a line for each attribute
-        names = self.__annotations__  # without linen's own fields
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("parent", "name")]
         return f"Trunk({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"

@@ -87,7 +87,7 @@ def _loss_and_gradient(objective, training, mesh, params, batch, key) -> tuple[j
         (loss, losses), gradient = jax.value_and_grad(mean_loss, has_aux=True)(params, *rows)
         return loss, losses, gradient
     microbatches = jax.tree.map(lambda array: array.reshape(training.accumulation, -1, *array.shape[1:]), rows)
-    microbatches = jax.lax.with_sharding_constraint(microbatches, NamedSharding(mesh, P(None, ("data", "fsdp"))))
+    microbatches = jax.lax.with_sharding_constraint(microbatches, NamedSharding(mesh, P(None, parallel.BATCH_AXES)))
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
     (loss, gradient), losses = jax.lax.scan(add, zero, microbatches)
     return loss, jax.tree.map(lambda rows: rows.reshape(-1), losses), gradient

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.score import Denoiser
+from sedd.diffusion.denoiser import Denoiser
 from sedd.diffusion.discrete.process import Absorbing, Uniform
 from sedd.diffusion.discrete.score import StatsFn
 from sedd.network.adapters import NoiseEmbedding, TokenEmbedding, TokenHead, padded

@@ -208,10 +208,10 @@ def bare_call(model: sedd.Model, batch: int, length: int, width: int, repeats: i
 def _calls(network, params, tokens, positions, calls: int):
     def body(_, tokens):
         sigma = jnp.ones(tokens.shape[0])
-        hidden, condition = network.trunk.apply({"params": params["trunk"]}, tokens, sigma)
+        hidden, condition = network.hidden(params, tokens, sigma)
         if positions is not None:
             hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
-        logits = network.head.apply({"params": params["head"]}, hidden, condition[:, None])
+        logits = network.logits(params, hidden, condition[:, None])
         logits = jax.lax.optimization_barrier(logits)  # all are computed, though only one is read
         return jnp.where(jnp.isnan(logits[0, 0, 0]), 0, tokens)
 

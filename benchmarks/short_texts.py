@@ -7,6 +7,7 @@ ways with the same noise. Prints nats per token, and the mean difference with it
 """
 
 import argparse
+import dataclasses
 
 import numpy as np
 
@@ -45,7 +46,8 @@ def nats_per_token(model: sedd.Model, texts: np.ndarray, layout: Layout, num_dra
     tokens = np.pad(texts, ((0, 0), (0, model.block_length - length))).astype(np.int32)
     lengths = np.full(count, length, np.int32)
     rows = ScoringRows(tokens, lengths, lengths, np.arange(count), None, None, layout, {}, count)
-    _, terms = perplexity(model.network, model.schedule, model.params, rows, num_draws=num_draws, progress=False)
+    model = dataclasses.replace(model, layout=layout)
+    _, terms = perplexity(model, rows, num_draws=num_draws, progress=False)
     return terms.rows / length
 
 

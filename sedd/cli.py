@@ -12,6 +12,7 @@ from sedd.data import sources, tokenizers
 from sedd.data.splits import SPLITS
 from sedd.errors import UserError
 from sedd.evaluation.protocols import PROTOCOLS
+from sedd.generation.options import FLAGS
 from sedd.generation.samplers import PLANNED, SAMPLERS
 from sedd.runtime import faults, processes, streams
 from sedd.version import __version__
@@ -240,7 +241,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--judge", action=_Once, help="folder of the scoring language model (the model itself, by its NLL bound)"
     )
     compare.add_argument("--out", action=_Once, help="folder for sweep.json and sweep.png")
-    _add_sampling_options(compare)
+    _add_length(compare)
+    _add_sampling_options(compare, "temperature", "top_p", "seed", "batch_size")
 
     infill = command("infill", commands.infill, "Fill in the blanks of texts, conditioned on the rest.")
     _add_model(infill)
@@ -260,24 +262,27 @@ def _add_model(parser, required=True):
 
 def _add_sampling_and_output(parser):
     parser.add_argument("--num_samples", type=_integer, default=1, help="number of samples, per template (%(default)s)")
-    parser.add_argument("--steps", type=_integer, default=128, help="steps of the sampler (%(default)s)")
-    _add_sampling_options(parser)
-    parser.add_argument("--sampler", default="tweedie", help=f"{_SAMPLERS} (%(default)s)")
+    _add_length(parser)
+    _add_sampling_options(parser, *FLAGS)
     parser.add_argument("--json", action="store_true", help="print one JSON object per text")
     parser.add_argument("--watch", action="store_true", help="show each step of sampling in the terminal")
     text = "write an HTML page that plays the steps of sampling"
     parser.add_argument("--html", action=_Once, metavar="FILE", help=text)
 
 
-def _add_sampling_options(parser):
+def _add_length(parser):
     text = "length in tokens (the block length); longer texts are sampled semi-autoregressively"
     parser.add_argument("--length", type=_integer, help=text)
-    text = "temperature of the distribution over clean tokens (%(default)s)"
-    parser.add_argument("--temperature", type=float, default=1.0, help=text)
-    text = "nucleus sampling: keep the most probable tokens of this total probability (%(default)s)"
-    parser.add_argument("--top_p", type=float, default=1.0, help=text)
-    parser.add_argument("--seed", type=_integer, default=0, help="random seed (%(default)s)")
-    parser.add_argument("--batch_size", type=_integer, help="rows per batch; does not change the samples")
+
+
+def _add_sampling_options(parser, *names: str):
+    """Adds the flags of these `SamplingOptions`."""
+    for name in names:
+        field = FLAGS[name]
+        kind = _integer if field.metadata["kind"] is int else field.metadata["kind"]
+        text = f"the sampler: {_SAMPLERS}" if name == "sampler" else field.metadata["help"]
+        default = "" if field.default is None else " (%(default)s)"
+        parser.add_argument(f"--{name}", type=kind, default=field.default, help=f"{text}{default}")
 
 
 if __name__ == "__main__":

@@ -191,6 +191,7 @@ def sweep(args, _):
     """Measures sample quality for several samplers and numbers of steps."""
     from sedd.evaluation.pictures import plot_sweep
     from sedd.evaluation.sweep import sweep, table, to_json
+    from sedd.generation.options import SamplingOptions
     from sedd.loading import load
 
     try:
@@ -201,10 +202,10 @@ def sweep(args, _):
     model = load(args.model, args.tokenizer)
     scorer = _scorer(args.judge) if args.judge else model.tokenizer and _bound_scorer(model, args.model)
     samplers = [name.strip() for name in args.samplers.split(",")]
-    options = {name: getattr(args, name) for name in ("length", "temperature", "top_p", "batch_size")}
+    options = SamplingOptions(**{name: getattr(args, name) for name in ("temperature", "top_p", "seed", "batch_size")})
     folder = None if args.out is None else storage.folder_of(args.out)
     with folders.locked_by_first(folder):
-        points = sweep(model.generator, samplers, steps, args.num_samples, scorer, args.seed, **options)
+        points = sweep(model, samplers, steps, args.num_samples, scorer, args.length, options)
         print(table(points))
         if folder and processes.is_first():
             with storage.user_errors(folder):
@@ -234,6 +235,7 @@ def infill(args, _):
 
 def _generate(args, method, num_templates: int):
     """Generates texts and prints them, with --watch each step too. method: maps a Model to its sample or infill."""
+    from sedd.generation.options import FLAGS
     from sedd.generation.playback import Terminal, page
     from sedd.loading import load
 
@@ -243,7 +245,7 @@ def _generate(args, method, num_templates: int):
     _join()
     model = load(args.model, args.tokenizer)
     vocabulary = model.tokenizer, model.process.mask_id
-    names = ("num_samples", "length", "steps", "sampler", "temperature", "top_p", "seed", "batch_size")
+    names = ("num_samples", "length", *FLAGS)
     settings = {name: getattr(args, name) for name in names} | {"trace": html is not None}
     if args.watch and processes.is_first():
         with Terminal(*vocabulary, args.num_samples * num_templates) as terminal:

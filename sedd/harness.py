@@ -12,7 +12,7 @@ import itertools
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,12 +23,14 @@ from sedd.diffusion.discrete.pickers import Margin, Picker
 from sedd.diffusion.discrete.process import Absorbing
 from sedd.diffusion.discrete.unmasking import Adaptive
 from sedd.errors import UserError
-from sedd.evaluation.conditional import METHODS, Answers, answers_to, log_likelihoods
+from sedd.evaluation.answers import answers_to
+from sedd.evaluation.conditional import METHODS, log_likelihoods
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import from_texts
 from sedd.generation import prompts
-from sedd.generation.generate import Generator
-from sedd.generation.prompts import Prompt
+from sedd.generation.generate import generate, sampler_for
+from sedd.generation.options import SamplingOptions
+from sedd.generation.rows import Row, Rows, as_document, joined
 from sedd.loading import load, with_tokenizer
 from sedd.model import Model, check_draws
 from sedd.runtime import streams
@@ -146,7 +148,7 @@ class Harness(LM):
         groups = itertools.groupby(requests, key=lambda request: (request.doc_id, request.args[0]))
         questions = self._questions([[request.args for request in group] for _, group in groups])
         model, results = self.model, []
-        score = functools.partial(log_likelihoods, model.network, model.schedule, model.params)
+        score = functools.partial(log_likelihoods, model)
         size = QUESTIONS_PER_UPDATE
         for start in tqdm(range(0, len(questions), size), desc="scoring", unit=f"{size} questions", delay=2):
             batch = questions[start : start + size]
@@ -179,7 +181,7 @@ class Harness(LM):
         requested = [settings.generation(request.args[1], self.max_gen_toks) for request in requests]
         generations = [self._generation(one) for one in requested]
         for generation in dict.fromkeys(generations):  # before any sampling
-            self._generator.check(**dict(generation.sampling))
+            sampler_for(self.model, generation.sampling)
         full = [request.args[0] for request in requests]
         contexts = [
             self._truncate_left(context, [""], self._room - generation.num_tokens)
@@ -195,16 +197,15 @@ class Harness(LM):
                 self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
         return texts
 
-    def _questions(self, groups: list[list[tuple[str, str]]]) -> list[Answers]:
+    def _questions(self, groups: list[list[tuple[str, str]]]) -> list[Rows]:
         """Answers for groups of (context, continuation), one context a group."""
-        model, questions = self.model, []
+        questions = []
         full = [group[0][0].rstrip() for group in groups]
         contexts = []
         for context, group in zip(full, groups):
             texts = [before[len(context) :] + continuation for before, continuation in group]
             contexts.append(self._truncate_left(context, texts, self._room))
-            block = (self._tokenizer, model.process, model.block_length, model.layout)
-            questions.append(answers_to(contexts[-1], texts, *block))
+            questions.append(answers_to(contexts[-1], texts, self.model))
         self._warn_of_truncation(contexts, full)
         return questions
 
@@ -214,17 +215,17 @@ class Harness(LM):
         nats = np.zeros(len(texts))
         if nonempty:
             documents = [texts[number] for number in nonempty]
-            scored = from_texts(documents, self._tokenizer, model.block_length, model.layout)
+            scored = from_texts(documents, model)
             noise = {"num_draws": model.config.evaluation.draws} | self.noise
-            _, terms = perplexity(model.network, model.schedule, model.params, scored, **noise)
+            _, terms = perplexity(model, scored, **noise)
             nats[nonempty] = -np.bincount(terms.clusters, terms.rows, minlength=len(nonempty))
         return nats.tolist()
 
-    def _are_greedy(self, questions: list[Answers]) -> list[bool]:
+    def _are_greedy(self, questions: list[Rows]) -> list[bool]:
         """True for each row whose free tokens greedy decoding reproduces."""
         rows = [row for answers in questions for row in _rows(answers)]
         # Sorted by the number of free tokens, so that the rows of a batch take equally many network calls.
-        order = np.argsort([np.sum(~row.given) for row in rows], kind="stable")
+        order = np.argsort([np.sum(row.free) for row in rows], kind="stable")
         decoded = self._infill([rows[number] for number in order], self._greedy)
         ids_of = {number: ids[: len(rows[number].tokens)] for number, ids in zip(order, decoded, strict=True)}
         return [bool(np.array_equal(ids_of[number], row.tokens)) for number, row in enumerate(rows)]
@@ -232,27 +233,28 @@ class Harness(LM):
     def _continuations(self, contexts: list[str], generation: GenerationRequest) -> list[tuple[np.ndarray, np.ndarray]]:
         """Returns the tokens of each context, and those of its continuation."""
         given = [prompts.of_text(context, self._tokenizer, Ends(closes=False)) for context in contexts]
-        rows = [self._in_block(prompts.joined(context, prompts.blank(generation.num_tokens))) for context in given]
+        rows = [self._in_block(joined(context, prompts.blank(generation.num_tokens))) for context in given]
         filled = self._infill(rows, generation.sampling)
         stops = [len(context.tokens) + generation.num_tokens for context in given]
         parts = zip(given, filled, stops, strict=True)
         return [(context.tokens, ids[len(context.tokens) : stop]) for context, ids, stop in parts]
 
-    def _in_block(self, row: Prompt) -> Prompt:
+    def _in_block(self, row: Row) -> Row:
         """Extends a row as `answers_to` does: with an end of text if the network takes lengths, else with masks."""
         model = self.model
         if model.layout.masks_padding:
             end = self._tokenizer.end_of_text
             assert end is not None  # every padded corpus has one
-            return prompts.as_document(row, model.layout, model.block_length, end)
-        if not isinstance(model.process, Absorbing):
+            return as_document(row, model.layout, model.block_length, end)
+        if model.uses_lengths:
             return row
         rest = model.block_length - len(row.tokens)
-        return prompts.joined(row, Prompt(np.full(rest, model.process.mask_id, np.int32), np.ones(rest, bool)))
+        return joined(row, Row(np.full(rest, model.process.mask_id, np.int32), np.zeros(rest, bool)))
 
-    def _infill(self, rows: list[Prompt], sampling: tuple[tuple[str, Any], ...]) -> np.ndarray:
+    def _infill(self, rows: list[Row], options: SamplingOptions) -> np.ndarray:
         """Returns the tokens of the infilled rows, Int32[N L]."""
-        return self._generator.generate(rows, **dict(sampling)).tokens
+        without_tokenizer = dataclasses.replace(self.model, tokenizer=None)  # rows hold masks, which have no text
+        return generate(without_tokenizer, rows, options).tokens
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -260,17 +262,12 @@ class Harness(LM):
         return self.model.tokenizer
 
     @property
-    def _generator(self) -> Generator:
-        """The model's generator without a tokenizer, since the rows hold masks, which have no text."""
-        return dataclasses.replace(self.model.generator, tokenizer=None)
-
-    @property
-    def _greedy(self) -> tuple[tuple[str, Any], ...]:
-        """The sampling settings of greedy decoding."""
+    def _greedy(self) -> SamplingOptions:
+        """The options of greedy decoding."""
         process = self.model.process
-        if isinstance(process, Absorbing):
-            return (("sampler", Greedy(process)),)
-        return ("top_p", GREEDY_TOP_P), ("seed", self.seed)
+        if process.mask_id is None:
+            return SamplingOptions(top_p=GREEDY_TOP_P, seed=self.seed)
+        return SamplingOptions(sampler=Greedy(cast(Absorbing, process)))
 
     def _generation(self, requested: settings.Request) -> GenerationRequest:
         """The continuation that a task's generation settings request. UserError if it leaves no room for a context."""
@@ -281,7 +278,7 @@ class Harness(LM):
             )
         if requested.sampling is None:
             return GenerationRequest(requested.num_tokens, self._greedy)
-        return GenerationRequest(requested.num_tokens, tuple(({"seed": self.seed} | requested.sampling).items()))
+        return GenerationRequest(requested.num_tokens, SamplingOptions(**({"seed": self.seed} | requested.sampling)))
 
     def _until(self, context: np.ndarray, ids: np.ndarray, stops: list[str]) -> str:
         """Decodes ids that follow a context, up to an end of text and the first of the stop strings."""
@@ -322,12 +319,9 @@ class Harness(LM):
             )
 
 
-def _rows(answers: Answers) -> list[Prompt]:
+def _rows(answers: Rows) -> list[Row]:
     """Answers as prompts whose free positions are the answers. The prompts' tokens hold the answers."""
-    full = np.full(len(answers.tokens), answers.tokens.shape[1])
-    lengths = full if answers.lengths is None else answers.lengths
-    rows = zip(answers.tokens, ~answers.free, lengths)
-    return [Prompt(tokens[:length], given[:length]) for tokens, given, length in rows]
+    return [Row(tokens[:length], free[:length]) for tokens, free, length in zip(*answers)]
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from sedd.errors import UserError
+from sedd.generation.options import FLAGS, SamplingOptions
 
 _ANY = object()
 # Arguments of lm_eval's other models, and their values that have no effect here. An empty value has none either.
@@ -32,7 +33,8 @@ _GENERATION: dict[str, Any] = {
     ),  # for beam search and memory
 }
 _SAMPLING_ONLY: dict[str, Any] = {"top_k": (0, -1), "min_p": (0,), "typical_p": (1,)}  # any value when greedy
-SAMPLING: dict[str, type] = {"temperature": float, "top_p": float, "seed": int, "sampler": str, "steps": int}
+# The options of sampling that a task can set.
+SAMPLING = {name: FLAGS[name].metadata["kind"] for name in ("temperature", "top_p", "seed", "sampler", "steps")}
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # in order of precedence
 
 _Default = TypeVar("_Default", int, None)
@@ -47,10 +49,10 @@ class Request(NamedTuple):
 
 
 class GenerationRequest(NamedTuple):
-    """The length and sampling settings of a continuation; hashable."""
+    """The length and sampling options of a continuation; hashable."""
 
     num_tokens: int
-    sampling: tuple[tuple[str, Any], ...]  # keyword arguments of Generator.generate
+    sampling: SamplingOptions
 
 
 def check_model_args(others: Mapping[str, Any], own: Sequence[str], accepted: Mapping[str, tuple]):

@@ -44,18 +44,32 @@ def _load(path: str | Path) -> Model:
     about = configs.read_description(directory / "config.json")
     if pretrained.is_published(about):
         config, params = pretrained.load(directory)
-        return Model(config, _replicated(params), None, *configs.build(config, config.data.vocab_size))
-    if "config" not in about:
+        vocab_size, tokenizer, layout = config.data.vocab_size, None, Layout()
+    elif "config" in about:
+        config, vocab_size = configs.from_dict(about["config"]), about["vocab_size"]
+        config.network.attention = "xla"  # computes the same function, at any length and on any device
+        tokenizer = load_tokenizer(directory / "tokenizer") if (directory / "tokenizer").is_dir() else None
+        params, layout = _params(directory, step, config, vocab_size), Layout.from_json(about["layout"])
+    else:
         raise UserError(f"{directory} is not a model of sedd: its config.json has no config; choose another folder")
-    config = configs.from_dict(about["config"])
-    config.network.attention = "xla"  # computes the same function, at any length and on any device
-    tokenizer = load_tokenizer(directory / "tokenizer") if (directory / "tokenizer").is_dir() else None
-    process, schedule, network = configs.build(config, about["vocab_size"])
+    _, schedule, network = configs.build(config, vocab_size)
+    return Model(
+        config=config,
+        network=network,
+        params=_replicated(params),
+        schedule=schedule,
+        tokenizer=tokenizer,
+        layout=layout,
+        block_length=config.data.block_length,
+    )
+
+
+def _params(directory: epath.Path, step: int | None, config: ConfigDict, vocab_size: int) -> dict:
+    """Reads the parameters of an exported model, or of a run."""
+    _, _, network = configs.build(config, vocab_size)
     like = jax.eval_shape(network.init, root_key(0))
     weights = directory / "weights.safetensors"
-    params = _exported(weights, like) if weights.is_file() else _trained(directory, step, config, like)
-    layout = Layout.from_json(about["layout"])
-    return Model(config, _replicated(params), tokenizer, process, schedule, network, layout)
+    return _exported(weights, like) if weights.is_file() else _trained(directory, step, config, like)
 
 
 def _run_and_step(directory: epath.Path) -> tuple[epath.Path, int | None]:

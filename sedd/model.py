@@ -5,7 +5,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,11 @@ from safetensors.numpy import save as save_arrays
 
 from sedd import config as configs
 from sedd.data.corpus import Corpus
-from sedd.data.layout import Layout
 from sedd.data.source import Source
-from sedd.data.tokenizers import Tokenizer
 from sedd.diffusion.denoiser import Denoiser, clamped
-from sedd.diffusion.discrete.process import Process
-from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
-from sedd.evaluation.conditional import LogLikelihood, answers_to, log_likelihoods
+from sedd.evaluation.answers import answers_to
+from sedd.evaluation.conditional import LogLikelihood, log_likelihoods
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.protocols import get_protocol, scoring_rows
 from sedd.evaluation.report import Comparison, Report, Terms, make_comparison
@@ -31,37 +28,26 @@ from sedd.evaluation.resumable_draws import KEPT
 from sedd.evaluation.scorers import ScoredTexts
 from sedd.evaluation.text import check_compatible, from_texts
 from sedd.generation import prompts
-from sedd.generation.generate import Generator, Samples, SamplingOptions
-from sedd.generation.prompts import Prompt
-from sedd.network.network import Network
+from sedd.generation.generate import Samples, generate, sample
+from sedd.generation.options import SamplingOptions
+from sedd.generation.rows import Row, as_document, check_size
 from sedd.runtime import disk, folders, processes, storage
 from sedd.runtime.settings import jax_defaults
 from sedd.runtime.trees import fingerprint, named
 from sedd.seeds import check_seed
+from sedd.trained import Trained
 
 MAX_DRAWS = 2**20
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Model:
-    """A trained model.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Model(Trained):
+    """A trained model, and what people do with it.
 
-    params: the EMA parameters if the run keeps them; tokenizer: None if unknown; layout: that of the training corpus,
-    packed or padded.
+    params: the EMA parameters if the run keeps them; config: that of the training run.
     """
 
     config: ConfigDict
-    params: dict
-    tokenizer: Tokenizer | None
-    process: Process
-    schedule: Schedule
-    network: Network
-    layout: Layout = Layout()
-
-    @property
-    def block_length(self) -> int:
-        """Sequence length of training, in tokens; the default length of samples."""
-        return self.config.data.block_length
 
     @jax_defaults()
     def log_score(
@@ -95,16 +81,16 @@ class Model:
         denoiser = self.network.denoiser(self.params, lengths, flags)
         return denoiser if given is None else clamped(denoiser, jnp.asarray(tokens), ~jnp.asarray(given))
 
-    def sample(self, num_samples: int = 1, length: int | None = None, **settings: Unpack[SamplingOptions]) -> Samples:
+    def sample(self, num_samples: int = 1, length: int | None = None, **options: Any) -> Samples:
         """Samples texts unconditionally.
 
         length: tokens per text. The default is the block length, or for padded documents with ignored padding a length
         drawn from those of the training corpus. A model of packed text samples texts longer than a block
         semi-autoregressively, each block with its first half given; a uniform model then adds Gibbs corrector steps,
-        as in `infill`. settings: `sedd.generation.generate.SamplingOptions`: steps, sampler, temperature, top_p, seed,
-        batch_size, trace, watch. UserError for an invalid argument, before compilation.
+        as in `infill`. options: of `sedd.generation.options.SamplingOptions`: steps, sampler, temperature, top_p,
+        seed, batch_size, trace, watch. UserError for an invalid argument, before compilation.
         """
-        return self.generator.sample(num_samples, length, **settings)
+        return sample(self, num_samples, length, SamplingOptions(**options))
 
     def infill(
         self,
@@ -116,7 +102,7 @@ class Model:
         tokens: np.ndarray | None = None,
         given: np.ndarray | None = None,
         num_samples: int = 1,
-        **settings: Unpack[SamplingOptions],
+        **options: Any,
     ) -> Samples:
         """Samples the free positions of texts, conditioned on the given tokens, which do not change.
 
@@ -131,7 +117,7 @@ class Model:
         in `sedd.diffusion.discrete.correctors`.
 
         A text ends at the first end-of-text token after the last given token. A row of arrays without free positions
-        is returned unchanged. settings: as in `sample`. UserError for an invalid argument, before compilation.
+        is returned unchanged. options: as in `sample`. UserError for an invalid argument, before compilation.
         """
         inputs = [
             template is not None,
@@ -149,9 +135,9 @@ class Model:
         else:
             texts = [template] if isinstance(template, str) else template
             rows = self._of_texts(texts, prefix or "", suffix or "", length)
-        prompts.check_size(num_samples * len(rows), max((len(row.tokens) for row in rows), default=0))
+        check_size(num_samples * len(rows), max((len(row.tokens) for row in rows), default=0))
         rows = [row for row in rows for _ in range(num_samples)]
-        return self.generator.generate(rows, **settings)
+        return generate(self, rows, SamplingOptions(**options))
 
     def perplexity(self, texts_or_corpus: str | Sequence[str] | Corpus | Source, **settings) -> Report:
         """Estimates the NLL bound (negative ELBO) of texts, each a document, of a split of a corpus, or of a source.
@@ -212,8 +198,7 @@ class Model:
         """
         check_draws(draws)
         texts = [answer] if isinstance(answer, str) else list(answer)
-        answers = answers_to(given, texts, self._require_tokenizer(), self.process, self.block_length, self.layout)
-        results = log_likelihoods(self.network, self.schedule, self.params, answers, method, draws, seed)
+        results = log_likelihoods(self, answers_to(given, texts, self), method, draws, seed)
         return results[0] if isinstance(answer, str) else results
 
     def score_texts(self, texts: Sequence[str]) -> ScoredTexts:
@@ -225,11 +210,9 @@ class Model:
         nonempty = np.array([bool(text) for text in texts])
         if nonempty.any():
             documents = [text for text in texts if text]
-            rows = from_texts(
-                documents, self._require_tokenizer(), self.block_length, self.layout, has_eos_markers=True
-            )
+            rows = from_texts(documents, self, has_eos_markers=True)
             draws = self.config.evaluation.draws
-            _, terms = perplexity(self.network, self.schedule, self.params, rows, num_draws=draws, progress=False)
+            _, terms = perplexity(self, rows, num_draws=draws, progress=False)
             nats[nonempty] = np.bincount(terms.clusters, terms.rows)
             counts[nonempty] = np.bincount(terms.clusters, terms.counts)
         return ScoredTexts(nats, counts)
@@ -280,36 +263,27 @@ class Model:
         data = [texts_or_corpus] if isinstance(texts_or_corpus, str) else texts_or_corpus
         if split is not None and not isinstance(data, Corpus):
             raise UserError(f"there is no split {split!r}: a corpus has splits, a source or a list of texts has none")
+        trained: Trained = self
         if isinstance(data, Corpus):
-            tokenizer = check_compatible(data, self.tokenizer, self.process.vocab_size, self.layout)
-        else:
-            tokenizer = self._require_tokenizer()
-        rows = scoring_rows(rules, data, split or rules.split, tokenizer, self.block_length, self.layout)
+            check_compatible(data, self)
+            trained = dataclasses.replace(self, tokenizer=data.tokenizer)
+        tokenizer = trained.require_tokenizer()
+        rows = scoring_rows(rules, data, split or rules.split, trained)
         about = {"model": fingerprint(self.params), "tokenizer": tokenizer.fingerprint, "config": self.config.to_dict()}
         settings: dict[str, Any] = {"about": about, "folder": out and storage.folder_of(out)}
         settings |= {"batch_size": batch_size, "progress": progress}
-        return perplexity(self.network, self.schedule, self.params, rows, rules, draws, seed, **settings)
+        return perplexity(self, rows, rules, draws, seed, **settings)
 
-    def _of_texts(self, templates: Sequence[str] | None, prefix: str, suffix: str, length: int | None) -> list[Prompt]:
+    def _of_texts(self, templates: Sequence[str] | None, prefix: str, suffix: str, length: int | None) -> list[Row]:
         """Returns prompts from templates, or from a prefix and a suffix, formatted like documents of training."""
-        tokenizer = self._require_tokenizer()
+        tokenizer = self.require_tokenizer()
         if templates is not None:
             rows = [prompts.of_template(text, tokenizer) for text in templates]
         else:
             length = self.block_length if length is None else length
             end = int(self.layout.padded)  # the end-of-text token is part of the length
             rows = [prompts.between(prefix, suffix, length - end, tokenizer)]
-        return [prompts.as_document(row, self.layout, self.block_length, tokenizer.end_of_text) for row in rows]
-
-    @property
-    def generator(self) -> Generator:
-        """The Generator behind `sample` and `infill`."""
-        return Generator(self.network, self.params, self.schedule, self.tokenizer, self.layout, self.block_length)
-
-    def _require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise UserError("this model has no tokenizer, so it takes no text; load it with one, or use token arrays")
-        return self.tokenizer
+        return [as_document(row, self.layout, self.block_length, tokenizer.end_of_text) for row in rows]
 
 
 def check_draws(draws: int):

@@ -1,13 +1,16 @@
 """A corpus and a network that are small enough to train in a test; and unusual global settings of JAX."""
 
 import contextlib
+import types
 
 import jax
 
 import sedd
 from sedd import config as configs
+from sedd.data.layout import Layout
 from sedd.data.prepare import prepare
 from sedd.runtime import parallel
+from sedd.trained import Trained
 from sedd.training.optimizer import make_optimizer
 from sedd.training.score_entropy import score_entropy
 
@@ -58,10 +61,38 @@ def small_config(corpus, *settings):
 
 def untrained_model(corpus, *settings):
     """A model that is not trained. Its head is 0, so that it predicts the uniform distribution."""
-    config = small_config(corpus, *settings)
-    process, schedule, network = configs.build(config, corpus.vocab_size)
-    params = jax.jit(network.init)(jax.random.key(0))
-    return sedd.Model(config, params, corpus.tokenizer, process, schedule, network)
+    return model_of(small_config(corpus, *settings), corpus.tokenizer, lambda init: jax.jit(init)(jax.random.key(0)))
+
+
+def model_of(config, tokenizer, make_params, layout=Layout()):
+    """The model of a config and a tokenizer. make_params: of the function that initialises them."""
+    _, schedule, network = configs.build(config, tokenizer.vocab_size)
+    return sedd.Model(
+        config=config,
+        network=network,
+        params=make_params(network.init),
+        schedule=schedule,
+        tokenizer=tokenizer,
+        layout=layout,
+        block_length=config.data.block_length,
+    )
+
+
+def trained_of(network, schedule, params, block_length, tokenizer=None, layout=Layout()):
+    """A Trained, by position."""
+    return Trained(
+        network=network,
+        params=params,
+        schedule=schedule,
+        tokenizer=tokenizer,
+        layout=layout,
+        block_length=block_length,
+    )
+
+
+def without_network(tokenizer, process, block_length, layout=Layout()):
+    """A Trained that encodes text, but whose network cannot be called."""
+    return trained_of(types.SimpleNamespace(process=process), None, None, block_length, tokenizer, layout)
 
 
 def parts(config, corpus, devices=None):

@@ -127,7 +127,7 @@ def forbidden(method, path, of=("GET", "POST", "DELETE"), end=""):
 def test_a_bucket_that_cannot_be_used_is_refused(cloud, bucket, corpus, capfd, caplog, monkeypatch):
     """In one line, before compilation; nothing else is printed, and no bucket is created."""
     config, name = small_config(corpus), bucket.removeprefix("gs://")
-    monkeypatch.setattr("sedd.training.fit._Run", None)
+    monkeypatch.setattr("sedd.training.fit._Loop", None)
     for call in (lambda: fit(config, "gs://other/run"), lambda: sedd.load("gs://other/run")):
         assert "there is no bucket gs://other; choose another, or make it" in refusal(call)
     assert "other" not in cloud.objects

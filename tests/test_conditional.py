@@ -7,13 +7,15 @@ import re
 import jax
 import numpy as np
 import pytest
+from small import without_network
 from test_protocols import LENGTH, random_documents, random_model
 
 import sedd
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import Tokenizer, make_tokenizer
 from sedd.diffusion.discrete.process import Absorbing, Uniform
-from sedd.evaluation.conditional import answers_to, log_likelihoods
+from sedd.evaluation.answers import answers_to
+from sedd.evaluation.conditional import log_likelihoods
 
 IGNORED = Layout("padded", "ignored")
 KINDS = {  # min_time clips the noise level that the network is conditioned on where few tokens are masked
@@ -212,14 +214,14 @@ BYTES, MASK = make_tokenizer("bytes", [], True), 4
 )
 def test_tokens_of_an_answer_follow_the_prefix_shared_with_the_context(models, given, answer, tokens, positions):
     """The rest of the row is masked."""
-    answers = answers_to(given, [answer], MERGING, Absorbing(5), 6, Layout())
+    answers = answers_to(given, [answer], without_network(MERGING, Absorbing(5), 6))
     np.testing.assert_array_equal(answers.tokens, [tokens + [5] * (6 - len(tokens))])
-    assert np.flatnonzero(answers.free[0]).tolist() == positions and answers.lengths is None
+    assert np.flatnonzero(answers.free[0]).tolist() == positions and answers.lengths.tolist() == [6]
 
 
 def test_all_bytes_of_a_character_belong_to_the_answer():
     """Also those that the context ends with."""
-    answers = answers_to("é", ["è", "ab"], BYTES, Absorbing(257), 6, Layout())
+    answers = answers_to("é", ["è", "ab"], without_network(BYTES, Absorbing(257), 6))
     np.testing.assert_array_equal(answers.tokens[:, :4], [[0xC3, 0xA9, 0xC3, 0xA8], [0xC3, 0xA9, 0x61, 0x62]])
     np.testing.assert_array_equal(answers.free, [[False, False, True, True, False, False]] * 2)
 
@@ -228,18 +230,18 @@ def test_all_bytes_of_a_character_belong_to_the_answer():
     "layout, process, rest, lengths",
     [
         (Layout("padded", "ignored"), Absorbing(5), [4, 4, 4], [4]),  # the row ends with an end of text
-        (Layout("padded", "scored"), Absorbing(5), [5, 5, 5], None),
-        (Layout(), Absorbing(5), [5, 5, 5], None),
+        (Layout("padded", "scored"), Absorbing(5), [5, 5, 5], [6]),
+        (Layout(), Absorbing(5), [5, 5, 5], [6]),
         (Layout(), Uniform(5), None, [3]),
     ],
     ids=["ignored", "scored", "packed", "uniform"],
 )
 def test_rest_of_a_row_depends_on_process_and_layout(layout, process, rest, lengths):
-    answers = answers_to("c", ["aba"], MERGING, process, 6, layout)
+    answers = answers_to("c", ["aba"], without_network(MERGING, process, 6, layout))
     assert answers.tokens[0, :3].tolist() == [2, 3, 0]
     assert answers.free.tolist() == [[False, True, True] + [False] * 3]
     assert rest is None or answers.tokens[0, 3:].tolist() == rest
-    assert lengths == (None if answers.lengths is None else answers.lengths.tolist())
+    assert answers.lengths.tolist() == lengths
 
 
 def test_a_piece_across_the_boundary_is_scored_as_one_token(model):
@@ -309,9 +311,9 @@ def test_bound_of_a_uniform_model_without_context_is_that_of_the_perplexity_job(
     error = np.hypot(bounds[0].standard_error, 7 * report.standard_error)
     differences = [one.nats + 7 * report.nats_per_token for one in bounds]
     assert abs(differences[0]) < 4 * error < abs(differences[1])
-    answers = answers_to("", texts, model.tokenizer, model.process, LENGTH, model.layout)
+    answers = answers_to("", texts, model)
     answers.tokens[:, 7:] = 3  # padding is masked from the network
-    assert log_likelihoods(model.network, model.schedule, model.params, answers, num_draws=4096) == bounds
+    assert log_likelihoods(model, answers, num_draws=4096) == bounds
 
 
 # Two models.

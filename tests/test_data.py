@@ -425,7 +425,7 @@ def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(mode, tmp_path,
     for read in (lambda: data.batch(corpus, 8, 4, 0, 0), lambda: data.blocks(corpus, "validation", 8)):
         with pytest.raises(UserError, match=message):
             read()
-    assert data.blocks(corpus, "test", 8).tokens.max() <= 256
+    assert data.blocks(corpus, "test", 8)[0].max() <= 256
 
 
 def test_a_missing_corpus_is_refused(tmp_path):

@@ -68,7 +68,7 @@ def test_bound_is_independent_of_batching_and_devices(corpus):
     def number(seed, batch_size, devices):
         mesh = data_mesh(jax.devices()[:devices])
         settings = dict(seed=seed, num_draws=4, batch_size=batch_size, mesh=mesh, progress=False)
-        return perplexity(model.network, model.schedule, model.params, scored, **settings)[0].nats_per_token
+        return perplexity(model, scored, **settings)[0].nats_per_token
 
     first = number(0, 64, 1)
     assert first == number(0, 64, 1) and first != number(1, 64, 1)
@@ -281,7 +281,7 @@ def test_each_text_of_a_list_is_a_cluster(corpus, name):
     report = model.perplexity(texts, draws=4, progress=False)
     assert report.num_tokens == sum(map(len, texts)) and report.clusters == 3
     assert model.perplexity(texts[0], draws=4, progress=False).clusters == 1
-    scored = from_texts(texts, corpus.tokenizer, 16, model.layout)
+    scored = from_texts(texts, model)
     assert scored.lengths.tolist() == [5, 16, 14, 5] and scored.clusters.tolist() == [0, 1, 1, 2]
     assert ("its own length" if name == "uniform" else "stay masked") in report.lengths
 

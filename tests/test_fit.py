@@ -22,10 +22,10 @@ from sedd.data.corpus import open_corpus
 from sedd.data.prepare import prepare
 from sedd.network.network import Network
 from sedd.runtime import parallel
+from sedd.training import validation
 from sedd.training.checkpoint import Checkpoints, _manifest, steps_saved
 from sedd.training.fit import Interrupted, fit
 from sedd.training.step import make_step
-from sedd.training.validation import Validator
 from sedd.training.workdir import prepare_workdir
 
 
@@ -125,9 +125,11 @@ def test_signal_interrupts_an_evaluation(corpus, evaluated, tmp_path, monkeypatc
     that step first: no record is lost or repeated. Control: without a signal the evaluation is completed."""
     config, workdir, calls = small_config(corpus, "training.steps=4", *EVALUATED), tmp_path / "run", []
     monkeypatch.setattr(Network, "rows_at_once", lambda *_: 1)  # several batches on eight devices
-    original = getattr(Validator, at)
+    original = getattr(validation, f"validation_{at}")
 
-    def interrupted(self, params, check):
+    def interrupted(*args):
+        *others, check = args
+
         def counted():
             calls[-1] += 1
             check()
@@ -135,9 +137,9 @@ def test_signal_interrupts_an_evaluation(corpus, evaluated, tmp_path, monkeypatc
         calls.append(0)
         if 2 * len(calls) == before:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, params, counted)
+        return original(*others, counted)
 
-    monkeypatch.setattr(Validator, at, interrupted)
+    monkeypatch.setattr(f"sedd.training.fit.validation_{at}", interrupted)
     with pytest.raises(Interrupted, match=f"stopped at step {before}; all is saved"):
         fit(config, workdir)
     assert calls[-1] == 1 and all(number > 1 for number in calls[:-1])

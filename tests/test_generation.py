@@ -6,14 +6,15 @@ import json
 import jax
 import numpy as np
 import pytest
-from small import small_config, small_corpus
+from small import model_of, small_config, small_corpus
 
 import sedd
-from sedd import config as configs
 from sedd.data.tokenizers import make_tokenizer
 from sedd.generation import prompts
-from sedd.generation.generate import Generator
-from sedd.generation.prompts import before_blank, windows
+from sedd.generation.generate import _largest_block, _text_length, generate, sampler_for
+from sedd.generation.options import SamplingOptions
+from sedd.generation.prompts import before_blank
+from sedd.generation.rows import Row, collate, windows
 from sedd.generation.samplers import SAMPLERS, SamplerContext, named_sampler
 from sedd.runtime import parallel
 
@@ -21,10 +22,8 @@ BLOCK = 16
 
 
 def untrained(corpus, *settings):
-    """A Generator with a small network at initialisation."""
-    config = small_config(corpus, *settings)
-    _, schedule, network = configs.build(config, corpus.vocab_size)
-    return Generator(network, network.init(jax.random.key(0)), schedule, corpus.tokenizer, corpus.layout, BLOCK)
+    """A model with a small network at initialisation."""
+    return model_of(small_config(corpus, *settings), corpus.tokenizer, lambda init: init(jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def generator(corpus):
+def model(corpus):
     return untrained(corpus)
 
 
@@ -50,72 +49,73 @@ def test_windows_cover_each_row_and_overlap_by_half_a_block():
     assert np.array(list(windows(np.array([12]), 5))).T.tolist() == [[0, 3, 6, 7]]
 
 
-@pytest.mark.parametrize("of", ["generator", pytest.param("uniform", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("of", ["model", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_text_longer_than_a_block_starts_with_a_sample_of_a_block(request, of):
     """The samples are independent of the grouping of rows."""
-    generator = request.getfixturevalue(of)
+    model = request.getfixturevalue(of)
     settings = dict(steps=4, seed=2)
-    long = generator.sample(3, length=37, trace=True, **settings)
+    long = model.sample(3, length=37, trace=True, **settings)
     assert long.tokens.shape == (3, 37) and long.tokens.min() >= 0
-    assert long.tokens.max() < generator.network.process.vocab_size
-    if of == "generator":  # the uniform one adds Gibbs steps for the given half of a block
-        np.testing.assert_array_equal(long.tokens[:, :BLOCK], generator.sample(3, trace=True, **settings).tokens)
-    grouped = generator.sample(3, length=37, batch_size=2, **settings)
+    assert long.tokens.max() < model.network.process.vocab_size
+    if of == "model":  # the uniform one adds Gibbs steps for the given half of a block
+        np.testing.assert_array_equal(long.tokens[:, :BLOCK], model.sample(3, trace=True, **settings).tokens)
+    grouped = model.sample(3, length=37, batch_size=2, **settings)
     np.testing.assert_array_equal(grouped.tokens, long.tokens)
     assert not np.array_equal(long.tokens[:, 8:16], long.tokens[:, 16:24])  # blocks have independent noise
     np.testing.assert_array_equal(long.trace[-1], long.tokens)
-    placeholder = generator.network.process.mask_id if of == "generator" else -1
+    placeholder = model.network.process.mask_id if of == "model" else -1
     assert np.all(long.trace[0][:, BLOCK:] == placeholder)  # later blocks
     assert len(long.trace) <= 4 * 4  # four blocks
-    assert long.network_calls == len(long.trace) if of == "generator" else long.network_calls == 4 * 7
+    assert long.network_calls == len(long.trace) if of == "model" else long.network_calls == 4 * 7
 
 
-def test_samples_use_all_64_bits_of_a_seed(generator):
+def test_samples_use_all_64_bits_of_a_seed(model):
     seeds = (2, 2 + 2**32, 2 + 2**63, 2**64 - 1)
-    samples = {generator.sample(3, steps=4, seed=seed, trace=True).tokens.tobytes() for seed in seeds}
+    samples = {model.sample(3, steps=4, seed=seed, trace=True).tokens.tobytes() for seed in seeds}
     assert len(samples) == len(seeds)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows, split", [(19, True), (3, False)])
-def test_samples_are_independent_of_devices(generator, rows, split):
+def test_samples_are_independent_of_devices(model, rows, split):
     """At least as many rows as devices are sharded over them; fewer rows are not."""
-    expected = generator.sample(rows, steps=4, seed=2, trace=True)
+    expected = model.sample(rows, steps=4, seed=2, trace=True)
     mesh = parallel.data_mesh()
-    params = parallel.put(generator.params, parallel.shardings(mesh, generator.params))
+    params = parallel.put(model.params, parallel.shardings(mesh, model.params))
     placed, sharding = parallel.place_for_batch(params, rows)
     assert (sharding is not None) == split and parallel.num_batch_shards(params) == 8
     assert all(len(leaf.devices()) == (8 if split else 1) for leaf in jax.tree.leaves(placed))
-    sharded = dataclasses.replace(generator, params=params).sample(rows, steps=4, seed=2, trace=True)
+    sharded = dataclasses.replace(model, params=params).sample(rows, steps=4, seed=2, trace=True)
     np.testing.assert_array_equal(sharded.tokens, expected.tokens)
     np.testing.assert_array_equal(sharded.trace, expected.trace)
 
 
-def test_given_tokens_stay_in_every_block_of_rows_of_any_length(generator):
+def test_given_tokens_stay_in_every_block_of_rows_of_any_length(model):
     random, lengths = np.random.default_rng(0), (40, 3, 16, 29)
     rows = []
     for length in lengths:
         given = random.random(length) < 0.4
-        rows.append(prompts.Prompt(random.integers(0, 20, length).astype(np.int32) * given, given))
-    samples = generator.generate(rows, steps=3, batch_size=3)
+        rows.append(Row(random.integers(0, 20, length).astype(np.int32) * given, ~given))
+    samples = generate(model, rows, SamplingOptions(steps=3, batch_size=3))
     for row, tokens, given in zip(rows, samples.tokens, samples.given):
         size = len(row.tokens)
         assert np.all(tokens[size:] == -1) and np.all(tokens[:size] >= 0)
-        np.testing.assert_array_equal(given[:size], row.given)
+        np.testing.assert_array_equal(given[:size], ~row.free)
         assert not given[size:].any()
-        np.testing.assert_array_equal(tokens[:size][row.given], row.tokens[row.given])
+        np.testing.assert_array_equal(tokens[:size][~row.free], row.tokens[~row.free])
 
 
-def test_watch_is_called_with_the_trace(generator):
+def test_watch_is_called_with_the_trace(model):
     """After each step, with rows of any lengths and their given tokens, without the copies that fill a group."""
     rows = [
         prompts.blank(24),
-        prompts.of_text("the 7", generator.tokenizer),
+        prompts.of_text("the 7", model.tokenizer),
         prompts.blank(9),
     ]
     calls = []
-    watched = generator.generate(rows, steps=4, batch_size=2, watch=lambda *state: calls.append(state))
-    traced = generator.generate(rows, steps=4, batch_size=2, trace=True)
+    options = SamplingOptions(steps=4, batch_size=2)
+    watched = generate(model, rows, dataclasses.replace(options, watch=lambda *state: calls.append(state)))
+    traced = generate(model, rows, dataclasses.replace(options, trace=True))
     np.testing.assert_array_equal(watched.tokens, traced.tokens)
     first = [(tokens, given, steps) for rows, tokens, given, steps in calls if rows.tolist() == [0, 1]]
     last = [tokens for rows, tokens, _, _ in calls if rows.tolist() == [2]]
@@ -125,35 +125,35 @@ def test_watch_is_called_with_the_trace(generator):
     assert all(np.array_equal(given, traced.given[:2]) for _, given, _ in first)
 
 
-def test_group_without_free_positions_has_a_constant_trace(generator, uniform):
+def test_group_without_free_positions_has_a_constant_trace(model, uniform):
     """Alone it takes no network call, for either process."""
     tokens, given = np.tile(np.arange(6), (2, 1)), np.array([[True] * 6, [True] * 5 + [False]])
-    for which in (generator, uniform):
-        rows = sedd.generation.prompts.of_arrays(tokens, given, 20)
-        samples = which.generate(rows, steps=2, batch_size=1, trace=True)
+    for which in (model, uniform):
+        rows = prompts.of_arrays(tokens, given, 20)
+        options = SamplingOptions(steps=2, trace=True)
+        samples = generate(which, rows, dataclasses.replace(options, batch_size=1))
         assert samples.trace.dtype == np.int32 and np.all(samples.trace[:, 0] == tokens[0]) and len(samples.trace) > 0
-        alone = which.generate(rows[:1], steps=2, trace=True)
+        alone = generate(which, rows[:1], options)
         assert alone.network_calls == 0 and alone.trace.shape == (0, 1, 6)
         np.testing.assert_array_equal(alone.tokens, tokens[:1])
 
 
-def test_sampler_is_made_for_the_block_with_the_most_free_tokens(generator, uniform):
+def test_sampler_is_made_for_the_block_with_the_most_free_tokens(model, uniform):
     """Also if the first block is given, and for a uniform model, which fills in all of its block."""
-    prefix = prompts.Prompt(np.zeros(40, np.int32), np.arange(40) < 16)
-    block, process = generator.block_length, generator.network.process
+    prefix, gap = (Row(np.zeros(length, np.int32), np.arange(length) >= count) for length, count in ((40, 16), (10, 8)))
 
-    def batch(generator, row):
-        return sedd.generation.prompts.collate([row], generator.network.process, block, generator.layout)
+    def largest(model, row):
+        return _largest_block(model, collate([row], model))
 
-    assert generator._largest_block(batch(generator, prefix)) == (8, 8, 16)
-    assert generator.sampler("margin", 2, batch(generator, prefix)) == sedd.Adaptive(process, sedd.Margin(4))
-    assert generator._largest_block(batch(generator, prompts.blank(3))) == (3, 0, 16)
-    gap = prompts.Prompt(np.zeros(10, np.int32), np.arange(10) < 8)
-    assert generator._largest_block(batch(generator, gap)) == (2, 8, 16) and uniform._largest_block(
-        batch(uniform, gap)
-    ) == (8, 8, 16)
-    assert uniform.sampler("tweedie", 4, batch(uniform, gap)).corrector == sedd.Gibbs(1)
-    assert isinstance(uniform.sampler("tweedie", 4, batch(uniform, prompts.blank(10))), sedd.Tweedie)
+    def sampler(model, name, steps, row):
+        return sampler_for(model, SamplingOptions(sampler=name, steps=steps), collate([row], model))
+
+    assert largest(model, prefix) == (8, 8, 16)
+    assert sampler(model, "margin", 2, prefix) == sedd.Adaptive(model.process, sedd.Margin(4))
+    assert largest(model, prompts.blank(3)) == (3, 0, 16)
+    assert largest(model, gap) == (2, 8, 16) and largest(uniform, gap) == (8, 8, 16)
+    assert sampler(uniform, "tweedie", 4, gap).corrector == sedd.Gibbs(1)
+    assert isinstance(sampler(uniform, "tweedie", 4, prompts.blank(10)), sedd.Tweedie)
 
 
 def test_planned_counts_are_those_of_the_free_tokens(tmp_path):
@@ -170,27 +170,27 @@ def test_planned_counts_are_those_of_the_free_tokens(tmp_path):
     assert weights(10, 6) == sedd.plan_unmasking(costs[6:], 3).counts
 
 
-def test_all_steps_and_groups_share_one_program(generator):
+def test_all_steps_and_groups_share_one_program(model):
     """The first step, the last group and another temperature compile nothing."""
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
-    generator.sample(5, steps=6, batch_size=2, temperature=0.9)
+    model.sample(5, steps=6, batch_size=2, temperature=0.9)
     count = len(compiled)
-    generator.sample(7, steps=6, batch_size=2, temperature=0.8, top_p=0.7, seed=3)
+    model.sample(7, steps=6, batch_size=2, temperature=0.8, top_p=0.7, seed=3)
     assert len(compiled) == count > 0
 
 
-def test_text_ends_at_the_first_end_of_text_after_the_last_given_token(generator):
+def test_text_ends_at_the_first_end_of_text_after_the_last_given_token(model):
     """Also in infilling of packed text. An unconditional sample is the whole block."""
-    end = generator.tokenizer.end_of_text
+    end = model.tokenizer.end_of_text
     assert end is not None
     ids = np.array([1, end, 2, end, 3, end])
-    row = prompts.Prompt(ids.astype(np.int32), np.array([True, True, True, False, False, False]))
-    assert generator._length(row, ids) == 3
-    assert generator._length(row._replace(given=np.zeros(6, bool)), ids) == 6
-    assert generator._length(row._replace(given=np.arange(6) == 4), ids) == 5
+    row = Row(ids.astype(np.int32), np.array([False, False, False, True, True, True]))
+    assert _text_length(model, row, ids) == 3
+    assert _text_length(model, row._replace(free=np.ones(6, bool)), ids) == 6
+    assert _text_length(model, row._replace(free=np.arange(6) != 4), ids) == 5
 
 
 def test_space_before_a_blank_is_left_to_the_blank():
@@ -222,13 +222,13 @@ def test_named_sampler_is_made_or_refused_for_each_process(name, kind):
         assert sampler.process == process and hash(sampler) == hash(named_sampler(name, context))
 
 
-def test_planned_sampler_reads_a_report(generator, tmp_path):
+def test_planned_sampler_reads_a_report(model, tmp_path):
     """Its counts sum to the number of free tokens. An invalid report is an error of one line."""
     bins = [{"low": k / 8, "high": (k + 1) / 8, "nats_per_token": 1 + k**2 / 9, "error": None} for k in range(8)]
     (tmp_path / "report.json").write_text(json.dumps({"profile": bins}))
-    samples = generator.sample(2, sampler=f"planned:{tmp_path}/report.json", steps=5)
-    assert samples.network_calls == 5 and samples.tokens.max() < generator.network.process.vocab_size
-    assert generator.sample(1, length=3, sampler=f"planned:{tmp_path}/report.json", steps=5).network_calls == 3
+    samples = model.sample(2, sampler=f"planned:{tmp_path}/report.json", steps=5)
+    assert samples.network_calls == 5 and samples.tokens.max() < model.network.process.vocab_size
+    assert model.sample(1, length=3, sampler=f"planned:{tmp_path}/report.json", steps=5).network_calls == 3
     (tmp_path / "odd.json").write_text('{"profile": [{"low": 0}]}')
     for name in (
         "planned",
@@ -237,14 +237,12 @@ def test_planned_sampler_reads_a_report(generator, tmp_path):
         *(f"planned:{tmp_path}/{x}.json" for x in ("none", "odd")),
     ):
         with pytest.raises(sedd.UserError, match="there is no profile in"):
-            generator.sample(1, sampler=name)
+            model.sample(1, sampler=name)
 
 
 def test_model_of_padded_documents_refuses_texts_longer_than_a_block(corpus):
     """It was trained on one document per block."""
     layout = sedd.data.layout.Layout("padded", "scored")
-    padded = Generator(
-        *(getattr(untrained(corpus), name) for name in ("network", "params", "schedule", "tokenizer")), layout, BLOCK
-    )
+    padded = dataclasses.replace(untrained(corpus), layout=layout)
     with pytest.raises(sedd.UserError, match="cannot sample a text of 17 tokens; it must have 1 to 16 tokens"):
         padded.sample(1, length=17)

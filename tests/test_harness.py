@@ -17,11 +17,10 @@ import sentencepiece
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
-from small import small_config, write_files
+from small import model_of, small_config, write_files
 from test_protocols import random_model
 
 import sedd
-from sedd import config as configs
 from sedd.data.layout import Layout
 from sedd.data.prepare import prepare
 from sedd.data.tokenizers import make_tokenizer
@@ -36,14 +35,15 @@ SEED = 15  # of parameters with which greedy text holds no end of text
 def random_model_of(corpus, *settings, layout=Layout()):
     """A model of random parameters: its distribution is far from uniform and its tokens depend on each other."""
     config = small_config(corpus, f"data.block_length={BLOCK}", *settings)
-    process, schedule, network = configs.build(config, corpus.vocab_size)
     random = np.random.default_rng(SEED)
 
     def noise(leaf):
         return random.normal(0, 0.5 if leaf.ndim > 1 else 0.1, leaf.shape).astype(leaf.dtype)
 
-    params = jax.device_put(jax.tree.map(noise, jax.eval_shape(network.init, jax.random.key(0))))
-    return sedd.Model(config, params, corpus.tokenizer, process, schedule, network, layout)
+    def params(init):
+        return jax.device_put(jax.tree.map(noise, jax.eval_shape(init, jax.random.key(0))))
+
+    return model_of(config, corpus.tokenizer, params, layout)
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,8 @@ def without_tokenizer(model):
 
 
 def test_tokenizer_argument_is_used_for_a_model_without_one(model):
-    published = dataclasses.replace(without_tokenizer(model), process=sedd.Absorbing(257))
+    network = dataclasses.replace(model.network, process=sedd.Absorbing(257))
+    published = dataclasses.replace(without_tokenizer(model), network=network)
     assert Harness(published, "bytes").model.tokenizer.encode("a").tolist() == [97]
 
 

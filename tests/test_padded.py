@@ -117,10 +117,7 @@ def test_bound_depends_on_padding_only_if_it_is_scored(run, model):
     scored = from_corpus(corpus, "train", 32)
     beyond = np.arange(32) >= scored.counts[:, None]
     changed = dataclasses.replace(scored, tokens=np.where(beyond, 3, scored.tokens))
-    reports = [
-        perplexity(model.network, model.schedule, model.params, one, num_draws=2, progress=False)[0]
-        for one in (scored, changed)
-    ]
+    reports = [perplexity(model, one, num_draws=2, progress=False)[0] for one in (scored, changed)]
     same = np.isclose(reports[0].nats_per_token, reports[1].nats_per_token, rtol=1e-5)
     assert same == model.layout.masks_padding
     assert reports[0].num_tokens == corpus.num_tokens("train") and reports[0].num_bytes == corpus.num_bytes("train")
@@ -145,7 +142,7 @@ def test_texts_are_scored_like_a_corpus_of_them(run, model):
     scored = from_corpus(corpus, "test", 32)
     tokens, offsets = corpus.tokens("test"), corpus.offsets("test")
     texts = [corpus.tokenizer.decode(tokens[a : b - 1]) for a, b in zip(offsets, offsets[1:])]
-    listed = from_texts(texts, corpus.tokenizer, 32, model.layout)
+    listed = from_texts(texts, model)
     for name in ("tokens", "lengths", "counts", "clusters"):
         np.testing.assert_array_equal(getattr(listed, name), getattr(scored, name))
     reports = [model.perplexity(one, draws=2, progress=False) for one in (texts, corpus)]

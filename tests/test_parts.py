@@ -8,20 +8,19 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as library
-from small import write_files
+from small import without_network, write_files
 from test_protocols import random_model
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from sedd import data
 from sedd.data import source as source_file
 from sedd.data import writer
-from sedd.data.layout import Layout
 from sedd.data.source import Source
 from sedd.data.tokenizer_huggingface import HuggingFace
 from sedd.data.tokenizer_sentencepiece import SentencePiece
 from sedd.data.tokenizers import Ends, Tokenizer, make_tokenizer
 from sedd.diffusion.discrete.process import Absorbing
-from sedd.evaluation.conditional import answers_to
+from sedd.evaluation.answers import answers_to
 from sedd.evaluation.text import from_source
 from sedd.generation import prompts
 
@@ -161,11 +160,11 @@ def test_a_template_decodes_to_its_text(kind):
     """Parts of words are not encoded as words, and a space next to a blank is left to it if tokens include spaces."""
     tokenizer = tokenizer_of(kind)
     row = prompts.of_template("latin sm<blank:1>all with <blank:2> acute", tokenizer)
-    assert np.diff(np.flatnonzero(~row.given))[-1] == 1 and (~row.given).sum() == 3
-    decoded = tokenizer.decode(row.tokens[row.given])
+    assert np.diff(np.flatnonzero(row.free))[-1] == 1 and row.free.sum() == 3
+    decoded = tokenizer.decode(row.tokens[~row.free])
     assert decoded == round_trip(kind, "latin small with acute")  # one of the two spaces is left to a blank
     row = prompts.of_template("<blank:1>able", tokenizer)
-    assert row.given.tolist() == [False] + [True] * (len(row.tokens) - 1)
+    assert row.free.tolist() == [True] + [False] * (len(row.tokens) - 1)
     assert np.array_equal(row.tokens[1:], tokenizer.encode("able", Ends(opens=False)))
     ids = np.concatenate([tokenizer.encode("un", Ends(closes=False)), row.tokens[1:]])
     assert tokenizer.decode(ids) == round_trip(kind, "unable")
@@ -188,7 +187,7 @@ def test_the_pieces_of_a_long_document_are_encoded_as_one_text(kind, tmp_path, m
         monkeypatch.setattr(file, "LONGEST_PIECE", 100)
     texts = [" ".join(np.roll(WORDS, shift)) + "\n" for shift in range(3)]
     expected = "".join(text + "<|endoftext|>" for text in texts)
-    scored = from_source(Source("texts", None, lambda: iter(texts)), tokenizer_of(kind), 50, Layout())
+    scored = from_source(Source("texts", None, lambda: iter(texts)), without_network(tokenizer_of(kind), None, 50))
     assert tokenizer_of(kind).decode(scored.tokens.ravel()[: scored.counts.sum()]) == expected
     (tmp_path / "tokenizer").write_bytes(tokenizer_of(kind).backend.data)
     spec, source = f"{tokenizer_of(kind).kind}:{tmp_path}/tokenizer", write_files(tmp_path / "text", texts)
@@ -210,7 +209,7 @@ def test_infilling_keeps_the_given_parts_of_a_word():
     given = [*tokenizer.encode("la"), *tokenizer.encode("in", Ends(opens=False))]
     assert tokenizer.decode(np.array(given)) == "lain"
     row = prompts.between("la", "in", 6, tokenizer)
-    assert row.tokens[row.given].tolist() == given and len(row.tokens) == 6
+    assert row.tokens[~row.free].tolist() == given and len(row.tokens) == 6
     samples = random_model(tokenizer=tokenizer).infill("la<blank:2>in", steps=2)
     assert samples.tokens[0][samples.given[0]].tolist() == given
     assert samples.texts[0].startswith("la") and samples.texts[0].endswith("in")
@@ -224,7 +223,9 @@ def test_a_context_before_an_answer_is_not_encoded_as_the_end_of_a_text(kind):
         given, ids = tokenizer.encode(f"a {word[:2]}", Ends(closes=False)), tokenizer.encode(f"a {word}")
         if len(word) < 3 or not np.array_equal(given, ids[: len(given)]):
             continue  # a token spans the boundary
-        answers = answers_to(f"a {word[:2]}", [word[2:]], tokenizer, Absorbing(tokenizer.vocab_size), 20, Layout())
+        answers = answers_to(
+            f"a {word[:2]}", [word[2:]], without_network(tokenizer, Absorbing(tokenizer.vocab_size), 20)
+        )
         assert np.flatnonzero(answers.free[0]).tolist() == list(range(len(given), len(ids)))
         num_words += 1
     assert num_words > 5

@@ -55,4 +55,4 @@ def test_huge_length_allocates_no_memory():
 
 def test_escaped_blank_is_encoded_as_text():
     row = prompts.of_template(r"a\<blank:3><blank:2>", pretrained_tokenizer("bytes"))
-    assert bytes(row.tokens[row.given].astype(np.uint8)) == b"a<blank:3>" and np.sum(~row.given) == 2
+    assert bytes(row.tokens[~row.free].astype(np.uint8)) == b"a<blank:3>" and np.sum(row.free) == 2

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from small import SETTINGS, small_corpus
+from small import SETTINGS, model_of, small_corpus, without_network
 
 import sedd
 from sedd import config as configs
@@ -16,7 +16,6 @@ from sedd.data.layout import Layout
 from sedd.data.sources import open_source
 from sedd.data.tokenizers import make_tokenizer
 from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.likelihood import time_draws
 from sedd.diffusion.discrete.process import Absorbing
 from sedd.diffusion.discrete.score import ScoreStats
 from sedd.diffusion.schedule import LogLinear
@@ -33,10 +32,13 @@ def random_model(*settings, letters=LETTERS, layout=PACKED, tokenizer=None, seed
     """A model of random parameters, those of the head too, so that its distribution is far from uniform."""
     tokenizer = tokenizer or make_tokenizer("characters", [letters], True)
     config = configs.override(configs.default(), [*SETTINGS, *SMALLER, *settings])
-    process, schedule, network = configs.build(config, tokenizer.vocab_size)
-    random, shapes = np.random.default_rng(seed), jax.eval_shape(network.init, jax.random.key(0))
-    params = jax.tree.map(lambda leaf: jnp.asarray(scale * random.normal(size=leaf.shape), jnp.float32), shapes)
-    return sedd.Model(config, params, tokenizer, process, schedule, network, layout)
+    random = np.random.default_rng(seed)
+
+    def params(init):
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        return jax.tree.map(lambda leaf: jnp.asarray(scale * random.normal(size=leaf.shape), jnp.float32), shapes)
+
+    return model_of(config, tokenizer, params, layout)
 
 
 def random_documents(number, longest, seed=0):
@@ -220,7 +222,8 @@ def test_number_of_a_protocol_is_that_of_the_papers_formula(kind, prediction, na
 
     documents = [model.tokenizer.encode(text) for text in texts]
     x0 = np.array(cut_by_hand(documents, LENGTH, model.tokenizer.end_of_text, *RULES[name]))
-    keys, stratum = keyed_random.row_keys(jax.random.key(3), np.arange(len(x0))), protocol.stratum(np.arange(len(x0)))
+    rows, loss = np.arange(len(x0)), protocol.bound(model.process, model.schedule)
+    keys, stratum = keyed_random.row_keys(jax.random.key(3), rows), loss.stratum(rows)
 
     def value(formula, schedule, conditioning):
         total = 0.0
@@ -252,7 +255,7 @@ def test_number_of_a_protocol_is_that_of_the_papers_formula(kind, prediction, na
 def test_consecutive_rows_have_different_strata(strata):
     """Each of `strata` consecutive rows has its own stratum, and neighbours have distant ones."""
     (protocol,) = {p for p in map(get_protocol, FAMILY) if p.strata == strata}
-    stratum = np.asarray(protocol.stratum(jnp.arange(300)))
+    stratum = np.asarray(protocol.bound(Absorbing(3), LogLinear()).stratum(jnp.arange(300)))
     for first in range(300 - strata):
         assert sorted(stratum[first : first + strata]) == list(range(strata))
     apart = np.abs(np.diff(stratum))
@@ -267,9 +270,8 @@ def test_times_are_uniform_on_the_range_of_the_papers(name):
     @jax.jit
     def times(rows):
         stats, keys = ScoreStats(nothing, nothing, nothing), keyed_random.row_keys(jax.random.key(0), rows)
-        settings = (2, protocol.eps, protocol.stratum(rows), protocol.strata)
-        noised = (keys, nothing.astype(jnp.int32), *settings)
-        return time_draws(Absorbing(3), LogLinear(eps), lambda *_: stats, *noised).level / (1 - eps)
+        loss = protocol.bound(Absorbing(3), LogLinear(eps))
+        return loss.draws(lambda *_: stats, keys, nothing.astype(jnp.int32), 2, rows=rows).level / (1 - eps)
 
     share = (np.asarray(times(jnp.arange(len(nothing))), np.float64) - eps) / (1 - eps)
     assert np.all(share[0] != share[1]) and 0 <= share.min() < 1e-3 and 1 - 1e-3 < share.max() <= 1
@@ -324,18 +326,19 @@ def rows_of(scored):
 def test_clean_scores_each_token_once(tmp_path):
     """A corpus in blocks, the last with its own length; a list text by text. Control: the other protocols drop some."""
     corpus = small_corpus(tmp_path)
-    scored = scoring_rows(CLEAN, corpus, "train", corpus.tokenizer, LENGTH, PACKED)
+    trained = without_network(corpus.tokenizer, None, LENGTH)
+    scored = scoring_rows(CLEAN, corpus, "train", trained)
     tokens = np.asarray(corpus.tokens("train")).tolist()
     assert list(itertools.chain(*rows_of(scored))) == tokens
     assert scored.counts[:-1].tolist() == [LENGTH] * (len(scored.tokens) - 1) and 0 < scored.counts[-1] < LENGTH
     np.testing.assert_array_equal(scored.lengths, scored.counts)
     for name in FAMILY:
-        blocks = scoring_rows(PROTOCOLS[name], corpus, "train", corpus.tokenizer, LENGTH, PACKED)
+        blocks = scoring_rows(PROTOCOLS[name], corpus, "train", trained)
         assert blocks.counts.tolist() == [LENGTH] * len(blocks.tokens) and blocks.num_bytes is None
         assert np.concatenate(rows_of(blocks)).tolist() != tokens[: blocks.tokens.size]
 
     texts = ["the 1", "the 27 times table", "1, 2"]
-    scored = scoring_rows(CLEAN, texts, "test", corpus.tokenizer, LENGTH, PACKED)
+    scored = scoring_rows(CLEAN, texts, "test", trained)
     rows = rows_of(scored)
     assert [corpus.tokenizer.decode(np.array(ids)) for ids in rows] == ["the 1", "the 27 times", " table", "1, 2"]
     assert scored.clusters.tolist() == [0, 1, 1, 2] and scored.num_characters == sum(map(len, texts))
@@ -350,8 +353,8 @@ def test_rows_of_a_source_equal_those_of_its_corpus(kind, padding, tmp_path):
     spec, mode = f"{kind}:{tmp_path}/text", "packed" if padding is None else "padded"
     corpus = sedd.prepare(spec, "characters", tmp_path / "corpus", split="position:1", mode=mode, padding=padding)
     ends = dataclasses.replace(corpus.tokenizer, has_end_of_text=True)  # unused where newlines end documents
-    rows = scoring_rows(CLEAN, open_source(spec), "train", ends, LENGTH, corpus.layout)
-    expected = scoring_rows(CLEAN, corpus, "train", corpus.tokenizer, LENGTH, corpus.layout)
+    trained = without_network(ends, None, LENGTH, corpus.layout)
+    rows, expected = (scoring_rows(CLEAN, text, "train", trained) for text in (open_source(spec), corpus))
     assert rows.num_bytes == expected.num_bytes > rows.num_characters == expected.num_characters
     for field in ("tokens", "lengths", "counts", "clusters"):
         np.testing.assert_array_equal(getattr(rows, field), getattr(expected, field), field)

@@ -1,24 +1,24 @@
 """The quality of samples: metrics by hand, scoring models of known likelihood, files of samples, sweeps, figures."""
 
+import dataclasses
 import json
 import math
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from oracle import MarkovChain
-from small import small_config, small_corpus
+from small import small_corpus, untrained_model
 
 import sedd
-from sedd import config as configs
 from sedd.data.layout import Layout
 from sedd.evaluation import pictures
 from sedd.evaluation.quality import distinct, quality, read_samples, unigram_entropy
 from sedd.evaluation.scorers import ScoredTexts, language_model, open_scorer, score_in_windows, windows
 from sedd.evaluation.sweep import Point, sweep, table, to_json
-from sedd.generation.generate import Generator, Samples
+from sedd.generation.generate import Samples
+from sedd.generation.options import SamplingOptions
 
 
 def letters(texts):
@@ -325,20 +325,17 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def generator(corpus):
-    """The generator of an untrained model: its distribution is uniform over the vocabulary."""
-    config = small_config(corpus, "network.layers=1")
-    _, schedule, network = configs.build(config, corpus.vocab_size)
-    params = jax.jit(network.init)(jax.random.key(0))
-    return Generator(network, params, schedule, corpus.tokenizer, Layout(), 16)
+def model(corpus):
+    """An untrained model: its distribution is uniform over the vocabulary."""
+    return untrained_model(corpus, "network.layers=1")
 
 
 @pytest.fixture(scope="module")
-def points(generator):
-    return sweep(generator, ["margin", "tweedie"], [2, 4], 6, letters, seed=3, progress=False, length=8)
+def points(model):
+    return sweep(model, ["margin", "tweedie"], [2, 4], 6, letters, 8, SamplingOptions(seed=3), progress=False)
 
 
-def test_sweep_measures_each_sampler_in_each_number_of_steps(generator, points):
+def test_sweep_measures_each_sampler_in_each_number_of_steps(model, points):
     """A point has the quality of the samples of that seed, also for texts shorter than a block."""
     assert [(point.sampler, point.steps) for point in points] == [
         ("margin", 2),
@@ -347,7 +344,7 @@ def test_sweep_measures_each_sampler_in_each_number_of_steps(generator, points):
         ("tweedie", 4),
     ]
     for point in points:
-        drawn = generator.sample(6, 8, sampler=point.sampler, steps=point.steps, seed=3)
+        drawn = model.sample(6, 8, sampler=point.sampler, steps=point.steps, seed=3)
         assert point.quality == quality(drawn.texts, drawn.tokens, letters)
         assert point.network_calls == drawn.network_calls and point.quality.num_tokens == 48
         assert 0 < point.seconds < 60
@@ -367,41 +364,41 @@ def test_table_has_a_line_for_each_point(points):
     )
 
 
-def test_padding_of_samples_is_not_measured(generator):
+def test_padding_of_samples_is_not_measured(model):
     """It would lower the entropy. Control: of packed samples, all tokens count."""
-    padded = Generator(**{**vars(generator), "layout": Layout("padded", "scored")})
-    [point] = sweep(padded, ["tweedie"], [4], 6, letters, progress=False, length=8, seed=5)
+    padded = dataclasses.replace(model, layout=Layout("padded", "scored"))
+    [point] = sweep(padded, ["tweedie"], [4], 6, letters, 8, SamplingOptions(seed=5), progress=False)
     texts = padded.sample(6, 8, sampler="tweedie", steps=4, seed=5).texts
     assert point.quality.num_tokens == sum(map(len, texts)) < 48
 
 
-def test_invalid_sweeps_are_refused_before_sampling(generator, monkeypatch):
-    monkeypatch.setattr(Generator, "sample", lambda *_, **__: pytest.fail("sample was called"))
+def test_invalid_sweeps_are_refused_before_sampling(model, monkeypatch):
+    monkeypatch.setattr("sedd.evaluation.sweep.sample", lambda *_: pytest.fail("sample was called"))
     for samplers, steps, message in [
         (["tweedie", "twedie"], [2], "no sampler 'twedie'"),
         (["tweedie"], [2, 0], "at least 1"),
         ([], [2], "at least one sampler"),
     ]:
         with pytest.raises(sedd.UserError, match=message):
-            sweep(generator, samplers, steps, 2, progress=False)
-    without_tokenizer = Generator(**{**vars(generator), "tokenizer": None})
+            sweep(model, samplers, steps, 2, progress=False)
+    without_tokenizer = dataclasses.replace(model, tokenizer=None)
     with pytest.raises(sedd.UserError, match="leave the scoring model out"):
         sweep(without_tokenizer, ["tweedie"], [2], 2, letters)
 
 
-def test_seconds_exclude_compilation(generator, monkeypatch):
+def test_seconds_exclude_compilation(model, monkeypatch):
     """The fake sampler is slow in its first call, as one that compiles."""
     slept = []
 
-    def sample(self, num_samples, sampler, steps, seed):
-        if (sampler, steps) not in slept:
-            slept.append((sampler, steps))
+    def sample(trained, num_samples, length, options):
+        if options not in slept:
+            slept.append(options)
             time.sleep(0.4)
         ids = np.ones((num_samples, 2), int)
         return Samples(["ab"] * num_samples, ids, np.full(num_samples, 2), ids < 0, 3, None)
 
-    monkeypatch.setattr(Generator, "sample", sample)
-    [first, second] = sweep(generator, ["tweedie"], [2, 3], 2, progress=False)
+    monkeypatch.setattr("sedd.evaluation.sweep.sample", sample)
+    [first, second] = sweep(model, ["tweedie"], [2, 3], 2, progress=False)
     assert len(slept) == 2 and max(first.seconds, second.seconds) < 0.1
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import JAX_SETTINGS, MUON, NETWORK, small_config, small_corpus, unusual_jax_settings
+from small import JAX_SETTINGS, MUON, small_config, small_corpus, trained_of, unusual_jax_settings
 
 import sedd
 from sedd import config as configs
@@ -18,12 +18,15 @@ from sedd.diffusion.discrete.exact_likelihood import order_log_likelihoods, subs
 from sedd.diffusion.discrete.likelihood import count_draws, level_draws, time_draws
 from sedd.diffusion.discrete.loss import denoising_loss
 from sedd.diffusion.discrete.score import stats_from
-from sedd.evaluation.conditional import Answers, log_likelihoods
+from sedd.evaluation.conditional import log_likelihoods
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import from_corpus
-from sedd.generation.generate import Generator
+from sedd.generation.generate import sample
+from sedd.generation.options import SamplingOptions
+from sedd.generation.rows import Rows
 from sedd.generation.samplers import SAMPLERS, SamplerContext, named_sampler
 from sedd.network.network import Network
+from sedd.network.trunk import Trunk
 from sedd.runtime.parallel import data_mesh
 from sedd.training.score_entropy import ScoreEntropy
 
@@ -34,7 +37,7 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def generator(corpus):
+def trained(corpus):
     """An untrained model with fixed, nonzero parameters."""
     config = small_config(corpus, "network.layers=1")
     _, schedule, network = configs.build(config, corpus.vocab_size)
@@ -42,33 +45,33 @@ def generator(corpus):
         lambda leaf: 0.3 * np.cos(np.arange(leaf.size, dtype=np.float32)).reshape(leaf.shape),
         jax.eval_shape(network.init, keyed_random.root_key(0)),
     )
-    return Generator(network, params, schedule, corpus.tokenizer, corpus.layout, config.data.block_length)
+    return trained_of(network, schedule, params, config.data.block_length, corpus.tokenizer, corpus.layout)
 
 
-def numbers(generator, corpus):
+def numbers(trained, corpus):
     """Returns a bound in batches of two sizes, samples, and the log-likelihood of an answer."""
-    model = generator.network, generator.schedule, generator.params
     rows, mesh, results = from_corpus(corpus, "train", 16), data_mesh(jax.devices()[:1]), {}
     for batch_size in (8, 32):
         settings = dict(num_draws=2, batch_size=batch_size, mesh=mesh, progress=False)
-        results[f"bound, {batch_size} rows"] = perplexity(*model, rows, **settings)[0].nats_per_token
-    results["samples"] = generator.sample(32, length=12, steps=3, sampler="counts", batch_size=8).tokens
-    tokens, free = np.zeros((1, 16), np.int32), np.arange(16)[None] == 3
-    results["answer"] = log_likelihoods(*model, Answers(tokens, free, None), "exact")[0].nats
+        results[f"bound, {batch_size} rows"] = perplexity(trained, rows, **settings)[0].nats_per_token
+    options = SamplingOptions(steps=3, sampler="counts", batch_size=8)
+    results["samples"] = sample(trained, 32, 12, options).tokens
+    answer = Rows(np.zeros((1, 16), np.int32), np.arange(16)[None] == 3, np.array([16]))
+    results["answer"] = log_likelihoods(trained, answer, "exact")[0].nats
     return results
 
 
 @pytest.fixture(scope="module")
-def by_default(generator, corpus):
+def by_default(trained, corpus):
     """The numbers under the default settings."""
-    return numbers(generator, corpus)
+    return numbers(trained, corpus)
 
 
 @pytest.mark.parametrize("name", JAX_SETTINGS)
-def test_evaluation_and_sampling_do_not_depend_on_a_setting(generator, corpus, by_default, name):
+def test_evaluation_and_sampling_do_not_depend_on_a_setting(trained, corpus, by_default, name):
     """Bit for bit. A bound depends on the batch size only by the rounding of its sums."""
     with unusual_jax_settings(name):
-        results = numbers(generator, corpus)
+        results = numbers(trained, corpus)
     for key, value in by_default.items():
         np.testing.assert_array_equal(results[key], value, err_msg=key)
     assert results["bound, 8 rows"] == pytest.approx(results["bound, 32 rows"], rel=1e-6)
@@ -126,22 +129,17 @@ V, L, B = 5, 8, 4
 PROCESSES = {"absorbing": sedd.Absorbing(V), "uniform": sedd.Uniform(V)}
 
 
-def small_network(process, **settings):
-    sizes = {name.partition(".")[2]: int(value) for name, value in (setting.split("=") for setting in NETWORK)}
-    return Network(process, sigma_range=(1e-3, 7.0), **sizes, **settings)
-
-
 @pytest.mark.parametrize(
     "name, noise_sampling, settings, jax_settings",
     [
-        ("absorbing", "mask_count", dict(prediction="denoiser", dropout=0.1, scan=True), STRICT),
-        ("uniform", "time", dict(prediction="score", given_embedding=True), STRICT),
-        ("uniform", "time", dict(prediction="score", given_embedding=True), ("x64", "prng rbg")),
+        ("absorbing", "mask_count", dict(prediction="denoiser", trunk=Trunk(16, 2, 2, dropout=0.1, scan=True)), STRICT),
+        ("uniform", "time", dict(prediction="score", trunk=Trunk(16, 2, 2), given_embedding=True), STRICT),
+        ("uniform", "time", dict(prediction="score", trunk=Trunk(16, 2, 2), given_embedding=True), ("x64", "prng rbg")),
     ],
 )
 def test_a_network_is_float32_under_any_settings(name, noise_sampling, settings, jax_settings):
     """Parameters, gradients, scores and log r."""
-    network = small_network(PROCESSES[name], **settings)
+    network = Network(PROCESSES[name], sigma_range=(1e-3, 7.0), **settings)
     objective = ScoreEntropy(network, sedd.LogLinear(), B, noise_sampling)
     tokens, lengths = jnp.ones((B, L), jnp.int32), jnp.array([3, 8, 5, 8])
 

@@ -285,7 +285,7 @@ def test_nonfinite_loss_stops_the_run(corpus, tmp_path, monkeypatch):
     """Step, quantity, example and sigma are recorded. The checkpoints are finite, and the run resumes."""
     config = small_config(corpus, "checkpoint.every=2", "training.noise_sampling=time", "training.steps=7")
     with monkeypatch.context() as patch:
-        patch.setattr("sedd.training.fit.score_entropy", poisoned(6))
+        patch.setattr("sedd.training.run.score_entropy", poisoned(6))
         with pytest.raises(sedd.UserError, match="the loss of step 6 is not finite .*nonfinite.jsonl") as caught:
             fit(config, tmp_path / "run")
     assert "\n" not in str(caught.value)
@@ -310,7 +310,7 @@ def test_nonfinite_steps_are_skipped_up_to_the_limit(corpus, tmp_path, monkeypat
         "training.ema_decay=0.9",
         "optimizer.decay=constant",
     )
-    monkeypatch.setattr("sedd.training.fit.score_entropy", poisoned(3, times=2))
+    monkeypatch.setattr("sedd.training.run.score_entropy", poisoned(3, times=2))
     with pytest.raises(sedd.UserError, match="step 4 is not finite"):
         fit(small_config(corpus, *settings, "training.max_skipped_steps=1"), tmp_path / "one")
     fit(small_config(corpus, *settings, "training.max_skipped_steps=2"), tmp_path / "two")

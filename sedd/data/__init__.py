@@ -1,6 +1,6 @@
 """Data: text sources, tokenizers, the prepared corpus and its batches. NumPy only, without JAX."""
 
-from sedd.data.batches import Batch, Blocks, batch, batches, blocks, check_block_length, row_lengths
+from sedd.data.batches import Batch, batch, batches, blocks, check_block_length, row_lengths
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.data.layout import Layout
 from sedd.data.prepare import prepare
@@ -12,7 +12,6 @@ from sedd.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 __all__ = [
     "SPLITS",
     "Batch",
-    "Blocks",
     "Corpus",
     "Layout",
     "Source",

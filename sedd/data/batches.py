@@ -27,14 +27,6 @@ class Batch(NamedTuple):
     lengths: np.ndarray | None  # Int32[B]
 
 
-class Blocks(NamedTuple):
-    """All tokens of a split in blocks for evaluation."""
-
-    tokens: np.ndarray  # Int32[N L]
-    lengths: np.ndarray  # Int32[N], number of valid tokens of each row, end-of-text ids included
-    document: np.ndarray | None  # Int64[N], index of the document of each row; None where rows span documents
-
-
 def batch(
     corpus: Corpus, block_length: int, batch_size: int, seed: int, k: int, rows: np.ndarray | None = None
 ) -> Batch:
@@ -70,16 +62,17 @@ def batches(
     return _read_ahead(functools.partial(batch, corpus, block_length, batch_size, seed, rows=rows), start)
 
 
-def blocks(corpus: Corpus, split: str, block_length: int) -> Blocks:
+def blocks(corpus: Corpus, split: str, block_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns all tokens of a split: packed in consecutive blocks, the last padded with 0; padded by document.
 
-    UserError if an id is outside of the vocabulary.
+    The tokens, Int32[N L]; the number of valid ones of each row, end-of-text ids included, Int32[N]; and the index of
+    the document of each row, Int64[N], None where rows span documents. UserError if an id is outside of the vocabulary.
     """
     tokens = corpus.checked(corpus.tokens(split))
     if corpus.layout.padded:
         starts, lengths, document = _rows(corpus, split, block_length)
-        return Blocks(_gather_rows(tokens, starts, lengths, block_length, _padding_id(corpus)), lengths, document)
-    return Blocks(*cut(tokens, block_length), None)
+        return _gather_rows(tokens, starts, lengths, block_length, _padding_id(corpus)), lengths, document
+    return (*cut(tokens, block_length), None)
 
 
 def row_lengths(corpus: Corpus, block_length: int) -> tuple[int, ...]:

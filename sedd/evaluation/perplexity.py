@@ -9,6 +9,7 @@ model's exact marginal, and better than at its own length by .12 nats a token at
 blocks of 128 (docs/measurements.md). A network that was trained on padded documents gets their lengths instead.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import platform
@@ -22,18 +23,16 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sedd.data.layout import Layout
-from sedd.diffusion.discrete.process import Absorbing
-from sedd.diffusion.schedule import Schedule
 from sedd.evaluation.protocols import CLEAN, Protocol
 from sedd.evaluation.report import Report, Terms, make_report, terms_from_draws
 from sedd.evaluation.resumable_draws import KEPT, ResumableDraws
-from sedd.evaluation.scoring import levels_of, record_shape, score, sigma_limits
+from sedd.evaluation.scoring import levels_of, record_shape, score
 from sedd.evaluation.statistics import ratio
 from sedd.evaluation.text import ScoringRows
-from sedd.network.network import Network
 from sedd.runtime import disk, parallel, processes, storage
 from sedd.runtime.settings import jax_defaults
 from sedd.seeds import check_seed
+from sedd.trained import Trained
 from sedd.version import __version__
 
 REFRESH_SECONDS = 0.5  # between running estimates in the progress bar
@@ -41,9 +40,7 @@ REFRESH_SECONDS = 0.5  # between running estimates in the progress bar
 
 @jax_defaults()
 def perplexity(
-    network: Network,
-    schedule: Schedule,
-    params: dict,
+    trained: Trained,
     scored: ScoringRows,
     protocol: Protocol = CLEAN,
     num_draws: int = 16,
@@ -64,57 +61,59 @@ def perplexity(
     Returns the report, and the terms of each row. UserError for an invalid seed, or if the folder holds another job.
     """
     seed, about = check_seed(seed), {**(about or {}), "data": scored.data}
-    job = {} if folder is None else _job(network, schedule, scored, about, protocol, num_draws, seed)
+    network, bound = trained.network, protocol.bound(trained.process, trained.schedule)
+    job = {} if folder is None else _job(trained, scored, about, protocol, num_draws, seed)
     if mesh is None:
         mesh = parallel.data_mesh()
-        params = parallel.put(params, parallel.shardings(mesh, params))
-    low, high = sigma_limits(network, schedule)
-    prior = network.process.prior_divergence(high) if protocol.is_bound else 0.0
-    levels = functools.partial(levels_of, network, schedule, protocol, num_draws, seed)
+        params = parallel.put(trained.params, parallel.shardings(mesh, trained.params))
+        trained = dataclasses.replace(trained, params=params)
+    levels = functools.partial(levels_of, bound, num_draws, seed)
     with (
         ResumableDraws(folder, job, record_shape(network, num_draws), len(scored.tokens), levels) as record,
-        _Bar(scored, prior, protocol.tightened, progress and processes.is_first()) as bar,
+        _Bar(scored, bound.prior, protocol.tightened, progress and processes.is_first()) as bar,
     ):
         bar.update(record.records())
-        batches = score(
-            network, schedule, params, scored, protocol, num_draws, seed, mesh, batch_size, start=len(record)
-        )
-        for records in batches:
+        for records in score(trained, bound, scored, num_draws, seed, mesh, batch_size, start=len(record)):
             record.append(records)
             bar.update(records)
             if on_batch is not None:
                 on_batch()
-        records = record.records()
-        terms = terms_from_draws(records, scored, prior, protocol.tightened)
-        other = None
-        if network.prediction == "score":
-            other = terms_from_draws(records, scored, prior, not protocol.tightened)
-        report = make_report(
-            terms,
-            other,
-            scored,
-            protocol.tightened,
-            draws=num_draws,
-            seed=seed,
-            protocol=protocol.name,
-            noise="masked" if isinstance(network.process, Absorbing) else "random",
-            likelihood_of=_likelihood_of(network, protocol, low, high),
-            lengths=_lengths_in_words(scored.layout, network),
-            about={**about, "versions": versions()},
-        )
+        report, terms = _report(trained, bound, scored, record.records(), protocol, num_draws, seed, about)
         if folder is not None and processes.is_first():
             with storage.user_errors(folder, KEPT):
                 disk.write_text_atomic(folder / "report.json", report.to_json() + "\n")
     return report, terms
 
 
-def _job(network, schedule, scored, about, protocol, num_draws, seed) -> dict[str, Any]:
+def _report(trained, bound, scored, records, protocol, num_draws, seed, about) -> tuple[Report, Terms]:
+    """The report of all records, and the terms of each row."""
+    terms = terms_from_draws(records, scored, bound.prior, protocol.tightened)
+    other = None
+    if trained.network.has_unnormalised_scores:
+        other = terms_from_draws(records, scored, bound.prior, not protocol.tightened)
+    report = make_report(
+        terms,
+        other,
+        scored,
+        protocol.tightened,
+        draws=num_draws,
+        seed=seed,
+        protocol=protocol.name,
+        noise="random" if trained.process.mask_id is None else "masked",
+        likelihood_of=bound.likelihood_of,
+        lengths=_lengths_in_words(trained, scored.layout),
+        about={**about, "versions": versions()},
+    )
+    return report, terms
+
+
+def _job(trained, scored, about, protocol, num_draws, seed) -> dict[str, Any]:
     """Everything that the draws depend on, for job.json."""
     return {
         "model": about.get("model"),
         "tokenizer": about.get("tokenizer"),
-        "network": repr(network),
-        "schedule": repr(schedule),
+        "network": repr(trained.network),
+        "schedule": repr(trained.schedule),
         "text": scored.hash,
         "protocol": protocol.name,
         "draws": num_draws,
@@ -158,18 +157,8 @@ class _Bar:
         self._bar.update(len(records))
 
 
-def _likelihood_of(network: Network, protocol: Protocol, low: float, high: float) -> str:
-    """Names the generative distribution whose likelihood is bounded."""
-    if not protocol.is_bound:
-        return "not a bound: the loss that those papers report, without prior and reconstruction"
-    if isinstance(network.process, Absorbing):
-        return "decoding one token at a time in random order, conditioned on the number of masked tokens"
-    return f"the reverse process from sigma {high:g} to {low:g}, and one step from there"
-
-
-def _lengths_in_words(layout: Layout, network: Network) -> str:
-    """Says how text shorter than a block was scored."""
+def _lengths_in_words(trained: Trained, layout: Layout) -> str:
+    """Says how text shorter than a block was scored. layout: of the rows."""
     if layout.padding is not None:
         return "with its padding, as a full block" if layout.padding == "scored" else "given its length"
-    in_block = isinstance(network.process, Absorbing)
-    return "in a block whose other positions stay masked" if in_block else "at its own length"
+    return "at its own length" if trained.uses_lengths else "in a block whose other positions stay masked"

@@ -14,16 +14,16 @@ split is that of their zero-shot tables.
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from sedd.data.corpus import Corpus
-from sedd.data.layout import Layout
 from sedd.data.source import Source
-from sedd.data.tokenizers import Tokenizer
+from sedd.diffusion.discrete.bounds import Bound, TimeLoss, bound_of
+from sedd.diffusion.discrete.process import Process
 from sedd.diffusion.schedule import LogLinear, Schedule
 from sedd.errors import UserError
 from sedd.evaluation.text import ScoringRows, documents, from_corpus, from_rows, from_source, from_texts
+from sedd.trained import Trained
 
 GROUP_SIZE = 1000  # documents that the data loaders of the three papers concatenate at a time
 
@@ -47,14 +47,11 @@ class Protocol:
     def __str__(self) -> str:
         return self.name
 
-    def stratum(self, rows: jax.Array) -> jax.Array:
-        """The stratum of each row, Int[B] -> Int[B]. Neighbours are far apart, so that a cluster spans the levels."""
-        stride = round(self.strata * 0.618) | 1  # coprime to the powers of two that `strata` are
-        return rows * stride % self.strata
-
-    def schedule(self, model: Schedule) -> Schedule:
-        """Returns the schedule that maps times to noise."""
-        return model if self.own_schedule else LogLinear(1e-3)
+    def bound(self, process: Process, schedule: Schedule) -> Bound:
+        """Returns the bound, or the loss of a paper, of a model with this process and this schedule."""
+        if self.is_bound:
+            return bound_of(process, schedule)
+        return TimeLoss(process, schedule if self.own_schedule else LogLinear(1e-3), self.eps, self.strata)
 
 
 CLEAN = Protocol("clean", split="test", draws=None, is_bound=True)
@@ -77,25 +74,19 @@ def get_protocol(name: str) -> Protocol:
 
 
 def scoring_rows(
-    protocol: Protocol,
-    text: Corpus | Source | Sequence[str],
-    split: str,
-    tokenizer: Tokenizer,
-    block_length: int,
-    layout: Layout,
+    protocol: Protocol, text: Corpus | Source | Sequence[str], split: str, trained: Trained
 ) -> ScoringRows:
-    """Returns the rows of a text under a protocol, for a model of this layout.
+    """Returns the rows of a text under a protocol, for a model.
 
     UserError where nothing is left to score, or for a padded layout with a protocol that packs text.
     """
     if protocol.is_bound:
         if isinstance(text, Corpus):
-            return from_corpus(text, split, block_length)
-        if isinstance(text, Source):
-            return from_source(text, tokenizer, block_length, layout)
-        return from_texts(text, tokenizer, block_length, layout)
-    if layout.padded:
+            return from_corpus(text, split, trained.block_length)
+        return from_source(text, trained) if isinstance(text, Source) else from_texts(text, trained)
+    if trained.layout.padded:
         raise UserError(f"the protocol {protocol} packs text, but the model was trained on padded documents; use clean")
+    tokenizer, block_length = trained.require_tokenizer(), trained.block_length
     ids, data = documents(text, split, tokenizer)
     rows = grouped(ids, block_length, protocol, tokenizer.end_of_text)
     if not len(rows):
@@ -103,7 +94,7 @@ def scoring_rows(
             f"the protocol {protocol} leaves nothing of {sum(map(len, ids))} tokens in {len(ids)} documents: tokens "
             f"that do not fill a block of {block_length} at the end of a group of documents are dropped; use clean"
         )
-    return from_rows(rows, layout, data, len(ids))
+    return from_rows(rows, trained.layout, data, len(ids))
 
 
 def grouped(documents: Sequence[np.ndarray], block_length: int, protocol: Protocol, end: int | None) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Scores rows of text: draws of each row's bound, over all devices."""
 
 import functools
-import math
 from collections.abc import Iterator
 
 import jax
@@ -11,23 +10,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.likelihood import Draws, count_draws, level_draws, time_draws, uses_pairs
-from sedd.diffusion.discrete.process import Absorbing, Process
+from sedd.diffusion.discrete.bounds import Bound
+from sedd.diffusion.discrete.likelihood import Draws
 from sedd.diffusion.discrete.score import ScoreStats
-from sedd.diffusion.schedule import Schedule
-from sedd.evaluation.protocols import Protocol
 from sedd.evaluation.text import ScoringRows
 from sedd.network.network import Network
 from sedd.runtime import parallel
-
-MIN_UNIFORM_SIGMA = 12.0  # least upper limit of the uniform bound: there its prior is below 1e-5 nats a token
-
-
-def sigma_limits(network: Network, schedule: Schedule) -> tuple[float, float]:
-    """The lower and upper limit of sigma in the integral of the bound."""
-    if isinstance(network.process, Absorbing):
-        return 0.0, math.inf
-    return float(schedule.sigma(0.0)), max(float(schedule.sigma(1.0)), MIN_UNIFORM_SIGMA)
+from sedd.trained import Trained
 
 
 def record_shape(network: Network, num_draws: int) -> tuple[int, int]:
@@ -36,15 +25,13 @@ def record_shape(network: Network, num_draws: int) -> tuple[int, int]:
     A draw's K values are its level, its width, and in nats a row the diffusion and the reconstruction term; where the
     network predicts unnormalised scores, each of the two terms for these and then for the tightened scores.
     """
-    return num_draws, 2 + 2 * (1 + (network.prediction == "score"))
+    return num_draws, 2 + 2 * (1 + network.has_unnormalised_scores)
 
 
 def score(
-    network: Network,
-    schedule: Schedule,
-    params: dict,
+    trained: Trained,
+    bound: Bound,
     scored: ScoringRows,
-    protocol: Protocol,
     num_draws: int,
     seed: int,
     mesh: Mesh,
@@ -58,11 +45,10 @@ def score(
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     num_rows, length = scored.tokens.shape
-    size = min(batch_size or network.rows_at_once(length) * devices, num_rows)
+    size = min(batch_size or trained.network.rows_at_once(length) * devices, num_rows)
     size = -(-size // devices) * devices
-    uses_lengths = scored.layout.masks_padding or not isinstance(network.process, Absorbing)
-    static = (network, schedule, protocol, num_draws, uses_lengths, mesh, sigma_limits(network, schedule))
-    run = functools.partial(_records, *static, params, keyed_random.root_key(seed))
+    static = (trained.network, bound, num_draws, trained.uses_lengths, mesh)
+    run = functools.partial(_records, *static, trained.params, keyed_random.root_key(seed))
     here = parallel.local_rows(mesh, size)
     for first in range(start, num_rows, size):
         at = np.arange(first, first + size) % num_rows  # one shape for all batches; surplus rows are dropped below
@@ -70,43 +56,36 @@ def score(
         yield np.asarray(run(*batch))[: num_rows - first]
 
 
-@functools.partial(jax.jit, static_argnums=range(7))
-def _records(network, schedule, protocol, num_draws, uses_lengths, mesh, limits, params, key, tokens, lengths, rows):
+@functools.partial(jax.jit, static_argnums=range(5))
+def _records(network, bound, num_draws, uses_lengths, mesh, params, key, tokens, lengths, rows):
     """The records of a batch, Float[B M K].
 
     uses_lengths: condition the network on the lengths; else the positions after a short text stay masked, which gives
     the model's exact marginal.
     """
-    process = network.process
     free = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    pairs = _by_mask_count(process, protocol) and uses_pairs(num_draws)
     if not uses_lengths:
-        tokens, lengths = process.mask_tokens(tokens, ~free), None
-    row_lengths = lengths if lengths is None or not pairs else jnp.repeat(lengths, 2)
-    stats = network.stats(params, lengths=row_lengths, masked_pairs=pairs, tightened=network.prediction == "score")
-    draws = _draws(process, schedule, protocol, num_draws, limits, stats, key, tokens, rows, free, lengths)
+        tokens, lengths = network.process.mask_tokens(tokens, ~free), None
+    stats = bound_stats(network, bound, num_draws, params, lengths)
+    draws = bound.draws(stats, keyed_random.row_keys(key, rows), tokens, num_draws, free, lengths, rows)
     return jax.lax.with_sharding_constraint(_flat(draws), NamedSharding(mesh, P()))
 
 
-def _by_mask_count(process: Process, protocol: Protocol) -> bool:
-    return protocol.is_bound and isinstance(process, Absorbing)
+def bound_stats(network, bound: Bound, num_draws: int, params, lengths=None, given=None):
+    """The StatsFn with which `bound` takes its draws, of unnormalised scores the tightened ones too.
+
+    lengths: Int[B], the valid lengths; given: Bool[B L], True at given tokens.
+    """
+    pairs = bound.takes_pairs(num_draws)
+    lengths = jnp.repeat(lengths, 2) if pairs and lengths is not None else lengths
+    tightened = network.has_unnormalised_scores
+    return network.stats(params, lengths=lengths, given=given, masked_pairs=pairs, tightened=tightened)
 
 
-def _draws(process, schedule, protocol, num_draws, limits, stats, key, tokens, rows, free=None, lengths=None) -> Draws:
-    keys = keyed_random.row_keys(key, rows)
-    if _by_mask_count(process, protocol):
-        return count_draws(process, stats, keys, tokens, num_draws, free, lengths)
-    if protocol.is_bound:
-        low, high = limits
-        return level_draws(process, stats, keys, tokens, num_draws, low, high, free)
-    times = (protocol.eps, protocol.stratum(rows), protocol.strata)
-    return time_draws(process, protocol.schedule(schedule), stats, keys, tokens, num_draws, *times)
-
-
-@functools.partial(jax.jit, static_argnums=range(5))
-def _levels(process, schedule, protocol, num_draws, limits, key, rows):
+@functools.partial(jax.jit, static_argnums=range(2))
+def _levels(bound, num_draws, key, rows):
     """Levels and widths of the draws of rows, Float32[n M 2]. They are independent of text and network."""
-    draws = _draws(process, schedule, protocol, num_draws, limits, _no_stats, key, rows[:, None] * 0, rows)
+    draws = bound.draws(_no_stats, keyed_random.row_keys(key, rows), rows[:, None] * 0, num_draws, rows=rows)
     return jnp.stack([draws.level, draws.width], axis=-1).transpose(1, 0, 2)
 
 
@@ -115,12 +94,9 @@ def _no_stats(x: jax.Array, *_) -> ScoreStats:
     return ScoreStats(zeros, zeros, zeros)
 
 
-def levels_of(
-    network: Network, schedule: Schedule, protocol: Protocol, num_draws: int, seed: int, num_rows: int
-) -> np.ndarray:
+def levels_of(bound: Bound, num_draws: int, seed: int, num_rows: int) -> np.ndarray:
     """Levels and widths of the draws of the first rows, the first values of their records: Float32[num_rows M 2]."""
-    static = (network.process, schedule, protocol, num_draws, sigma_limits(network, schedule))
-    return np.asarray(_levels(*static, keyed_random.root_key(seed), jnp.arange(num_rows)))
+    return np.asarray(_levels(bound, num_draws, keyed_random.root_key(seed), jnp.arange(num_rows)))
 
 
 def _flat(draws: Draws) -> jax.Array:

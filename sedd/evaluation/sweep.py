@@ -10,7 +10,9 @@ from tqdm import tqdm
 from sedd.errors import UserError
 from sedd.evaluation.quality import Quality, quality
 from sedd.evaluation.scorers import Scorer
-from sedd.generation.generate import Generator
+from sedd.generation.generate import Samples, sample, sampler_for
+from sedd.generation.options import SamplingOptions
+from sedd.trained import Trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,31 +27,31 @@ class Point:
 
 
 def sweep(
-    generator: Generator,
+    trained: Trained,
     samplers: Sequence[str],
     steps: Sequence[int],
     num_samples: int,
     scorer: Scorer | None = None,
-    seed: int = 0,
+    length: int | None = None,
+    options: SamplingOptions = SamplingOptions(),
     progress: bool = True,
-    **settings,
 ) -> list[Point]:
     """Samples and measures `num_samples` texts by each sampler at each number of steps, all from the same seed.
 
-    settings: other arguments of `Generator.sample`, such as length, temperature, top_p and batch_size. UserError,
-    before any sampling, for no samplers or steps, for an unknown sampler, and for a scorer where the model has no
-    tokenizer.
+    length: of the texts, as in `sample`; options: those that all points have in common. UserError, before any sampling,
+    for no samplers or steps, for an unknown sampler, and for a scorer where the model has no tokenizer.
     """
     if not samplers or not steps:
         raise UserError("a sweep needs at least one sampler and one number of steps")
-    if scorer is not None and generator.tokenizer is None:
+    if scorer is not None and trained.tokenizer is None:
         raise UserError("a scoring model reads texts, and this model has no tokenizer; leave the scoring model out")
-    requested = list(dict.fromkeys((name, count) for name in samplers for count in steps))
-    for name, count in requested:
-        generator.sampler(name, count)  # raises for an unknown sampler or an invalid number of steps
+    pairs = dict.fromkeys((name, count) for name in samplers for count in steps)
+    requested = [dataclasses.replace(options, sampler=name, steps=count) for name, count in pairs]
+    for one in requested:
+        sampler_for(trained, one)  # raises for an unknown sampler
     points = []
-    for name, count in tqdm(requested, desc="sweep", unit="point", delay=2, disable=not progress):
-        drawn, seconds = _timed(generator, num_samples, sampler=name, steps=count, seed=seed, **settings)
+    for (name, count), one in zip(pairs, tqdm(requested, desc="sweep", unit="point", delay=2, disable=not progress)):
+        drawn, seconds = _timed(trained, num_samples, length, one)
         tokens = [row[:length] for row, length in zip(drawn.tokens, drawn.lengths)]
         measured = quality(drawn.texts, tokens, scorer)
         points.append(Point(name, count, drawn.network_calls, seconds / num_samples, measured))
@@ -86,14 +88,13 @@ def table(points: Sequence[Point]) -> str:
     return "\n".join([*lines, f"{number:,} samples a line, ± is one standard error over them{under}"])
 
 
-def _timed(generator: Generator, num_samples: int, **settings):
+def _timed(trained: Trained, num_samples: int, length: int | None, options: SamplingOptions) -> tuple[Samples, float]:
     """Returns the samples and the seconds they took. A group sampled before compiles the program."""
-    max_rows = generator.network.rows_at_once(generator.block_length)
-    group = min(num_samples, settings.get("batch_size") or max_rows)
+    group = min(num_samples, options.batch_size or trained.rows_at_once)
     # Where lengths are sampled, the longest of all samples is part of the compiled shape.
-    generator.sample(num_samples if generator.layout.masks_padding else group, **settings)
+    sample(trained, num_samples if trained.layout.masks_padding else group, length, options)
     start = time.perf_counter()
-    drawn = generator.sample(num_samples, **settings)
+    drawn = sample(trained, num_samples, length, options)
     return drawn, time.perf_counter() - start
 
 

@@ -14,6 +14,7 @@ from sedd.data.layout import Layout, cut
 from sedd.data.source import Source
 from sedd.data.tokenizers import END_OF_TEXT, WHOLE_TEXT, Ends, Tokenizer
 from sedd.errors import UserError
+from sedd.trained import Trained
 
 CLUSTER_BLOCKS = 16  # blocks of packed text in a cluster of the standard error: neighbours share documents
 
@@ -42,12 +43,12 @@ class ScoringRows:
         return digest.hexdigest()
 
 
-def check_compatible(corpus: Corpus, tokenizer: Tokenizer | None, vocab_size: int, layout: Layout) -> Tokenizer:
-    """Returns the corpus' tokenizer.
+def check_compatible(corpus: Corpus, trained: Trained):
+    """UserError unless the corpus has the tokenizer and the layout of the model.
 
-    UserError unless the corpus has the model's tokenizer and layout; for a model without a tokenizer, such as a
-    published one, unless it has the model's vocabulary size.
+    For a model without a tokenizer, such as a published one: unless it has the model's vocabulary size.
     """
+    tokenizer, vocab_size, layout = trained.tokenizer, trained.process.vocab_size, trained.layout
     if tokenizer is None and corpus.vocab_size != vocab_size:
         raise UserError(
             f"{corpus.path} has {corpus.vocab_size} tokens, the model {vocab_size}; prepare it with the tokenizer that "
@@ -60,7 +61,6 @@ def check_compatible(corpus: Corpus, tokenizer: Tokenizer | None, vocab_size: in
             f"{corpus.path} is {corpus.layout.name}, but the model was trained on a corpus that is {layout.name}; "
             "prepare it so"
         )
-    return corpus.tokenizer
 
 
 def from_corpus(corpus: Corpus, split: str, block_length: int) -> ScoringRows:
@@ -76,11 +76,11 @@ def from_corpus(corpus: Corpus, split: str, block_length: int) -> ScoringRows:
     return _scoring_rows(tokens, counts, clusters, size, corpus.layout, data, len(corpus.document_bytes(split)))
 
 
-def from_source(source: Source, tokenizer: Tokenizer, block_length: int, layout: Layout) -> ScoringRows:
-    """The rows of a source, as `sedd prepare` makes them for a model of this layout, in the order of the source."""
-    if layout.padded:
-        texts = [text for text in _documents(source) if text]
-        scored = from_texts(texts, tokenizer, block_length, layout)
+def from_source(source: Source, trained: Trained) -> ScoringRows:
+    """The rows of a source, as `sedd prepare` makes them for this model, in the order of the source."""
+    tokenizer = trained.require_tokenizer()
+    if trained.layout.padded:
+        scored = from_texts([text for text in _documents(source) if text], trained)
         return dataclasses.replace(scored, data={"source": source.spec, "hash": scored.data["hash"]})
     end = [] if source.joiner is not None or tokenizer.end_of_text is None else [tokenizer.end_of_text]
     parts, size, num_documents, digest = [], np.zeros(2, int), 0, hashlib.sha256()
@@ -94,23 +94,21 @@ def from_source(source: Source, tokenizer: Tokenizer, block_length: int, layout:
     tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     if not tokens.size:
         raise UserError(f"the source {source.spec} holds no text; choose another")
-    rows, counts = cut(tokens, block_length)
+    rows, counts = cut(tokens, trained.block_length)
     data = {"source": source.spec, "hash": digest.hexdigest()}
     clusters = np.arange(len(rows)) // CLUSTER_BLOCKS
-    return _scoring_rows(rows, counts, clusters, (int(size[0]), int(size[1])), layout, data, num_documents)
+    return _scoring_rows(rows, counts, clusters, (int(size[0]), int(size[1])), trained.layout, data, num_documents)
 
 
-def from_texts(
-    texts: Sequence[str], tokenizer: Tokenizer, block_length: int, layout: Layout, has_eos_markers: bool = False
-) -> ScoringRows:
+def from_texts(texts: Sequence[str], trained: Trained, has_eos_markers: bool = False) -> ScoringRows:
     """The rows of texts, each text cut into blocks of its own and a cluster of its own.
 
     For a model of padded documents each text ends with the end-of-text id. has_eos_markers: the texts hold the marker
     that `Tokenizer.decode` writes for an end of text, as samples do. UserError for an empty text, or without texts.
     """
-    rows, counts, clusters = [], [], []
+    tokenizer, rows, counts, clusters = trained.require_tokenizer(), [], [], []
     end: list[int] = []
-    if layout.padded:
+    if trained.layout.padded:
         assert tokenizer.end_of_text is not None  # every padded corpus has one
         end = [tokenizer.end_of_text]
     for number, text in enumerate(texts):
@@ -121,7 +119,7 @@ def from_texts(
         ids = np.concatenate([ids, np.array(end, np.int32)])
         if not len(ids):
             raise UserError(f"text {number + 1} of {len(texts)} has no tokens, {text!r}; there is nothing to score")
-        of_text = cut(ids, block_length, *end)
+        of_text = cut(ids, trained.block_length, *end)
         rows.append(of_text[0])
         counts.append(of_text[1])
         clusters.append(np.full(len(of_text[1]), number))
@@ -130,7 +128,7 @@ def from_texts(
     size = sum(len(text.encode()) for text in texts), sum(map(len, texts))
     data = {"texts": len(texts), "hash": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
     arrays = (np.concatenate(rows), np.concatenate(counts), np.concatenate(clusters))
-    return _scoring_rows(*arrays, size, layout, data, len(texts))
+    return _scoring_rows(*arrays, size, trained.layout, data, len(texts))
 
 
 def from_rows(rows: np.ndarray, layout: Layout, data: dict[str, Any], num_documents: int) -> ScoringRows:

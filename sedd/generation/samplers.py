@@ -78,14 +78,16 @@ SAMPLERS: dict[str, Callable[[SamplerContext], Sampler]] = {
     "renoise": _corrected(Renoise()),
     "barker": _corrected(Barker()),
 }
-MAX_STEPS = 2**20
 PLANNED = "planned:REPORT"  # planned from the information profile in a report of `sedd eval --out`
+
+
+def default_sampler(process: Process) -> str:
+    """Returns the name of the sampler with the distribution of Tweedie in the fewest network calls."""
+    return "tweedie" if process.mask_id is None else "counts"
 
 
 def named_sampler(name: str, context: SamplerContext) -> Sampler:
     """Returns the sampler of a name. UserError if there is none, or if it is not for this process."""
-    if not 1 <= context.steps <= MAX_STEPS:
-        raise UserError(f"steps must be at least 1 and at most {MAX_STEPS:,}, not {context.steps}")
     kind, _, report = name.partition(":")
     counts = _planned(context, report) if kind == "planned" else None
     if counts is None and name not in SAMPLERS:

@@ -2,39 +2,28 @@
 
 import contextlib
 import dataclasses
-import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sedd import config as configs
-from sedd.data.batches import batches, check_block_length
-from sedd.data.corpus import Corpus, open_corpus
-from sedd.data.layout import Layout
-from sedd.diffusion.keyed_random import root_key
-from sedd.diffusion.schedule import Schedule
-from sedd.errors import UserError
-from sedd.network.attention import check_platform
-from sedd.network.network import Network
-from sedd.runtime import disk, folders, parallel, processes, storage, trees
+from sedd.data.batches import batches
+from sedd.runtime import disk, parallel, processes, storage
 from sedd.runtime.accelerators import peak_flops
 from sedd.runtime.settings import jax_defaults
-from sedd.training.checkpoint import Checkpoints, steps_saved
+from sedd.runtime.signals import stop_signals
+from sedd.training.checkpoint import Checkpoints
 from sedd.training.estimate import step_flops
 from sedd.training.guard import NONFINITE, NonFiniteGuard
 from sedd.training.metrics import BOUND, Metrics, Summary, has_bound
 from sedd.training.optimizer import make_optimizer
 from sedd.training.profile import Profiler
-from sedd.training.score_entropy import score_entropy
+from sedd.training.run import Run, acquired, resolve
 from sedd.training.step import TrainState, make_step
-from sedd.training.tensorboard import TensorBoardWriter, check_installed
-from sedd.training.validation import Validator, check_split, layout_of
-from sedd.training.workdir import prepare_workdir
+from sedd.training.tensorboard import TensorBoardWriter
+from sedd.training.validation import validation_bound, validation_samples
 
 
 class Interrupted(KeyboardInterrupt):
@@ -56,176 +45,119 @@ def fit(config: ConfigDict, workdir: str | Path, weights: dict | None = None, in
     call it.
     """
     processes.initialize()
-    folder = storage.folder_of(workdir)
-    config = configs.validate(config)
-    data = config.data
-    corpus = open_corpus(data.corpus)
-    check_block_length(corpus, "train", data.block_length)
-    _, schedule, network = configs.build(config, _vocab_size(config, corpus))
-    check_platform(config.network.attention, jax.devices()[0].platform)
-    mesh = parallel.make_mesh(config)
-    if weights is not None and not steps_saved(folder / "checkpoints"):
-        like = jax.eval_shape(network.init, root_key(0))
-        weights = trees.fitted(weights, like, f"{init_from or 'the weights to start from'} cannot start this run")
-    if config.evaluation.every:
-        check_split(corpus, data.block_length)
-    if config.metrics.tensorboard:
-        check_installed()
-    layout = layout_of(corpus, data.block_length)
-    with contextlib.ExitStack() as stack:
-        _acquire_workdir(stack, folder, config, corpus, layout, init_from)
-        run = _Run(folder, config, corpus, layout, schedule, network, mesh)
-        return run(weights)
-
-
-def _acquire_workdir(stack: contextlib.ExitStack, workdir: epath.Path, config: ConfigDict, corpus: Corpus, *about):
-    """Locks and prepares the run directory; stack: holds the lock; about: of `prepare_workdir`.
-
-    UserError if the processes do not share the folder, or differ in corpus or config.
-    """
-    if processes.are_many() or storage.is_bucket(workdir):
-        storage.check_shared(workdir)
-    if processes.are_many():
-        processes.check_same("corpus (by its hash)", corpus.hash)
-        processes.check_same("config", configs.fingerprint(config))
-    with processes.together():
-        if processes.is_first():
-            stack.enter_context(folders.locked(workdir))
-            prepare_workdir(workdir, config, corpus, *about)
-
-
-@dataclasses.dataclass
-class _Run:
-    """The training loop of a run that holds the lock of its folder."""
-
-    workdir: epath.Path
-    config: ConfigDict
-    corpus: Corpus
-    layout: Layout
-    schedule: Schedule
-    network: Network
-    mesh: Mesh
-
-    def __call__(self, weights: dict | None) -> Summary:
-        """Trains from the newest checkpoint, the weights or initial parameters, to the last step."""
-        config, training = self.config, self.config.training
-        objective = score_entropy(config, self.network, self.schedule)
-        optimizer = make_optimizer(config.optimizer, training.steps)
-        init, step, shardings = make_step(config, objective, optimizer, self.mesh)
-        with (
-            Checkpoints(self.workdir / "checkpoints", config.checkpoint) as checkpoints,
-            _stop_signals() as stopping,
-            disk.user_errors(self.workdir, "; the last checkpoint is kept"),
-            storage.Mirror(self.workdir, ("metrics.jsonl", "samples.jsonl", NONFINITE)) as mirror,
-        ):
-            state = checkpoints.restore(parallel.abstract_arrays(jax.eval_shape(init), shardings))
-            if state is None:
-                state = init() if weights is None else init(parallel.put(weights, shardings.params))
-            return self._loop(state, step, checkpoints, mirror, stopping)
-
-    def _loop(self, state, step, checkpoints, mirror, stopping) -> Summary:
-        training, data = self.config.training, self.config.data
-        start, rows = int(state.step), parallel.local_rows(self.mesh, training.batch_size)
-        source = batches(self.corpus, data.block_length, training.batch_size, training.seed, start, rows)
-        profiler = Profiler(mirror.local / "profile", start, self.config.metrics.profile)
-        stop = False
-        requested: jax.Array | bool = False  # any process received a signal
-        with contextlib.closing(source), profiler, self._metrics(mirror.local, start) as log:
-            if (
-                start
-                and self._is_evaluated(start)
-                and not processes.broadcast_from_first(has_bound(mirror.local, start))
-            ):
-                bound, stop = self._evaluate(state, log, stopping)  # a signal interrupted it before
-                mirror.sync()
-                checkpoints.add_bound(start, bound)
-            for number in range(start + 1, 1 + (start if stop else training.steps)):
-                with profiler.step(number):
-                    batch = parallel.shard_batch(self.mesh, next(source), rows, training.batch_size)
-                    state, metrics = step(state, batch)
-                # All processes read it one step later, so that the host does not wait for this step.
-                stop, requested = bool(requested), processes.any_of(stopping.is_set())
-                log.record(number, metrics)
-                bound = None
-                if self._is_evaluated(number) and not stop:
-                    bound, stop = self._evaluate(state, log, stopping)
-                if number % self.config.checkpoint.every == 0 or stop or number == training.steps or bound is not None:
-                    log.flush()
-                    mirror.sync()  # before the checkpoint: else a crash in between would lose its records
-                    checkpoints.save(state, bound)
-                if stop:
-                    break
+    run = resolve(config, workdir, weights, init_from)
+    with (
+        acquired(run),
+        Checkpoints(run.workdir / "checkpoints", run.config.checkpoint) as checkpoints,
+        stop_signals() as stopping,
+        disk.user_errors(run.workdir, "; the last checkpoint is kept"),
+        storage.Mirror(run.workdir, ("metrics.jsonl", "samples.jsonl", NONFINITE)) as mirror,
+    ):
+        optimizer = make_optimizer(run.config.optimizer, run.config.training.steps)
+        init, step, shardings = make_step(run.config, run.objective, optimizer, run.mesh)
+        state = checkpoints.restore(parallel.abstract_arrays(jax.eval_shape(init), shardings))
+        if state is None:
+            state = init() if run.weights is None else init(parallel.put(run.weights, shardings.params))
+        with _metrics(run, mirror.local, int(state.step)) as log:
+            state, stopped = _Loop(run, step, checkpoints, mirror, log, stopping)(state)
         number = int(state.step)
-        if stop and (number < training.steps or self._is_evaluated(number)):
+        if stopped and (number < run.config.training.steps or run.is_evaluated(number)):
             checkpoints.finish()
             raise Interrupted(number)
         return log.summary()
 
-    def _metrics(self, folder: Path, start: int) -> Metrics:
-        """Returns the metrics of process 0, which writes and prints; those of the others only check for NaNs."""
-        config, training = self.config, self.config.training
-        if not processes.is_first():
-            return Metrics(None, start, training.steps, NonFiniteGuard(training.max_skipped_steps, None))
-        board = TensorBoardWriter(folder / "tensorboard", start) if config.metrics.tensorboard else None
-        guard, ideal_step_seconds = NonFiniteGuard(training.max_skipped_steps, folder), None
-        rate, objective = peak_flops(jax.devices()[0].device_kind), score_entropy(config, self.network, self.schedule)
-        if rate is not None:
-            flops = step_flops(objective, training.batch_size, config.data.block_length, recomputed=False)
-            ideal_step_seconds = flops / (rate * jax.device_count())
-        return Metrics(folder, start, training.steps, guard, board, ideal_step_seconds)
 
-    def _is_evaluated(self, number: int) -> bool:
-        """True if the model is evaluated after this step."""
-        every = self.config.evaluation.every
-        return bool(every) and (number % every == 0 or number == self.config.training.steps)
+def _metrics(run: Run, folder: Path, start: int) -> Metrics:
+    """Returns the metrics of process 0, which writes and prints; those of the others only check for NaNs."""
+    config, training = run.config, run.config.training
+    if not processes.is_first():
+        return Metrics(None, start, training.steps, NonFiniteGuard(training.max_skipped_steps, None))
+    board = TensorBoardWriter(folder / "tensorboard", start) if config.metrics.tensorboard else None
+    guard, ideal_step_seconds = NonFiniteGuard(training.max_skipped_steps, folder), None
+    rate = peak_flops(jax.devices()[0].device_kind)
+    if rate is not None:
+        flops = step_flops(run.objective, training.batch_size, config.data.block_length, recomputed=False)
+        ideal_step_seconds = flops / (rate * jax.device_count())
+    return Metrics(folder, start, training.steps, guard, board, ideal_step_seconds)
 
-    def _evaluate(self, state: TrainState, log: Metrics, stopping: threading.Event) -> tuple[float | None, bool]:
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """The steps of a run, with its records, evaluations and checkpoints."""
+
+    run: Run
+    step: Callable
+    checkpoints: Checkpoints
+    mirror: storage.Mirror
+    log: Metrics
+    stopping: threading.Event
+
+    def __call__(self, state: TrainState) -> tuple[TrainState, bool]:
+        """Trains to the last step, or until a signal. Returns the last state, and True if it was a signal."""
+        config, start = self.run.config, int(state.step)
+        batch_size, seed = config.training.batch_size, config.training.seed
+        rows = parallel.local_rows(self.run.mesh, batch_size)
+        source = batches(self.run.corpus, config.data.block_length, batch_size, seed, start, rows)
+        profiler = Profiler(self.mirror.local / "profile", start, config.metrics.profile)
+        stop = self._evaluate_again(state)
+        requested: jax.Array | bool = False  # any process received a signal
+        with contextlib.closing(source), profiler:
+            for number in range(start + 1, 1 + (start if stop else config.training.steps)):
+                with profiler.step(number):
+                    batch = parallel.shard_batch(self.run.mesh, next(source), rows, batch_size)
+                    state, metrics = self.step(state, batch)
+                # All processes read it one step later, so that the host does not wait for this step.
+                stop, requested = bool(requested), processes.any_of(self.stopping.is_set())
+                self.log.record(number, metrics)
+                bound = None
+                if self.run.is_evaluated(number) and not stop:
+                    bound, stop = self._evaluate(state)
+                if stop or self._is_saved(number) or bound is not None:
+                    self.log.flush()
+                    self.mirror.sync()  # before the checkpoint: else a crash in between would lose its records
+                    self.checkpoints.save(state, bound)
+                if stop:
+                    break
+        return state, stop
+
+    def _is_saved(self, number: int) -> bool:
+        """True if a checkpoint is due at this step."""
+        return number % self.run.config.checkpoint.every == 0 or number == self.run.config.training.steps
+
+    def _evaluate_again(self, state: TrainState) -> bool:
+        """Evaluates the state that the run resumes from, if a signal interrupted that before. True if one does now."""
+        start, folder = int(state.step), self.mirror.local
+        if not start or not self.run.is_evaluated(start):
+            return False
+        if processes.broadcast_from_first(has_bound(folder, start)):
+            return False
+        bound, stop = self._evaluate(state)
+        self.mirror.sync()
+        self.checkpoints.add_bound(start, bound)
+        return stop
+
+    def _evaluate(self, state: TrainState) -> tuple[float | None, bool]:
         """Records the bound and samples of a step. Returns the bound (None without `checkpoint.keep_best`), False.
 
         A signal to any process ends it between two batches, or two steps of sampling: nothing is recorded, and the
         result is (None, True). A resumed run evaluates that step first.
         """
-        validator = Validator(self.config, self.corpus, self.layout, self.schedule, self.network, self.mesh)
+        run, config = self.run, self.run.config
+        trained = run.trained(state.eval_params)
 
         def check():
-            if bool(processes.any_of(stopping.is_set())):
+            if bool(processes.any_of(self.stopping.is_set())):
                 raise _Stopped
 
         try:
-            bound, samples = validator.bound(state.eval_params, check), validator.samples(state.eval_params, check)
+            bound = validation_bound(trained, run.corpus, config.evaluation.draws, run.mesh, check)
+            samples = validation_samples(trained, config.evaluation.samples, config.training.seed, check)
         except _Stopped:
             return None, True
-        log.bound(int(state.step), bound)
-        log.samples(int(state.step), *samples)
-        return bound[BOUND] if self.config.checkpoint.keep_best else None, False
+        self.log.bound(int(state.step), bound)
+        self.log.samples(int(state.step), *samples)
+        return bound[BOUND] if config.checkpoint.keep_best else None, False
 
 
 class _Stopped(Exception):
     """A signal was received during an evaluation."""
-
-
-def _vocab_size(config: ConfigDict, corpus: Corpus) -> int:
-    configured = config.data.vocab_size
-    if configured is not None and configured != corpus.vocab_size:
-        raise UserError(f"config: data.vocab_size is {configured}, but {corpus.path} has {corpus.vocab_size} tokens")
-    return corpus.vocab_size
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set instead of ending the process; a second signal ends it."""
-    stopping = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
-        yield stopping
-        return
-
-    def stop(number, _):
-        stopping.set()
-        signal.signal(number, previous[number])
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopping
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -135,7 +135,8 @@ class ScoreEntropy:
         if not self._is_paired:
             return self.schedule.sigma(self.times(rows, key))
         lengths = jnp.maximum(length if lengths is None else lengths, 1)
-        return -jnp.log1p(-(self.counts(rows, key, lengths) - 0.5) / lengths)
+        counts, lengths = self.counts(rows, key, lengths).astype(jnp.float32), lengths.astype(jnp.float32)
+        return -jnp.log1p(-(counts - 0.5) / lengths)
 
     def _level(self, index, key, count):
         """A uniform draw from the stratum of each index, of `count` strata of [0, 1). Int[B] -> Float[B]."""

@@ -25,7 +25,7 @@ from sedd.diffusion.discrete.score import StatsFn
 from sedd.diffusion.schedule import Schedule
 
 
-class Bound(NamedTuple):
+class BoundTerms(NamedTuple):
     """The three terms of the bound. Each Float[B], nats a row."""
 
     prior: jax.Array
@@ -55,7 +55,7 @@ def sigma_bound(
     low: float = 0.0,
     high: float = math.inf,
     free: jax.Array | None = None,
-) -> Bound:
+) -> BoundTerms:
     """One draw of the bound, at one noise level a row; unbiased when u is uniform on [0, 1).
 
     It bounds the negative log-likelihood of the reverse process from `high` to `low` followed by one step to 0. The
@@ -79,7 +79,7 @@ def sigma_bound(
     else:
         reconstruction = jnp.zeros_like(diffusion)
     prior = process.prior_divergence(high) * jnp.sum(free, axis=-1).astype(diffusion.dtype)
-    return Bound(prior, diffusion, reconstruction)
+    return BoundTerms(prior, diffusion, reconstruction)
 
 
 def level_draws(
@@ -207,7 +207,7 @@ def _noise_at(process: Process, u: jax.Array, low: float, high: float) -> tuple[
     there as 1 / (1 - alpha). On small distributions the third power left 0.4 of the standard deviation of even levels,
     the square 0.5.
     """
-    power = 1 if isinstance(process, Absorbing) else 3
+    power = 3 if process.mask_id is None else 1
     rounding = jnp.finfo(u.dtype).epsneg  # u below 1 can be rounded to 1, and both ends have weight 0
     u = jnp.clip(u, rounding, 1 - rounding)
     start = (-math.expm1(-low)) ** (1 / power)

@@ -1,0 +1,62 @@
+"""The options of sampling, said once: for Python, for the flags of the command line, for the harness and for sweeps."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sedd.diffusion.sampling import Sampler
+from sedd.errors import UserError
+from sedd.seeds import check_seed
+
+MAX_STEPS = 2**20
+
+# Called after each step. rows: Int[B], row numbers; tokens: Int[B L], -1 where there is none; given: Bool[B L];
+# steps: int, the number of steps done in this block.
+Watch = Callable[[np.ndarray, np.ndarray, np.ndarray, int], None]
+
+
+def _flag(default: Any, kind: type, text: str) -> Any:
+    """A field that is a flag too. kind: the type of the flag; text: its help."""
+    return dataclasses.field(default=default, metadata={"kind": kind, "help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """The options of sampling. UserError for a value that is out of range, when the object is made.
+
+    sampler: a name in `sedd.generation.samplers`, for which `steps` is the number of steps, or a Sampler; batch_size:
+    None: by size of the network; trace: return the state after each step; watch: called after each step.
+    """
+
+    steps: int = _flag(128, int, "steps of the sampler")
+    sampler: str | Sampler = _flag("tweedie", str, "the sampler")
+    temperature: float = _flag(1.0, float, "temperature of the distribution over clean tokens")
+    top_p: float = _flag(1.0, float, "nucleus sampling: keep the most probable tokens of this total probability")
+    seed: int = _flag(0, int, "random seed")
+    batch_size: int | None = _flag(None, int, "rows per batch; does not change the samples")
+    trace: bool = False
+    watch: Watch | None = None
+
+    def __post_init__(self):
+        check_seed(self.seed)
+        if not isinstance(self.sampler, str | Sampler):
+            raise UserError(f"a sampler is a name, or an object such as sedd.Tweedie(...), not {self.sampler!r}")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise UserError(f"steps must be at least 1 and at most {MAX_STEPS:,}, not {self.steps}")
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"temperature must be positive, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must lie in (0, 1], not {self.top_p}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {self.batch_size}")
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """True if temperature or top_p changes the distribution over clean tokens."""
+        return (self.temperature, self.top_p) != (1.0, 1.0)
+
+
+# The options that are flags too, by name: the fields of SamplingOptions with "kind" and "help" in their metadata.
+FLAGS = {field.name: field for field in dataclasses.fields(SamplingOptions) if field.metadata}

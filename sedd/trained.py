@@ -1,0 +1,50 @@
+"""A trained model as generation and evaluation take it: a network, its parameters, and all that they are used with."""
+
+import dataclasses
+
+from sedd.data.layout import Layout
+from sedd.data.tokenizers import Tokenizer
+from sedd.diffusion.discrete.process import Absorbing, Uniform
+from sedd.diffusion.schedule import Schedule
+from sedd.errors import UserError
+from sedd.network.network import Network
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Trained:
+    """A network with its parameters, during training or after it.
+
+    schedule: of the noise; tokenizer: None if unknown; layout: that of the training corpus, packed or padded;
+    block_length: tokens in one call of the network.
+    """
+
+    network: Network
+    params: dict
+    schedule: Schedule
+    tokenizer: Tokenizer | None
+    layout: Layout
+    block_length: int
+
+    @property
+    def process(self) -> Absorbing | Uniform:
+        """The process of the network."""
+        return self.network.process
+
+    @property
+    def uses_lengths(self) -> bool:
+        """True if the network is conditioned on the lengths of texts shorter than a block.
+
+        Otherwise the positions after a text stay masked, which gives its exact marginal under the model.
+        """
+        return self.layout.masks_padding or self.process.mask_id is None
+
+    @property
+    def rows_at_once(self) -> int:
+        """Default batch size per device, in blocks."""
+        return self.network.rows_at_once(self.block_length)
+
+    def require_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer. UserError if there is none."""
+        if self.tokenizer is None:
+            raise UserError("this model has no tokenizer, so it takes no text; load it with one, or use token arrays")
+        return self.tokenizer

@@ -1,0 +1,107 @@
+"""A run with everything that can be wrong resolved: in one place, before the first array is made."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sedd import config as configs
+from sedd.data.batches import check_block_length
+from sedd.data.corpus import Corpus, open_corpus
+from sedd.data.layout import Layout
+from sedd.diffusion.keyed_random import root_key
+from sedd.diffusion.schedule import Schedule
+from sedd.errors import UserError
+from sedd.network.attention import check_platform
+from sedd.runtime import folders, parallel, processes, storage, trees
+from sedd.trained import Trained
+from sedd.training.checkpoint import steps_saved
+from sedd.training.objective import Objective
+from sedd.training.score_entropy import score_entropy
+from sedd.training.tensorboard import check_installed
+from sedd.training.validation import check_split, layout_of
+from sedd.training.workdir import prepare_workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run consists of, but for its state.
+
+    weights: the initial parameters, None for random ones; init_from: their origin.
+    """
+
+    workdir: epath.Path
+    config: ConfigDict
+    corpus: Corpus
+    layout: Layout
+    schedule: Schedule
+    objective: Objective
+    mesh: Mesh
+    weights: dict | None
+    init_from: str | None
+
+    def trained(self, params: dict) -> Trained:
+        """Returns the model with these parameters, to be evaluated."""
+        return Trained(
+            network=self.objective.network,
+            params=params,
+            schedule=self.schedule,
+            tokenizer=self.corpus.tokenizer,
+            layout=self.layout,
+            block_length=self.config.data.block_length,
+        )
+
+    def is_evaluated(self, step: int) -> bool:
+        """True if the model is evaluated after this step."""
+        every = self.config.evaluation.every
+        return bool(every) and (step % every == 0 or step == self.config.training.steps)
+
+
+def resolve(config: ConfigDict, workdir: str | Path, weights: dict | None = None, init_from: str | None = None) -> Run:
+    """Resolves the arguments of `fit`. UserError if config, corpus, mesh or weights do not fit each other."""
+    folder, config = storage.folder_of(workdir), configs.validate(config)
+    corpus, block_length = open_corpus(config.data.corpus), config.data.block_length
+    check_block_length(corpus, "train", block_length)
+    _, schedule, network = configs.build(config, _vocab_size(config, corpus))
+    check_platform(config.network.attention, jax.devices()[0].platform)
+    mesh, objective = parallel.make_mesh(config), score_entropy(config, network, schedule)
+    if weights is not None and not steps_saved(folder / "checkpoints"):
+        like = jax.eval_shape(objective.init, root_key(0))
+        weights = trees.fitted(weights, like, f"{init_from or 'the weights to start from'} cannot start this run")
+    if config.evaluation.every:
+        check_split(corpus, block_length)
+    if config.metrics.tensorboard:
+        check_installed()
+    return Run(folder, config, corpus, layout_of(corpus, block_length), schedule, objective, mesh, weights, init_from)
+
+
+@contextlib.contextmanager
+def acquired(run: Run) -> Iterator[None]:
+    """A block in which the run holds the lock of its folder, whose config.json is written.
+
+    All processes have to call it. UserError if they do not share the folder, if they differ in corpus or config, or if
+    the folder is that of another run.
+    """
+    if processes.are_many() or storage.is_bucket(run.workdir):
+        storage.check_shared(run.workdir)
+    if processes.are_many():
+        processes.check_same("corpus (by its hash)", run.corpus.hash)
+        processes.check_same("config", configs.fingerprint(run.config))
+    with contextlib.ExitStack() as stack:
+        with processes.together():
+            if processes.is_first():
+                stack.enter_context(folders.locked(run.workdir))
+                prepare_workdir(run.workdir, run.config, run.corpus, run.layout, run.init_from)
+        yield
+
+
+def _vocab_size(config: ConfigDict, corpus: Corpus) -> int:
+    configured = config.data.vocab_size
+    if configured is not None and configured != corpus.vocab_size:
+        raise UserError(f"config: data.vocab_size is {configured}, but {corpus.path} has {corpus.vocab_size} tokens")
+    return corpus.vocab_size

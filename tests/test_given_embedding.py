@@ -44,7 +44,7 @@ class Exact:
 
     joint: Joint
     conditioned: bool = True
-    process, prediction, given_embedding = Uniform(V), "denoiser", True
+    process, has_unnormalised_scores, given_embedding = Uniform(V), False, True
 
     def stats(self, params, keys=None, lengths=None, given=None, masked_pairs=False, tightened=False):
         given = given if self.conditioned else jnp.zeros_like(given)

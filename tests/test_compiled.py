@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.likelihood import count_draws, level_draws, time_draws
+from sedd.diffusion.discrete.likelihood import MaskCountBound, NoiseLevelBound, TimeLoss
 from sedd.diffusion.discrete.loss import count_loss, denoising_loss
 from sedd.diffusion.discrete.process import Absorbing, Uniform, log_expm1
 from sedd.diffusion.discrete.samplers import halves, leap
@@ -114,13 +114,15 @@ def bounds(p):
         for schedule in SCHEDULES
     }
     functions = {
-        "level_draws": lambda factor: level_draws(p, stats(factor), keys, x0, 2, 1e-3, 12.0),
-        "time_draws": lambda factor: time_draws(p, LogLinear(), stats(factor), keys, x0, 2, 1e-3, rows, NUM_INPUTS),
+        "NoiseLevelBound": lambda factor: NoiseLevelBound(p, 1e-3, 12.0).draws(stats(factor), keys, x0, 2),
+        "TimeLoss": lambda factor: TimeLoss(p, LogLinear(), 1e-3, NUM_INPUTS).draws(
+            stats(factor), keys, x0, 2, rows=rows
+        ),
     }
     if isinstance(p, Absorbing):
         losses["count_loss"] = lambda factor: count_loss(p, stats(factor), keys, x0, k)
         for n in (3, 4):
-            functions[f"count_draws, {n}"] = lambda factor, n=n: count_draws(p, stats(factor), keys, x0, n)
+            functions[f"MaskCountBound, {n}"] = lambda factor, n=n: MaskCountBound(p).draws(stats(factor), keys, x0, n)
     for name, loss in losses.items():
         functions[f"{name}, gradient"] = jax.grad(lambda factor, loss=loss: jnp.sum(loss(factor)))
     return functions | losses

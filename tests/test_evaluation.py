@@ -13,7 +13,7 @@ from small import small_corpus, untrained_model
 import sedd
 from sedd.data.sources import open_source
 from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.likelihood import count_draws
+from sedd.diffusion.discrete.likelihood import MaskCountBound
 from sedd.diffusion.discrete.process import Absorbing
 from sedd.diffusion.discrete.score import stats_from
 from sedd.evaluation import scoring
@@ -159,7 +159,7 @@ def test_confidence_intervals_have_nominal_coverage():
         process = Absorbing(5)
         keys = keyed_random.row_keys(jax.random.key(0), jax.numpy.arange(number))
         masked = process.mask_tokens(tokens, ~within)
-        return count_draws(process, stats_from(process, chain.denoiser), keys, masked, 4, within).diffusion
+        return MaskCountBound(process).draws(stats_from(process, chain.denoiser), keys, masked, 4, within).diffusion
 
     halves = np.asarray(diffusion_draws(tokens, within), np.float64).reshape(2, 2, number).mean(1).T
     entropies = [-np.sum(chain.start * np.log(chain.start))]

@@ -41,7 +41,6 @@ DIFFUSION = [
     "discrete.pickers",
     "discrete.samplers",
     "discrete.exact_likelihood",
-    "discrete.bounds",
     "discrete.likelihood",
     "discrete.loss",
     "discrete.process",

@@ -23,7 +23,7 @@ from oracle import (
 )
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.likelihood import count_draws, level_draws, sigma_bound, time_draws
+from sedd.diffusion.discrete.likelihood import MaskCountBound, NoiseLevelBound, TimeLoss, sigma_bound
 from sedd.diffusion.discrete.process import Absorbing, Uniform
 from sedd.diffusion.discrete.score import score_stats, stats_from
 from sedd.diffusion.schedule import Geometric, LogLinear
@@ -124,7 +124,7 @@ def test_draws_average_to_the_bound_between_two_noise_levels(process, joint):
 
     @jax.jit
     def draws(factor):
-        return level_draws(process, scaled(process, stats_fn, factor), row_keys(ROWS), x0, 3, low, high)
+        return NoiseLevelBound(process, low, high).draws(scaled(process, stats_fn, factor), row_keys(ROWS), x0, 3)
 
     assert abs(standard_errors(total(draws(1.0)).mean(0) - exact[index(x0, 3)])) < 4
     assert standard_errors(total(draws(1.5)).mean(0) - exact[index(x0, 3)]) > 4
@@ -147,7 +147,7 @@ def test_draws_given_tokens_average_to_the_conditional_entropy(process, joint, f
     @jax.jit
     def draws(factor):
         wrong = scaled(process, stats_fn, factor)
-        return level_draws(process, wrong, row_keys(ROWS), x0, 4, free=jnp.asarray(free), **ends)
+        return NoiseLevelBound(process, **ends).draws(wrong, row_keys(ROWS), x0, 4, jnp.asarray(free))
 
     values = total(draws(1.0))
     assert abs(standard_errors(values.mean(0) - exact)) < 4 < standard_errors(total(draws(1.5)).mean(0) - exact)
@@ -197,7 +197,7 @@ def test_noise_levels_are_dense_where_the_uniform_process_has_high_variance(join
         return (jnp.exp(-low) - jnp.exp(-high)) / (1 - corruption) * entropy
 
     even = np.asarray(at_even_levels())
-    dense = jax.jit(lambda: level_draws(process, stats_fn, keys, x0, 1, low, high).diffusion[0])()
+    dense = jax.jit(lambda: NoiseLevelBound(process, low, high).draws(stats_fn, keys, x0, 1).diffusion[0])()
     assert abs(standard_errors(dense - even)) < 4
     assert even.var() > 2 * np.var(dense)
 
@@ -226,7 +226,7 @@ def test_stratified_mask_counts_average_to_the_bound_over_orders(num_draws, floa
     @jax.jit
     def draws(factor):
         stats_fn = scaled(process, stats_from(process, table_denoiser(TABLE)), factor)
-        return count_draws(process, stats_fn, row_keys(len(x0)), x0, num_draws, free)
+        return MaskCountBound(process).draws(stats_fn, row_keys(len(x0)), x0, num_draws, free)
 
     drawn = draws(1.0)
     values = total(drawn)
@@ -246,8 +246,9 @@ def test_the_bound_given_the_length_is_independent_of_padding(float64):
         return jnp.pad(table_denoiser(TABLE)(x[:, :4], sigma), ((0, 0), (0, 3), (0, 0)))
 
     stats_fn = stats_from(process, denoiser)
-    draws = jax.jit(lambda *row: count_draws(process, stats_fn, keys, padded, 4, *row).diffusion)
-    alone = jax.jit(lambda: count_draws(process, stats_from(process, table_denoiser(TABLE)), keys, x0, 4).diffusion)()
+    draws = jax.jit(lambda *row: MaskCountBound(process).draws(stats_fn, keys, padded, 4, *row).diffusion)
+    alone_fn = stats_from(process, table_denoiser(TABLE))
+    alone = jax.jit(lambda: MaskCountBound(process).draws(alone_fn, keys, x0, 4).diffusion)()
     np.testing.assert_allclose(draws(free, np.full(50, 4)), alone, rtol=1e-12)
     assert np.abs(draws(free, np.full(50, 7)) - alone).max() > 0.1
 
@@ -275,7 +276,7 @@ def test_a_short_text_in_a_masked_block_has_its_exact_marginal(counts, float64):
     @jax.jit
     def draws(factor):
         wrong = scaled(process, stats_fn, factor)
-        return (count_draws if counts else level_draws)(process, wrong, row_keys(ROWS), x0, 4, free=free)
+        return (MaskCountBound if counts else NoiseLevelBound)(process).draws(wrong, row_keys(ROWS), x0, 4, free)
 
     values = total(draws(1.0))
     assert abs(standard_errors(values.mean(0) - exact)) < 4 and unbiased(values, exact)
@@ -292,7 +293,7 @@ def test_a_short_text_in_a_masked_block_has_its_exact_marginal(counts, float64):
     ],
     ids=str,
 )
-def test_time_draws_average_to_the_loss_that_papers_report(process, joint, schedule, float64):
+def test_draws_of_the_time_loss_average_to_the_loss_that_papers_report(process, joint, schedule, float64):
     """The mean loss over the times from eps to 1, whether a row draws any of them or those of its stratum.
 
     The widths average to the range of the corruption probability. Controls: scores half too large; one stratum only.
@@ -302,10 +303,10 @@ def test_time_draws_average_to_the_loss_that_papers_report(process, joint, sched
     x0 = np.repeat(joint.draw(ROWS // 4), 4, axis=0)
     exact = joint.integral(process, stats_fn, low, high)[index(x0, 3)] / (1 - eps)
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnums=1)
     def draws(factor, strata):
-        wrong = scaled(process, stats_fn, factor)
-        return time_draws(process, schedule, wrong, row_keys(ROWS), x0, 3, eps, jnp.arange(ROWS) % strata, strata)
+        wrong, loss = scaled(process, stats_fn, factor), TimeLoss(process, schedule, eps, strata)
+        return loss.draws(wrong, row_keys(ROWS), x0, 3, rows=jnp.arange(ROWS))
 
     for strata in (1, 4):
         drawn = draws(1.0, strata)
@@ -327,7 +328,7 @@ def test_widths_weight_draws_to_integrals_over_the_corruption_probability(proces
     def stats_fn(x, sigma, x0):
         return score_stats(jnp.zeros((*x.shape, 3)), x, x0)
 
-    drawn = jax.jit(lambda keys: level_draws(process, stats_fn, keys, jnp.zeros((ROWS, 1), int), 4, 0.3, 3.0))
+    drawn = jax.jit(lambda keys: NoiseLevelBound(process, 0.3, 3.0).draws(stats_fn, keys, jnp.zeros((ROWS, 1), int), 4))
     level, width = map(np.asarray, drawn(row_keys(ROWS))[:2])
     low, high = -np.expm1(-0.3), -np.expm1(-3.0)
     assert low <= level.min() < low + 0.01 and high - 0.01 < level.max() <= high
@@ -349,13 +350,16 @@ def test_stratified_draws_of_a_long_text_have_less_variance():
 
     @functools.partial(jax.jit, static_argnums=0)
     def drawn(bound):
-        return bound(process, stats_fn, row_keys(rows), jnp.tile(text, (rows, 1)), 8)
+        return bound.draws(stats_fn, row_keys(rows), jnp.tile(text, (rows, 1)), 8)
 
     def variances(bound):
         values = total(drawn(bound))
         assert abs(standard_errors(values.mean(0) - chain.nll(text))) < 4
         return values.var() / 8, values.mean(0).var()
 
-    (at_random, levels), (random_counts, counts) = variances(level_draws), variances(count_draws)
+    (at_random, levels), (random_counts, counts) = (
+        variances(NoiseLevelBound(process)),
+        variances(MaskCountBound(process)),
+    )
     assert at_random > 10 * counts and at_random > 5 * levels and levels > 1.2 * counts
     assert at_random < 1.5 * random_counts

@@ -15,7 +15,7 @@ from sedd.data.batches import Batch
 from sedd.diffusion import keyed_random
 from sedd.diffusion.denoiser import condition_on_mask_ratio, edited, in_block, nucleus, temperature
 from sedd.diffusion.discrete.exact_likelihood import order_log_likelihoods, subset_log_likelihood
-from sedd.diffusion.discrete.likelihood import count_draws, level_draws, time_draws
+from sedd.diffusion.discrete.likelihood import MaskCountBound, NoiseLevelBound, TimeLoss
 from sedd.diffusion.discrete.loss import denoising_loss
 from sedd.diffusion.discrete.score import stats_from
 from sedd.evaluation.conditional import log_likelihoods
@@ -201,13 +201,13 @@ def test_likelihoods_run_under_strict_promotion(name):
         keys = keyed_random.row_keys(key, jnp.arange(B))
         results = [
             denoising_loss(process, sedd.Geometric(), stats, keys, tokens, jnp.full(B, 0.5), free),
-            level_draws(process, stats, keys, tokens, 4, 1e-3, 12.0, free),
-            time_draws(process, sedd.LogLinear(), stats, keys, tokens, 2, 1e-3, jnp.arange(B), B),
+            NoiseLevelBound(process, 1e-3, 12.0).draws(stats, keys, tokens, 4, free),
+            TimeLoss(process, sedd.LogLinear(), 1e-3, B).draws(stats, keys, tokens, 2, rows=jnp.arange(B)),
             process.transition_matrix(jnp.float32(0.5)),
             process.rate_matrix(),
         ]
         if name == "absorbing":
-            results += [count_draws(process, stats, keys, tokens, number, free, lengths) for number in (3, 4)]
+            results += [MaskCountBound(process).draws(stats, keys, tokens, number, free, lengths) for number in (3, 4)]
             results.append(order_log_likelihoods(process, make_denoiser(), keys, tokens, free, lengths))
             results.append(subset_log_likelihood(process, make_denoiser(), tokens[0], jnp.arange(3), 4, lengths[0]))
         return results

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.bounds import bound_of
 from sedd.diffusion.discrete.exact_likelihood import importance_bound, order_log_likelihoods, subset_log_likelihood
+from sedd.diffusion.discrete.likelihood import bound_of
 from sedd.diffusion.discrete.pickers import Entropy, Margin
 from sedd.diffusion.discrete.process import Absorbing
 from sedd.diffusion.discrete.unmasking import Adaptive

@@ -18,7 +18,7 @@ import numpy as np
 
 from sedd.data.corpus import Corpus
 from sedd.data.source import Source
-from sedd.diffusion.discrete.bounds import Bound, TimeLoss, bound_of
+from sedd.diffusion.discrete.likelihood import Bound, TimeLoss, bound_of
 from sedd.diffusion.discrete.process import Process
 from sedd.diffusion.schedule import LogLinear, Schedule
 from sedd.errors import UserError

@@ -10,8 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.bounds import Bound
-from sedd.diffusion.discrete.likelihood import Draws
+from sedd.diffusion.discrete.likelihood import Bound, Draws
 from sedd.diffusion.discrete.score import ScoreStats
 from sedd.evaluation.text import ScoringRows
 from sedd.network.network import Network

@@ -11,9 +11,11 @@ averaged over all noise levels that mask the same number (Ou et al., arXiv 2406.
 draws have less variance.
 """
 
+import abc
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,8 @@ from sedd.diffusion.discrete.loss import count_loss, denoising_loss
 from sedd.diffusion.discrete.process import Absorbing, Process
 from sedd.diffusion.discrete.score import StatsFn
 from sedd.diffusion.schedule import Schedule
+
+MIN_HIGH = 12.0  # least upper limit of sigma without a mask: there the prior is below 1e-5 nats a token
 
 
 class BoundTerms(NamedTuple):
@@ -82,108 +86,153 @@ def sigma_bound(
     return BoundTerms(prior, diffusion, reconstruction)
 
 
-def level_draws(
-    process: Process,
-    stats_fn: StatsFn,
-    keys: jax.Array,
-    x0: jax.Array,
-    num_draws: int,
-    low: float = 0.0,
-    high: float = math.inf,
-    free: jax.Array | None = None,
-) -> Draws:
-    """Draws of `sigma_bound`, one in each of equal strata of u; the prior is `process.prior_divergence`.
+@dataclasses.dataclass(frozen=True)
+class Bound(abc.ABC):
+    """A bound on the negative log-likelihood as evaluation asks for it: its draws, its prior, and what it bounds.
 
-    keys: Key[B]; x0: Int[B L]; free: Bool[B L].
+    Frozen and hashable, so that it can be a static argument of jit.
     """
 
-    def at(keys, stratum, strata):
-        u = _within(stratum, strata, keyed_random.fold(keys, 0))
-        bound = sigma_bound(process, stats_fn, keyed_random.fold(keys, 1), x0, u, low, high, free)
-        sigma, weight = _noise_at(process, u, low, high)
-        terms = (-jnp.expm1(-sigma), weight * jnp.exp(-sigma), bound.diffusion, bound.reconstruction)
-        return Draws(*(leaf[None] for leaf in terms))
+    process: Process
 
-    return _in_halves(at, keys, num_draws, 1)
+    @property
+    @abc.abstractmethod
+    def likelihood_of(self) -> str:
+        """The generative distribution whose likelihood is bounded, in words."""
+
+    @property
+    def prior(self) -> float:
+        """The prior term, nats a token."""
+        return 0.0
+
+    def takes_pairs(self, num_draws: int) -> bool:
+        """True if `draws` calls its StatsFn with antithetic pairs of rows, so that a head can have a static size."""
+        return False
+
+    @abc.abstractmethod
+    def draws(
+        self,
+        stats_fn: StatsFn,
+        keys: jax.Array,
+        x0: jax.Array,
+        num_draws: int,
+        free: jax.Array | None = None,
+        lengths: jax.Array | None = None,
+        rows: jax.Array | None = None,
+    ) -> Draws:
+        """Draws of the other terms of each row, with M = `num_draws`.
+
+        keys: Key[B]; x0: Int[B L]; free: Bool[B L], False where a token is given or unknown, and not scored; lengths:
+        Int[B], the valid lengths if the network is conditioned on them; rows: Int[B], the rows' global indices.
+        """
 
 
-def count_draws(
-    process: Absorbing,
-    stats_fn: StatsFn,
-    keys: jax.Array,
-    x0: jax.Array,
-    num_draws: int,
-    free: jax.Array | None = None,
-    lengths: jax.Array | None = None,
-) -> Draws:
-    """Draws of the bound on decoding in random order: the cross-entropy at stratified mask counts.
+@dataclasses.dataclass(frozen=True)
+class MaskCountBound(Bound):
+    """The bound on decoding in random order: the cross-entropy at stratified mask counts, for a process with a mask.
 
     If the number of strata of a half is even, its draws come in antithetic pairs: k and n + 1 - k of a row's n free
-    tokens, which mask every token once and one of them twice. `stats_fn` is then called with pairs of rows 2i and
-    2i + 1 that hold at most n + 1 masked free tokens together, so that a head can have a static size; otherwise with
-    independent rows.
+    tokens, which mask every token once and one of them twice. The StatsFn is then called with pairs of rows 2i and
+    2i + 1 that hold at most n + 1 masked free tokens together; otherwise with independent rows.
 
     The bound is that of the network conditioned on `process.sigma_from_mask_ratio` of each state. A position that is
     masked in x0 stays masked: with free False there, the rows are part of a block whose other positions are unknown.
-
-    keys: Key[B]; x0: Int[B L]; free: Bool[B L]; lengths: Int[B], the valid lengths if the network is conditioned on
-    them.
     """
-    free = jnp.ones(x0.shape, bool) if free is None else free
-    n = jnp.maximum(jnp.sum(free, axis=-1), 1)
-    pairs = uses_pairs(num_draws)
 
-    def at(keys, stratum, strata):
-        u = _within(stratum, strata, keyed_random.fold(keys, 0))
-        k = jnp.minimum(1 + (u * n.astype(u.dtype)).astype(jnp.int32), n)
-        rows = (keyed_random.fold(keys, 1), x0, k, free, lengths)
-        if not pairs:
-            loss = count_loss(process, stats_fn, *rows).sum(-1)
-            return Draws(u[None], jnp.ones((1, len(n))), loss[None], jnp.zeros_like(loss)[None])
-        rows = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), rows)
-        mirrored = jnp.arange(2 * len(n)) % 2 == 1
-        k_of_pairs = jnp.where(mirrored, jnp.repeat(n, 2) + 1 - rows[2], rows[2])
-        loss = count_loss(process, stats_fn, *rows[:2], k_of_pairs, *rows[3:], mirrored).sum(-1)
-        loss = jnp.moveaxis(loss.reshape(*loss.shape[:-1], -1, 2), -1, 0)
-        level = jnp.stack([u, 1 - u])
-        return Draws(level, jnp.ones_like(level), loss, jnp.zeros_like(loss))
+    likelihood_of = "decoding one token at a time in random order, conditioned on the number of masked tokens"
 
-    return _in_halves(at, keys, num_draws, 2 if pairs else 1)
+    def takes_pairs(self, num_draws):
+        return num_draws % 4 == 0
+
+    def draws(self, stats_fn, keys, x0, num_draws, free=None, lengths=None, rows=None):
+        process = cast(Absorbing, self.process)
+        free = jnp.ones(x0.shape, bool) if free is None else free
+        n = jnp.maximum(jnp.sum(free, axis=-1), 1)
+        pairs = self.takes_pairs(num_draws)
+
+        def at(keys, stratum, strata):
+            u = _within(stratum, strata, keyed_random.fold(keys, 0))
+            k = jnp.minimum(1 + (u * n.astype(u.dtype)).astype(jnp.int32), n)
+            rows = (keyed_random.fold(keys, 1), x0, k, free, lengths)
+            if not pairs:
+                loss = count_loss(process, stats_fn, *rows).sum(-1)
+                return Draws(u[None], jnp.ones((1, len(n))), loss[None], jnp.zeros_like(loss)[None])
+            rows = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), rows)
+            mirrored = jnp.arange(2 * len(n)) % 2 == 1
+            k_of_pairs = jnp.where(mirrored, jnp.repeat(n, 2) + 1 - rows[2], rows[2])
+            loss = count_loss(process, stats_fn, *rows[:2], k_of_pairs, *rows[3:], mirrored).sum(-1)
+            loss = jnp.moveaxis(loss.reshape(*loss.shape[:-1], -1, 2), -1, 0)
+            level = jnp.stack([u, 1 - u])
+            return Draws(level, jnp.ones_like(level), loss, jnp.zeros_like(loss))
+
+        return _in_halves(at, keys, num_draws, 2 if pairs else 1)
 
 
-def time_draws(
-    process: Process,
-    schedule: Schedule,
-    stats_fn: StatsFn,
-    keys: jax.Array,
-    x0: jax.Array,
-    num_draws: int,
-    eps: float,
-    stratum: jax.Array,
-    strata: int,
-) -> Draws:
-    """Draws of the denoising loss at times in [eps, 1], as papers report it: not a bound, but close to one.
+@dataclasses.dataclass(frozen=True)
+class NoiseLevelBound(Bound):
+    """The bound by noise levels from sigma `high` down to `low`: draws of `sigma_bound`, in equal strata of u."""
+
+    low: float = 0.0
+    high: float = math.inf
+
+    @property
+    def likelihood_of(self):
+        return f"the reverse process from sigma {self.high:g} to {self.low:g}, and one step from there"
+
+    @property
+    def prior(self):
+        return self.process.prior_divergence(self.high)
+
+    def draws(self, stats_fn, keys, x0, num_draws, free=None, lengths=None, rows=None):
+        def at(keys, stratum, strata):
+            u = _within(stratum, strata, keyed_random.fold(keys, 0))
+            bound = sigma_bound(self.process, stats_fn, keyed_random.fold(keys, 1), x0, u, self.low, self.high, free)
+            sigma, weight = _noise_at(self.process, u, self.low, self.high)
+            terms = (-jnp.expm1(-sigma), weight * jnp.exp(-sigma), bound.diffusion, bound.reconstruction)
+            return Draws(*(leaf[None] for leaf in terms))
+
+        return _in_halves(at, keys, num_draws, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeLoss(Bound):
+    """The denoising loss at times in [eps, 1], as papers report it: not a bound, but close to one.
 
     It is the integral over [eps, 1] divided by 1 - eps. The integral over [0, eps], the prior and the reconstruction
-    are left out; `sigma_bound` and `count_draws` include them. The draws are independent, each at a time in the row's
-    stratum.
-
-    keys: Key[B]; x0: Int[B L]; stratum: Int[B], of `strata` equal ones of [eps, 1].
+    are left out; the bounds include them. The draws are independent, each at a time in the row's stratum. strata:
+    consecutive rows whose times are stratified over [eps, 1] together, a power of two.
     """
 
-    def at(keys, *_):
-        t = eps + (1 - eps) * _within(stratum, strata, keyed_random.fold(keys, 0))
-        loss = denoising_loss(process, schedule, stats_fn, keyed_random.fold(keys, 1), x0, t).sum(-1)
-        level = -jnp.expm1(-schedule.sigma(t))
-        width = (1 - eps) * schedule.rate(t) * jnp.exp(-schedule.sigma(t))  # d(1 - alpha) / du of the uniform u of t
-        return Draws(*(leaf[None] for leaf in (level, width, loss, jnp.zeros_like(loss))))
+    schedule: Schedule
+    eps: float
+    strata: int
 
-    return _in_halves(at, keys, num_draws, 1)
+    likelihood_of = "not a bound: the loss that those papers report, without prior and reconstruction"
+
+    def stratum(self, rows: jax.Array) -> jax.Array:
+        """The stratum of each row, Int[B] -> Int[B]. Neighbours are far apart, so that a cluster spans the levels."""
+        stride = round(self.strata * 0.618) | 1  # coprime to a power of two
+        return rows * stride % self.strata
+
+    def draws(self, stats_fn, keys, x0, num_draws, free=None, lengths=None, rows=None):
+        assert rows is not None  # their strata depend on them
+
+        def at(keys, *_):
+            u = _within(self.stratum(rows), self.strata, keyed_random.fold(keys, 0))
+            t = self.eps + (1 - self.eps) * u
+            loss = denoising_loss(self.process, self.schedule, stats_fn, keyed_random.fold(keys, 1), x0, t).sum(-1)
+            sigma, rate = self.schedule.sigma(t), self.schedule.rate(t)
+            level, width = -jnp.expm1(-sigma), (1 - self.eps) * rate * jnp.exp(-sigma)  # width: d(1 - alpha) / du
+            return Draws(*(leaf[None] for leaf in (level, width, loss, jnp.zeros_like(loss))))
+
+        return _in_halves(at, keys, num_draws, 1)
 
 
-def uses_pairs(num_draws: int) -> bool:
-    """True if `count_draws` takes this number of draws in antithetic pairs."""
-    return num_draws % 4 == 0
+def bound_of(process: Process, schedule: Schedule) -> Bound:
+    """Returns the bound of a process that is trained with a schedule: by mask counts if it has a mask."""
+    if process.mask_id is not None:
+        return MaskCountBound(process)
+    return NoiseLevelBound(process, float(schedule.sigma(0.0)), max(float(schedule.sigma(1.0)), MIN_HIGH))
 
 
 def _in_halves(at: Callable[..., Draws], keys: jax.Array, num_draws: int, draws_per_call: int) -> Draws:

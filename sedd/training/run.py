@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sedd import config as configs
-from sedd.data.batches import check_block_length
+from sedd.data.batches import check_block_length, row_lengths
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.data.layout import Layout
 from sedd.diffusion.keyed_random import root_key
@@ -24,7 +24,6 @@ from sedd.training.checkpoint import steps_saved
 from sedd.training.objective import Objective
 from sedd.training.score_entropy import score_entropy
 from sedd.training.tensorboard import check_installed
-from sedd.training.validation import check_split, layout_of
 from sedd.training.workdir import prepare_workdir
 
 
@@ -65,19 +64,36 @@ class Run:
 def resolve(config: ConfigDict, workdir: str | Path, weights: dict | None = None, init_from: str | None = None) -> Run:
     """Resolves the arguments of `fit`. UserError if config, corpus, mesh or weights do not fit each other."""
     folder, config = storage.folder_of(workdir), configs.validate(config)
-    corpus, block_length = open_corpus(config.data.corpus), config.data.block_length
-    check_block_length(corpus, "train", block_length)
-    _, schedule, network = configs.build(config, _vocab_size(config, corpus))
+    corpus, layout = _corpus_and_layout(config)
+    _, schedule, network = configs.build(config, corpus.vocab_size)
     check_platform(config.network.attention, jax.devices()[0].platform)
     mesh, objective = parallel.make_mesh(config), score_entropy(config, network, schedule)
     if weights is not None and not steps_saved(folder / "checkpoints"):
         like = jax.eval_shape(objective.init, root_key(0))
         weights = trees.fitted(weights, like, f"{init_from or 'the weights to start from'} cannot start this run")
-    if config.evaluation.every:
-        check_split(corpus, block_length)
     if config.metrics.tensorboard:
         check_installed()
-    return Run(folder, config, corpus, layout_of(corpus, block_length), schedule, objective, mesh, weights, init_from)
+    return Run(folder, config, corpus, layout, schedule, objective, mesh, weights, init_from)
+
+
+def _corpus_and_layout(config: ConfigDict) -> tuple[Corpus, Layout]:
+    """Opens the corpus. Returns it, and its layout as it is saved: with its row lengths if padding is masked."""
+    data, corpus = config.data, open_corpus(config.data.corpus)
+    if data.vocab_size not in (None, corpus.vocab_size):
+        raise UserError(
+            f"config: data.vocab_size is {data.vocab_size}, but {corpus.path} has {corpus.vocab_size} tokens"
+        )
+    check_block_length(corpus, "train", data.block_length)
+    if config.evaluation.every:
+        if "validation" not in corpus.splits:
+            raise UserError(
+                f"config: evaluation.every needs a validation split, and {corpus.path} has none; "
+                "set evaluation.every=0, or prepare a corpus with one"
+            )
+        check_block_length(corpus, "validation", data.block_length)
+    if not corpus.layout.masks_padding:
+        return corpus, corpus.layout
+    return corpus, dataclasses.replace(corpus.layout, row_lengths=row_lengths(corpus, data.block_length))
 
 
 @contextlib.contextmanager
@@ -98,10 +114,3 @@ def acquired(run: Run) -> Iterator[None]:
                 stack.enter_context(folders.locked(run.workdir))
                 prepare_workdir(run.workdir, run.config, run.corpus, run.layout, run.init_from)
         yield
-
-
-def _vocab_size(config: ConfigDict, corpus: Corpus) -> int:
-    configured = config.data.vocab_size
-    if configured is not None and configured != corpus.vocab_size:
-        raise UserError(f"config: data.vocab_size is {configured}, but {corpus.path} has {corpus.vocab_size} tokens")
-    return corpus.vocab_size

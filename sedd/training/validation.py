@@ -1,15 +1,11 @@
 """Evaluation during training: the bound on the validation split, and samples."""
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 from jax.sharding import Mesh
 
-from sedd.data.batches import check_block_length, row_lengths
 from sedd.data.corpus import Corpus
-from sedd.data.layout import Layout
-from sedd.errors import UserError
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.text import from_corpus
 from sedd.generation.generate import sample
@@ -42,20 +38,3 @@ def validation_samples(
     drawn = sample(trained, num_samples, options=options)
     assert drawn.texts is not None  # the corpus has a tokenizer
     return drawn.texts, [row[row >= 0] for row in drawn.tokens]
-
-
-def check_split(corpus: Corpus, block_length: int):
-    """UserError unless there is a validation split to evaluate on."""
-    if "validation" not in corpus.splits:
-        raise UserError(
-            f"config: evaluation.every needs a validation split, and {corpus.path} has none; "
-            "set evaluation.every=0, or prepare a corpus with one"
-        )
-    check_block_length(corpus, "validation", block_length)
-
-
-def layout_of(corpus: Corpus, block_length: int) -> Layout:
-    """Returns the layout of the corpus, as it is saved with a model: with its row lengths if padding is masked."""
-    if not corpus.layout.masks_padding:
-        return corpus.layout
-    return dataclasses.replace(corpus.layout, row_lengths=row_lengths(corpus, block_length))

@@ -33,8 +33,8 @@ def prepare_workdir(
     """Creates the run directory, or checks that it is that of this run.
 
     UserError if it holds another run or other files. Writes config.json: the config with the absolute path of the
-    corpus, its vocabulary size and hash, its layout as of `layout_of`, and the origin of the initial parameters. Called
-    by process 0, which holds the lock of the folder (`folders.locked`); the others read the result.
+    corpus, its vocabulary size and hash, its layout, and the origin of the initial parameters. Called by process 0,
+    which holds the lock of the folder (`folders.locked`); the others read the result.
     """
     path = workdir / "config.json"
     values = config.to_dict()

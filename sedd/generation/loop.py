@@ -50,61 +50,62 @@ class Loop:
         """Samples one group. numbers: Int[B], of the rows; those past the last row are copies, as padding."""
         count = len(rows.tokens)
         group = rows.take(numbers % count)
-        canvas = _Canvas(group, self.trained.process.mask_id)
+        full_rows = _FullRows(group, self.trained.process.mask_id)
         windows = list(windows_of(group, self.trained.block_length))
         calls, states = 0, []
         for number, (at, free) in enumerate(windows):
-            canvas.open(at)
-            on_step = self._watcher(canvas, at, group, numbers, rows) if self.options.watch else None
-            start = (self._key(number), np.take_along_axis(canvas.tokens, at, axis=1), free, numbers)
-            state = self._run(start, group.lengths, num_groups * len(windows), on_step)
-            calls += int(self.sampler.calls(state.steps)) if state.steps else 0
+            full_rows.begin(at)
+            on_step = self._watcher(full_rows, at, group, numbers, rows) if self.options.watch else None
+            start = (self._key(number), np.take_along_axis(full_rows.tokens, at, axis=1), free, numbers)
+            end = self._run(start, group.lengths, num_groups * len(windows), on_step)
+            calls += int(self.sampler.calls(end.steps)) if end.steps else 0
             if self.options.trace:
-                states += [canvas.showing(at, x) for x in state.trace[: state.steps]]
-            canvas.write(at, state.x)
-        trace = np.array(states, np.int32).reshape(-1, *canvas.tokens.shape) if self.options.trace else None
-        return Group(canvas.tokens, calls, trace)
+                states += [full_rows.with_state(at, x) for x in end.trace[: end.steps]]
+            full_rows.write(at, end.x)
+        trace = np.array(states, np.int32).reshape(-1, *full_rows.tokens.shape) if self.options.trace else None
+        return Group(full_rows.tokens, calls, trace)
 
     def _key(self, window: int) -> jax.Array:
         key = root_key(self.options.seed)
         return fold(key, _WINDOWS + window) if window else key
 
-    def _watcher(self, canvas: "_Canvas", at: np.ndarray, group: Rows, numbers: np.ndarray, rows: Rows) -> Callable:
+    def _watcher(
+        self, full_rows: "_FullRows", at: np.ndarray, group: Rows, numbers: np.ndarray, rows: Rows
+    ) -> Callable:
         """The function that passes the state of a window, Int32[B L], and the number of steps to `options.watch`."""
         shown, width, watch = numbers < len(rows.tokens), rows.lengths.max(), self.options.watch
         assert watch is not None
 
         def on_step(x, steps):
-            within, given, tokens = (
-                array[shown, :width] for array in (group.within, ~group.free, canvas.showing(at, x))
-            )
+            arrays = (group.within, ~group.free, full_rows.with_state(at, x))
+            within, given, tokens = (array[shown, :width] for array in arrays)
             watch(numbers[shown], np.where(within, tokens, -1), given & within, steps)
 
         return on_step
 
     def _run(self, start: tuple, lengths: np.ndarray, num_runs: int, on_step: Callable | None) -> Any:
-        """Runs all steps of one window of one group. Returns its State, on the host.
+        """Runs all steps of one window of one group. Returns its last Progress, on the host.
 
         start: the last arguments of `_begin`; num_runs: windows times groups, for the progress bar.
         """
         trained, options = self.trained, self.options
-        task, state = _begin(self.sampler, options.trace, self.sharding, *start)
+        task, progress = _begin(self.sampler, options.trace, self.sharding, *start)
         static = (trained.network, self.sampler, trained.block_length, options.adjusts_logits, self.sharding)
         traced = (options.temperature, options.top_p), lengths if trained.layout.masks_padding else None
         stride = 1 if on_step else -(-task.steps // HOST_SYNCS)
         self.bar.total = task.steps * num_runs
-        steps, done = 0, bool(state.done)
+        steps, done = 0, bool(progress.done)
         while not done:
-            state = _advance(*static, trained.params, task, state, steps + stride, *traced)
-            before, steps, done = steps, int(state.steps), bool(state.done)
+            progress = _advance(*static, trained.params, task, progress, steps + stride, *traced)
+            before, steps, done = steps, int(progress.steps), bool(progress.done)
             self.bar.update(steps - before)
             if on_step:
-                on_step(parallel.on_host(state.x), steps)
+                on_step(parallel.on_host(progress.x), steps)
         self.bar.update(task.steps - steps)
-        return parallel.on_host(state)
+        return parallel.on_host(progress)
 
 
-class _Canvas:
+class _FullRows:
     """The full rows of a group while their windows are sampled, one after the other."""
 
     def __init__(self, rows: Rows, mask_id: int | None):
@@ -112,11 +113,11 @@ class _Canvas:
         self._later = rows.free.copy()  # free positions of later windows
         self._placeholder = -1 if mask_id is None else mask_id  # shown there
 
-    def open(self, at: np.ndarray):
+    def begin(self, at: np.ndarray):
         """Begins the window with these positions, Int[B W]."""
         np.put_along_axis(self._later, at, False, axis=1)
 
-    def showing(self, at: np.ndarray, x: np.ndarray) -> np.ndarray:
+    def with_state(self, at: np.ndarray, x: np.ndarray) -> np.ndarray:
         """Returns the rows with the state x of the window, Int32[B W] -> Int32[B L]."""
         shown = np.where(self._later, self._placeholder, self.tokens)
         np.put_along_axis(shown, at, x, axis=1)
@@ -129,20 +130,22 @@ class _Canvas:
 
 @functools.partial(jax.jit, static_argnums=range(3))
 def _begin(sampler, trace, sharding, key, tokens, free, rows):
-    """The task and the first state of a window of a group. tokens: Int[B L]; free: Bool[B L]; rows: Int[B], global."""
+    """The task and the first Progress of a window of a group. tokens: Int[B L]; free: Bool[B L]; rows: Int[B], global."""
     tokens, free, rows = (_constrain(jnp.asarray(array), sharding) for array in (tokens, free, rows))
-    task, state = begin(key, sampler, tokens, free, rows, trace)
-    return task, _constrain_rows(state, sharding)
+    task, progress = begin(key, sampler, tokens, free, rows, trace)
+    return task, _constrain_rows(progress, sharding)
 
 
 @functools.partial(jax.jit, static_argnums=range(5), donate_argnums=7)
-def _advance(network, sampler, block, adjusts_logits, sharding, params, task, state, until, temperature_top_p, lengths):
+def _advance(
+    network, sampler, block, adjusts_logits, sharding, params, task, progress, until, temperature_top_p, lengths
+):
     """Runs one group of rows to step `until`. Compiled once per shape; temperature and top_p are traced arguments."""
     denoiser = _denoiser(network, params, block, task.free, lengths)
     if adjusts_logits:
         denoiser = edited(denoiser, lambda log_clean: temperature(log_clean, temperature_top_p[0]))
         denoiser = edited(denoiser, lambda log_clean: nucleus(log_clean, temperature_top_p[1]))
-    return _constrain_rows(advance(task, state, denoiser, sampler, until), sharding)
+    return _constrain_rows(advance(task, progress, denoiser, sampler, until), sharding)
 
 
 def _denoiser(network: Network, params: dict, block: int, free: jax.Array, lengths: jax.Array | None):
@@ -156,10 +159,12 @@ def _denoiser(network: Network, params: dict, block: int, free: jax.Array, lengt
     return in_block(denoiser, block, process.mask_id) if shorter else denoiser
 
 
-def _constrain_rows(state: Progress, sharding: Sharding | None) -> Progress:
+def _constrain_rows(progress: Progress, sharding: Sharding | None) -> Progress:
     """Constrains the sharding of the rows, so that one program runs the first steps and all later ones."""
-    trace = None if state.trace is None else jnp.moveaxis(_constrain(jnp.moveaxis(state.trace, 1, 0), sharding), 0, 1)
-    return state._replace(x=_constrain(state.x, sharding), trace=trace)
+    trace = progress.trace
+    if trace is not None:
+        trace = jnp.moveaxis(_constrain(jnp.moveaxis(trace, 1, 0), sharding), 0, 1)
+    return progress._replace(x=_constrain(progress.x, sharding), trace=trace)
 
 
 def _constrain(array: jax.Array, sharding: Sharding | None) -> jax.Array:

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from sedd.diffusion.discrete.process import Absorbing, Uniform
+from sedd.diffusion.discrete.process import Absorbing, Process, Uniform
 from sedd.diffusion.schedule import Geometric, LogLinear, Schedule
 from sedd.errors import UserError
 from sedd.network.attention import ATTENTION, check_sizes
@@ -22,7 +22,7 @@ from sedd.network.trunk import REMAT, Trunk
 from sedd.seeds import check_seed
 
 FORMAT = 2  # of config.json of runs and exported models; version 0.1.0 wrote format 1 without the key
-PROCESSES: dict[str, type[Absorbing] | type[Uniform]] = {"absorbing": Absorbing, "uniform": Uniform}
+PROCESSES: dict[str, type[Process]] = {"absorbing": Absorbing, "uniform": Uniform}
 SCHEDULES = {
     "loglinear": lambda config: LogLinear(config.eps),
     "geometric": lambda config: Geometric(config.sigma_min, config.sigma_max),
@@ -284,7 +284,7 @@ def read_description(file: epath.Path) -> dict[str, Any]:
     return about
 
 
-def build(config: ConfigDict, vocab_size: int) -> tuple[Absorbing | Uniform, Schedule, Network]:
+def build(config: ConfigDict, vocab_size: int) -> tuple[Process, Schedule, Network]:
     """Returns the process, schedule and network of a config, for a vocabulary of V tokens."""
     process = PROCESSES[config.process.name](vocab_size)
     schedule = SCHEDULES[config.schedule.name](config.schedule)

@@ -42,32 +42,33 @@ def _load(path: str | Path) -> Model:
     if not (directory / "config.json").is_file():
         raise UserError(f"{path} is not a model: it has no config.json")
     about = configs.read_description(directory / "config.json")
-    if pretrained.is_published(about):
+    published = pretrained.is_published(about)
+    if published:
         config, params = pretrained.load(directory)
-        vocab_size, tokenizer, layout = config.data.vocab_size, None, Layout()
+        vocab_size, tokenizer = config.data.vocab_size, None
     elif "config" in about:
         config, vocab_size = configs.from_dict(about["config"]), about["vocab_size"]
         config.network.attention = "xla"  # computes the same function, at any length and on any device
         tokenizer = load_tokenizer(directory / "tokenizer") if (directory / "tokenizer").is_dir() else None
-        params, layout = _params(directory, step, config, vocab_size), Layout.from_json(about["layout"])
+        params = None  # read below, in the shapes of the network
     else:
         raise UserError(f"{directory} is not a model of sedd: its config.json has no config; choose another folder")
     _, schedule, network = configs.build(config, vocab_size)
+    if params is None:
+        params = _params(directory, step, config, jax.eval_shape(network.init, root_key(0)))
     return Model(
         config=config,
         network=network,
         params=_replicated(params),
         schedule=schedule,
         tokenizer=tokenizer,
-        layout=layout,
+        layout=Layout() if published else Layout.from_json(about["layout"]),
         block_length=config.data.block_length,
     )
 
 
-def _params(directory: epath.Path, step: int | None, config: ConfigDict, vocab_size: int) -> dict:
-    """Reads the parameters of an exported model, or of a run."""
-    _, _, network = configs.build(config, vocab_size)
-    like = jax.eval_shape(network.init, root_key(0))
+def _params(directory: epath.Path, step: int | None, config: ConfigDict, like: dict) -> dict:
+    """Reads the parameters of an exported model, or of a run. like: their shapes and types."""
     weights = directory / "weights.safetensors"
     return _exported(weights, like) if weights.is_file() else _trained(directory, step, config, like)
 

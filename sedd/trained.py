@@ -4,7 +4,7 @@ import dataclasses
 
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import Tokenizer
-from sedd.diffusion.discrete.process import Absorbing, Uniform
+from sedd.diffusion.discrete.process import Process
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.network.network import Network
@@ -26,7 +26,7 @@ class Trained:
     block_length: int
 
     @property
-    def process(self) -> Absorbing | Uniform:
+    def process(self) -> Process:
         """The process of the network."""
         return self.network.process
 

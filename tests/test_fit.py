@@ -111,6 +111,16 @@ def test_interrupted_and_resumed_run_equals_uninterrupted_run(corpus, uninterrup
 EVALUATED = ("evaluation.every=2", "training.ema_decay=0.9", "checkpoint.keep_best=true")
 
 
+def test_attention_that_does_not_run_here_is_refused_before_the_folder_is_made(corpus, tmp_path):
+    """In one line, which names the setting. Control: the same run with another attention makes the folder."""
+    settings = ("network.dtype=bfloat16", "network.heads=1", "training.steps=1")
+    with pytest.raises(sedd.UserError, match="attention=cudnn does not run on cpu devices; set network.attention=xla"):
+        fit(small_config(corpus, *settings, "network.attention=cudnn"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    fit(small_config(corpus, *settings), tmp_path / "run")
+    assert (tmp_path / "run/config.json").is_file()
+
+
 @pytest.fixture(scope="module")
 def evaluated(corpus, tmp_path_factory):
     """An uninterrupted run of four steps, evaluated at steps 2 and 4."""

@@ -69,6 +69,18 @@ def test_text_longer_than_a_block_starts_with_a_sample_of_a_block(request, of):
     assert long.network_calls == len(long.trace) if of == "model" else long.network_calls == 4 * 7
 
 
+def test_options_are_validated_when_they_are_made():
+    """One line each. The number of steps is that of a sampler by name; a Sampler has its own."""
+    invalid = [{"steps": 0}, {"temperature": 0.0}, {"top_p": 1.5}, {"seed": -1}, {"batch_size": 0}, {"sampler": 3}]
+    for options in invalid:
+        with pytest.raises(sedd.UserError, match=f"{next(iter(options))}( is a name| must )") as error:
+            SamplingOptions(**options)
+        assert "\n" not in str(error.value)
+    tweedie = sedd.Tweedie(sedd.Absorbing(3), sedd.LogLinear(), 2)
+    assert SamplingOptions(sampler=tweedie, steps=0).sampler == tweedie
+    assert not SamplingOptions().adjusts_logits and SamplingOptions(top_p=0.9).adjusts_logits
+
+
 def test_samples_use_all_64_bits_of_a_seed(model):
     seeds = (2, 2 + 2**32, 2 + 2**63, 2**64 - 1)
     samples = {model.sample(3, steps=4, seed=seed, trace=True).tokens.tobytes() for seed in seeds}

@@ -177,9 +177,9 @@ def _replicates(network, bound, params, key, tokens, free, lengths, replicates):
     given = (jnp.arange(tokens.shape[1]) < lengths[:, None]) & ~free if network.given_embedding else None
     stats = bound_stats(network, bound, _REPLICATE, params, lengths, given)
     draws = bound.draws(stats, keyed_random.row_keys(key, replicates), tokens, _REPLICATE, free, lengths)
-    terms = draws.diffusion + draws.reconstruction
-    tightened = terms[:, -1] if network.has_unnormalised_scores else terms  # the scores of the other methods
-    return bound.prior * jnp.sum(free, axis=-1) + tightened.mean(axis=0)
+    nats = bound.drawn_nats(draws)
+    nats = (nats[:, -1] if network.has_unnormalised_scores else nats).mean(axis=0)  # tightened, as other methods
+    return bound.prior * jnp.sum(free, axis=-1) + nats if bound.prior else nats
 
 
 def _mean(replicates: np.ndarray, method: str) -> LogLikelihood:

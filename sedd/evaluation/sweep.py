@@ -45,16 +45,16 @@ def sweep(
         raise UserError("a sweep needs at least one sampler and one number of steps")
     if scorer is not None and trained.tokenizer is None:
         raise UserError("a scoring model reads texts, and this model has no tokenizer; leave the scoring model out")
-    pairs = dict.fromkeys((name, count) for name in samplers for count in steps)
-    requested = [dataclasses.replace(options, sampler=name, steps=count) for name, count in pairs]
+    requested = [dataclasses.replace(options, sampler=name, steps=count) for name in samplers for count in steps]
+    requested = list(dict.fromkeys(requested))
     for one in requested:
         sampler_for(trained, one)  # raises for an unknown sampler
     points = []
-    for (name, count), one in zip(pairs, tqdm(requested, desc="sweep", unit="point", delay=2, disable=not progress)):
+    for one in tqdm(requested, desc="sweep", unit="point", delay=2, disable=not progress):
         drawn, seconds = _timed(trained, num_samples, length, one)
         tokens = [row[:length] for row, length in zip(drawn.tokens, drawn.lengths)]
         measured = quality(drawn.texts, tokens, scorer)
-        points.append(Point(name, count, drawn.network_calls, seconds / num_samples, measured))
+        points.append(Point(str(one.sampler), one.steps, drawn.network_calls, seconds / num_samples, measured))
     return points
 
 

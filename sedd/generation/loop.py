@@ -130,7 +130,7 @@ class _FullRows:
 
 @functools.partial(jax.jit, static_argnums=range(3))
 def _begin(sampler, trace, sharding, key, tokens, free, rows):
-    """The task and the first Progress of a window of a group. tokens: Int[B L]; free: Bool[B L]; rows: Int[B], global."""
+    """The task and the first Progress of a window. tokens: Int[B L]; free: Bool[B L]; rows: Int[B], global numbers."""
     tokens, free, rows = (_constrain(jnp.asarray(array), sharding) for array in (tokens, free, rows))
     task, progress = begin(key, sampler, tokens, free, rows, trace)
     return task, _constrain_rows(progress, sharding)

@@ -1,4 +1,4 @@
-"""The options of sampling, said once: for Python, for the flags of the command line, for the harness and for sweeps."""
+"""The options of sampling: of `Model.sample`, of the flags of the command line, of the harness and of sweeps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class SamplingOptions:
         check_seed(self.seed)
         if not isinstance(self.sampler, str | Sampler):
             raise UserError(f"a sampler is a name, or an object such as sedd.Tweedie(...), not {self.sampler!r}")
-        if not 1 <= self.steps <= MAX_STEPS:
+        if isinstance(self.sampler, str) and not 1 <= self.steps <= MAX_STEPS:
             raise UserError(f"steps must be at least 1 and at most {MAX_STEPS:,}, not {self.steps}")
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"temperature must be positive, not {self.temperature}")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
 from sedd.diffusion.denoiser import Denoiser
-from sedd.diffusion.discrete.process import Absorbing, Uniform
+from sedd.diffusion.discrete.process import Process
 from sedd.diffusion.discrete.score import StatsFn
 from sedd.network.adapters import NoiseEmbedding, TokenEmbedding, TokenHead, padded
 from sedd.network.predictions import PREDICTIONS, Prediction
@@ -34,7 +34,7 @@ class Network:
     process any token but the mask is clean.
     """
 
-    process: Absorbing | Uniform
+    process: Process
     prediction: str
     trunk: Trunk
     sigma_range: tuple[float, float]

@@ -6,7 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sedd.diffusion.discrete.process import Absorbing, Uniform
+from sedd.diffusion.discrete.process import Process
 from sedd.diffusion.discrete.score import ScoreStats, clean_stats, score_stats
 
 
@@ -14,7 +14,7 @@ from sedd.diffusion.discrete.score import ScoreStats, clean_stats, score_stats
 class Prediction(abc.ABC):
     """The meaning of a network's logits, Float32[... S], at tokens x, Int[...], and noise sigma, Float[...]."""
 
-    process: Absorbing | Uniform
+    process: Process
     unnormalised = False
 
     @abc.abstractmethod

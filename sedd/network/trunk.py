@@ -1,4 +1,4 @@
-"""The trunk: a diffusion transformer from hidden states to hidden states, which knows no tokens and no noise.
+"""The trunk: a diffusion transformer from hidden states to hidden states.
 
 Bidirectional attention with rotary positions; each layer is modulated by a conditioning vector, which the network makes
 from sigma (adaLN-zero; Peebles and Xie, arXiv 2212.09748).

@@ -1,4 +1,4 @@
-"""The interface of the training objectives: all that the step, the guard, the metrics and the estimate know of one."""
+"""The interface of the training objectives, on which the step, the guard, the metrics and the estimate depend."""
 
 import dataclasses
 from typing import Protocol

@@ -126,6 +126,10 @@ class Bound(abc.ABC):
         Int[B], the valid lengths if the network is conditioned on them; rows: Int[B], the rows' global indices.
         """
 
+    def drawn_nats(self, draws: Draws) -> jax.Array:
+        """The sum of the drawn terms, nats a row. Float[M ... B]."""
+        return draws.diffusion + draws.reconstruction
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskCountBound(Bound):
@@ -143,6 +147,9 @@ class MaskCountBound(Bound):
 
     def takes_pairs(self, num_draws):
         return num_draws % 4 == 0
+
+    def drawn_nats(self, draws):
+        return draws.diffusion  # the reconstruction is 0
 
     def draws(self, stats_fn, keys, x0, num_draws, free=None, lengths=None, rows=None):
         process = cast(Absorbing, self.process)

@@ -324,7 +324,7 @@ def test_nonfinite_step_changes_only_the_step_number(corpus):
     """Parameters, EMA and optimiser state are equal bit for bit. Control: a finite step changes them."""
     config = small_config(corpus, "training.ema_decay=0.9", "training.noise_sampling=time")
     objective, optimizer, mesh = parts(config, corpus, 1)
-    bad = poisoned(2)(objective.network, objective.schedule, 8, "time", 1e-3)
+    bad = poisoned(2)(config, objective.network, objective.schedule)
     init, step, _ = make_step(config, bad, optimizer, mesh)
     tokens = batch(corpus, 16, 8, 0, 0)
     first, metrics = step(init(), tokens)

@@ -25,7 +25,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 gc.set_threshold(100_000, 20, 100)
 
-import jax  # noqa: E402
+import jax  # noqa: E402, after the environment; the next three too
 import pytest  # noqa: E402
 from oracle import Joint  # noqa: E402
 

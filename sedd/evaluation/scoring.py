@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from sedd.diffusion import keyed_random
 from sedd.diffusion.discrete.likelihood import Bound, Draws
-from sedd.diffusion.discrete.score import ScoreStats
+from sedd.diffusion.discrete.score import ScoreStats, StatsFn
 from sedd.evaluation.text import ScoringRows
 from sedd.network.network import Network
 from sedd.runtime import parallel
@@ -70,7 +70,14 @@ def _records(network, bound, num_draws, uses_lengths, mesh, params, key, tokens,
     return jax.lax.with_sharding_constraint(_flat(draws), NamedSharding(mesh, P()))
 
 
-def bound_stats(network, bound: Bound, num_draws: int, params, lengths=None, given=None):
+def bound_stats(
+    network: Network,
+    bound: Bound,
+    num_draws: int,
+    params: dict,
+    lengths: jax.Array | None = None,
+    given: jax.Array | None = None,
+) -> StatsFn:
     """The StatsFn with which `bound` takes its draws, of unnormalised scores the tightened ones too.
 
     lengths: Int[B], the valid lengths; given: Bool[B L], True at given tokens.

@@ -83,12 +83,16 @@ class ScoreEntropy:
         stats = self.network.stats(params, dropout, lengths=lengths, given=given, masked_pairs=self._is_paired)
         noise, process = keyed_random.fold(keys, _NOISE), self.network.process
         if self._is_paired:
-            counts = self.counts(rows, key, tokens.shape[1] if lengths is None else lengths)
+            n = jnp.maximum(tokens.shape[1] if lengths is None else lengths, 1)
+            counts = self.counts(rows, key, n)
             loss = count_loss(cast(Absorbing, process), stats, noise, tokens, counts, free, lengths)
+            sigma = -jnp.log1p(-(counts.astype(jnp.float32) - 0.5) / n.astype(jnp.float32))
         else:
-            loss = denoising_loss(process, self.schedule, stats, noise, tokens, self.times(rows, key), free)
+            times = self.times(rows, key)
+            loss = denoising_loss(process, self.schedule, stats, noise, tokens, times, free)
+            sigma = self.schedule.sigma(times)
         count = jnp.full(len(rows), tokens.shape[1]) if free is None else jnp.sum(free, axis=-1)
-        return Losses(jnp.sum(loss, axis=-1), count, self.sigma(rows, key, tokens.shape[1], lengths), {})
+        return Losses(jnp.sum(loss, axis=-1), count, sigma, {})
 
     def head_positions(self, rows: int, length: int) -> int:
         """The number of positions at which the head runs: the masked ones of antithetic pairs, or all."""
@@ -129,14 +133,6 @@ class ScoreEntropy:
         lengths = jnp.maximum(lengths, 1)  # a row without tokens has no loss at any count
         below = jnp.minimum((level * lengths.astype(level.dtype)).astype(jnp.int32), lengths - 1)
         return jnp.where(rows % 2 == 0, 1 + below, lengths - below)
-
-    def sigma(self, rows: jax.Array, key: jax.Array, length: int, lengths: jax.Array | None = None) -> jax.Array:
-        """The sigma of each row that the network is conditioned on. Int[B] -> Float[B]. lengths: Int[B]."""
-        if not self._is_paired:
-            return self.schedule.sigma(self.times(rows, key))
-        lengths = jnp.maximum(length if lengths is None else lengths, 1)
-        counts, lengths = self.counts(rows, key, lengths).astype(jnp.float32), lengths.astype(jnp.float32)
-        return -jnp.log1p(-(counts - 0.5) / lengths)
 
     def _level(self, index, key, count):
         """A uniform draw from the stratum of each index, of `count` strata of [0, 1). Int[B] -> Float[B]."""

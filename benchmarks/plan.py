@@ -19,7 +19,7 @@ from sedd.network.trunk import REMAT, Trunk
 from sedd.runtime.accelerators import CHIPS, Chip
 from sedd.training.estimate import activation_bytes, estimate, step_flops
 from sedd.training.objective import Objective
-from sedd.training.score_entropy import score_entropy
+from sedd.training.objectives import make_objective
 
 MODELS = {"small": (768, 12, 12), "medium": (1024, 24, 16), "large": (2048, 24, 32)}  # width, layers, heads
 # Number of chips that links connect, and bandwidth of each chip to chips beyond, in bytes a second: TPUs from the pages
@@ -79,7 +79,7 @@ def plans(model: str, kind: str, chips: int, args: argparse.Namespace) -> Iterat
         if rest or fsdp * split > reach or network.trunk.heads % split or args.rows % (accumulation * data * fsdp):
             continue
         for remat in REMAT:
-            objective = score_entropy(
+            objective = make_objective(
                 config, dataclasses.replace(network, trunk=network.trunk.clone(remat=remat)), schedule
             )
             plan = plan_of(objective, kind, (data, fsdp, split), accumulation, args)

@@ -15,95 +15,35 @@ from ml_collections import ConfigDict
 from sedd.diffusion.discrete.process import Absorbing, Process, Uniform
 from sedd.diffusion.schedule import Geometric, LogLinear, Schedule
 from sedd.errors import UserError
+from sedd.network.adapters import CONDITIONING
 from sedd.network.attention import ATTENTION, check_sizes
 from sedd.network.network import Network
 from sedd.network.predictions import PREDICTIONS
 from sedd.network.trunk import REMAT, Trunk
+from sedd.recipes import DEFAULT, RECIPES
 from sedd.seeds import check_seed
 
 FORMAT = 2  # of config.json of runs and exported models; version 0.1.0 wrote format 1 without the key
+BEFORE = {"network.conditioning": "sigma", "training.loss": "bound"}  # of a config.json without these keys
 PROCESSES: dict[str, type[Process]] = {"absorbing": Absorbing, "uniform": Uniform}
 SCHEDULES = {
     "loglinear": lambda config: LogLinear(config.eps),
     "geometric": lambda config: Geometric(config.sigma_min, config.sigma_max),
 }
-_DEFAULT = {
-    "process": {"name": "absorbing"},
-    "schedule": {
-        "name": "loglinear",
-        "eps": 1e-3,  # loglinear: the probability that a token is clean at t = 1
-        "sigma_min": 1e-4,  # geometric
-        "sigma_max": 20.0,  # geometric
-    },
-    "network": {
-        "prediction": "denoiser",  # or "score", as in the paper
-        "width": 128,
-        "layers": 4,
-        "heads": 4,
-        "cond_dim": 128,  # width of the embedding of sigma
-        "embedding_std": 0.5,  # at initialisation; in the paper 1 / sqrt(3 width)
-        "dropout": 0.0,
-        "dtype": "float32",  # of the linear layers and attention of the trunk; the rest is float32
-        "scan": False,  # compile one layer and scan over the layers
-        "remat": "none",  # rematerialise nothing, "full" layers, or all of a layer but its "dots"
-        "attention": "xla",  # or "cudnn" on GPUs, "splash" on TPUs
-        "given_embedding": False,  # uniform: embed which tokens are given, so that infilling is exact
-    },
-    "data": {
-        "corpus": "data/names",
-        "block_length": 32,
-        "vocab_size": None,  # None: that of the corpus; else it must equal that
-    },
-    "training": {
-        "steps": 800,
-        "batch_size": 64,  # rows per update, over all devices and microbatches
-        "accumulation": 1,  # microbatches per update
-        "seed": 0,
-        "ema_decay": 0.0,  # 0: no EMA of the parameters
-        "noise_sampling": "mask_count",  # mask counts in antithetic pairs; or "time", as in the paper
-        "min_time": 1e-3,  # noise_sampling=time: the smallest time
-        "max_skipped_steps": 0,  # skipped updates with a non-finite loss or gradient; one more stops the run
-    },
-    "optimizer": {
-        "name": "muon",  # for the matrices of the trunk, with Adam for the rest; or "adamw", as in the paper
-        "learning_rate": 0.02,
-        "adam_learning_rate": 0.03,  # muon: of the parameters that Adam updates
-        "b1": 0.9,  # Adam
-        "b2": 0.98,  # Adam
-        "weight_decay": 0.0,
-        "warmup_steps": 30,
-        "decay": "linear",  # to 0 at the last step, or "constant"
-        "clip_norm": 32.0,  # largest gradient norm, of the loss summed over positions and averaged over rows
-    },
-    "mesh": {"data": -1, "fsdp": 1, "model": 1},  # devices along each axis; -1: all remaining devices
-    "checkpoint": {
-        "every": 500,  # steps between checkpoints
-        "keep": 2,  # number of newest checkpoints to keep
-        "keep_every": 0,  # also keep those at multiples of this step; 0: none
-        "keep_best": False,  # also keep the one with the best bound; a new best bound writes a checkpoint
-    },
-    "evaluation": {
-        "every": 0,  # steps between validation bounds and samples during training; 0: none
-        "draws": 16,  # noise levels per block
-        "samples": 2,  # texts sampled each time during training
-    },
-    "metrics": {
-        "tensorboard": False,  # also write TensorBoard event files (pip install 'sedd[tensorboard]')
-        "profile": 0,  # steps to trace with the JAX profiler, after the first ten; 0: none
-    },
-}
 _CHOICES = {
     "process.name": tuple(PROCESSES),
     "schedule.name": tuple(SCHEDULES),
     "network.prediction": tuple(PREDICTIONS),
+    "network.conditioning": tuple(CONDITIONING),
     "network.dtype": ("float32", "bfloat16"),
     "network.remat": tuple(REMAT),
     "network.attention": tuple(ATTENTION),
+    "training.loss": ("bound", "cross_entropy"),
     "training.noise_sampling": ("time", "mask_count"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.decay": ("constant", "linear"),
 }
-_OPTIONAL = {"data.vocab_size": int}
+_OPTIONAL = {"data.vocab_size": int, **dict.fromkeys(RECIPES["absorbing"], str)}
 _POSITIVE = {
     "network": ("width", "layers", "heads", "cond_dim", "embedding_std"),
     "data": ("block_length",),
@@ -124,7 +64,7 @@ _NOT_NEGATIVE = (
 
 def default() -> ConfigDict:
     """Returns a new copy of the default config, locked: setting an unknown key is an error."""
-    return ConfigDict(_DEFAULT).lock()
+    return ConfigDict(DEFAULT).lock()
 
 
 def paper() -> ConfigDict:
@@ -136,14 +76,26 @@ def paper() -> ConfigDict:
     also set `network.embedding_std` to 1 / sqrt(3 width).
     """
     config = default()
-    config.network.update(prediction="score", width=768, layers=12, heads=12, dropout=0.1, dtype="bfloat16")
+    config.network.update(
+        prediction="score", conditioning="sigma", width=768, layers=12, heads=12, dropout=0.1, dtype="bfloat16"
+    )
     config.network.embedding_std = 768**-0.5 / 3**0.5
     config.data.block_length = 1024
-    config.training.update(steps=400_000, batch_size=512, ema_decay=0.9999, noise_sampling="time")
+    config.training.update(steps=400_000, batch_size=512, ema_decay=0.9999, loss="bound", noise_sampling="time")
     config.optimizer.update(name="adamw", learning_rate=3e-4, b2=0.999, warmup_steps=2500, decay="constant")
     config.optimizer.clip_norm = 1.0
     config.checkpoint.every = 5000
     config.evaluation.every = 10_000
+    return config
+
+
+def resolved(config: ConfigDict) -> ConfigDict:
+    """Returns a copy in which the settings that are None have the values of the process' recipe."""
+    config = ConfigDict(config.to_dict()).lock()
+    for key, value in RECIPES[config.process.name].items():
+        group, name = key.split(".")
+        if config[group][name] is None:
+            config[group][name] = value
     return config
 
 
@@ -155,14 +107,18 @@ def fingerprint(config: ConfigDict) -> str:
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
-    """Returns the default config with the given nested values. UserError for an unknown key or an invalid value."""
+    """Returns the default config with the given nested values. UserError for an unknown key or an invalid value.
+
+    Settings that are None stay so, and follow the process: see `resolved`.
+    """
     config = default()
     for group, members in values.items():
         if not isinstance(members, dict) or not (members or group in config):
             raise UserError(f"config: {group} is not a group of settings; there are {', '.join(config)}")
         for name, value in members.items():
             _set(config, f"{group}.{name}", value)
-    return validate(config)
+    validate(config)
+    return config
 
 
 def override(config: ConfigDict, settings: list[str]) -> ConfigDict:
@@ -176,7 +132,8 @@ def override(config: ConfigDict, settings: list[str]) -> ConfigDict:
         if not equals:
             raise UserError(f"config: {setting} has no value; write {setting}=VALUE")
         _set(config, key, _parsed(text))
-    return validate(config)
+    validate(config)
+    return config
 
 
 def _parsed(text: str) -> Any:
@@ -201,7 +158,7 @@ def _set(config: ConfigDict, key: str, value: Any):
         value = float(value)
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)  # 1e5
-    if kind is str and value is None:
+    if kind is str and value is None and key not in _OPTIONAL:
         value = "none"  # a choice by that name, which `_parsed` reads as None
     if type(value) is not kind and not (value is None and key in _OPTIONAL):
         raise UserError(f"config: {key} must be of type {kind.__name__}, not {value!r}")
@@ -209,7 +166,9 @@ def _set(config: ConfigDict, key: str, value: Any):
 
 
 def validate(config: ConfigDict) -> ConfigDict:
-    """Returns the config unchanged. UserError for an invalid value or combination of values."""
+    """Returns the config, `resolved`. UserError for an invalid value or combination of values."""
+    if config.process.name in RECIPES:
+        config = resolved(config)
 
     def get(key):
         group, name = key.split(".")
@@ -255,6 +214,18 @@ def validate(config: ConfigDict) -> ConfigDict:
             "config: network.given_embedding is for process.name=uniform; the absorbing process needs none, since a "
             "given token is one that is not masked"
         )
+    if network.prediction == "posterior" and config.process.name != "uniform":
+        raise UserError(
+            "config: network.prediction=posterior is for process.name=uniform; of a masked token the denoiser is the "
+            "posterior"
+        )
+    if training.loss == "cross_entropy":
+        if network.prediction == "score":
+            raise UserError(
+                "config: training.loss=cross_entropy needs normalised predictions; choose network.prediction=denoiser"
+            )
+        if training.noise_sampling != "time":
+            raise UserError("config: training.loss=cross_entropy needs training.noise_sampling=time")
     if training.noise_sampling == "mask_count":
         if config.process.name != "absorbing":
             raise UserError("config: training.noise_sampling=mask_count is for process.name=absorbing; choose time")
@@ -281,15 +252,22 @@ def read_description(file: epath.Path) -> dict[str, Any]:
             f"{file} has format {about.get('format', 1)}, and this version of sedd reads format {FORMAT}; use the "
             "version that wrote it, or train the model again"
         )
+    for key, value in BEFORE.items() if "config" in about else ():
+        group, name = key.split(".")
+        about["config"].setdefault(group, {}).setdefault(name, value)
     return about
+
+
+_OF_NETWORK = ("prediction", "conditioning", "cond_dim", "embedding_std", "given_embedding")  # the rest: of the trunk
 
 
 def build(config: ConfigDict, vocab_size: int) -> tuple[Process, Schedule, Network]:
     """Returns the process, schedule and network of a config, for a vocabulary of V tokens."""
+    config = resolved(config)
     process = PROCESSES[config.process.name](vocab_size)
     schedule = SCHEDULES[config.schedule.name](config.schedule)
     of_trunk = config.network.to_dict()
-    of_network = {name: of_trunk.pop(name) for name in ("prediction", "cond_dim", "embedding_std", "given_embedding")}
+    of_network = {name: of_trunk.pop(name) for name in _OF_NETWORK}
     sigma_range = (float(schedule.sigma(config.training.min_time)), float(schedule.sigma(1.0)))
     network = Network(process=process, trunk=Trunk(**of_trunk), sigma_range=sigma_range, **of_network)
     return process, schedule, network

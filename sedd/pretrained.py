@@ -50,6 +50,7 @@ def _config(published: dict, directory: Path) -> ConfigDict:
             },
             "network": {
                 "prediction": "score",
+                "conditioning": "sigma",
                 "width": model["hidden_size"],
                 "layers": model["n_blocks"],
                 "heads": model["n_heads"],
@@ -57,7 +58,7 @@ def _config(published: dict, directory: Path) -> ConfigDict:
                 "dropout": model["dropout"],
             },
             "data": {"block_length": model["length"], "vocab_size": published["tokens"]},
-            "training": {"ema_decay": published["training"]["ema"], "noise_sampling": "time"},
+            "training": {"ema_decay": published["training"]["ema"], "loss": "bound", "noise_sampling": "time"},
         }
     )
 

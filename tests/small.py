@@ -11,8 +11,8 @@ from sedd.data.layout import Layout
 from sedd.data.prepare import prepare
 from sedd.runtime import parallel
 from sedd.trained import Trained
+from sedd.training.objectives import make_objective
 from sedd.training.optimizer import make_optimizer
-from sedd.training.score_entropy import score_entropy
 
 NETWORK = ("network.width=16", "network.layers=2", "network.heads=2", "network.cond_dim=8")
 ADAMW = ("optimizer.name=adamw", "optimizer.learning_rate=0.01", "optimizer.warmup_steps=2")  # compiles twice as fast
@@ -98,7 +98,7 @@ def without_network(tokenizer, process, block_length, layout=Layout()):
 def parts(config, corpus, devices=None):
     """The objective, the optimiser and the mesh of a config, over the first `devices` devices or all."""
     _, schedule, network = configs.build(config, corpus.vocab_size)
-    objective = score_entropy(config, network, schedule)
+    objective = make_objective(config, network, schedule)
     mesh = parallel.make_mesh(config, jax.devices()[:devices])
     return objective, make_optimizer(config.optimizer, config.training.steps), mesh
 

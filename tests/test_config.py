@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from sedd import config as configs
 from sedd.errors import UserError
+from sedd.recipes import RECIPES
 
 
 def test_overrides_take_the_type_of_the_default():
@@ -32,9 +34,14 @@ def test_overrides_take_the_type_of_the_default():
         ("network.width=99999999999", r"network.width must be less than 2\*\*31"),
         ("optimizer.learning_rate=1e400", r"must be less than 2\*\*31, not inf"),
         ("network.scan=1", "must be of type bool"),
+        ("network.conditioning=time", "one of sigma, log_snr"),
+        ("training.loss=mse", "one of bound, cross_entropy"),
+        ("network.prediction=posterior", "posterior is for process.name=uniform"),
+        ("training.loss=cross_entropy", "needs training.noise_sampling=time"),
+        (["training.loss=cross_entropy", "network.prediction=score"], "needs normalised predictions"),
         ("process.name=masking", "one of absorbing, uniform"),
-        ("network.prediction=x0", "one of denoiser, score"),
-        ("process.name=uniform", "choose time"),
+        ("network.prediction=x0", "one of denoiser, posterior, score"),
+        (["process.name=uniform", "training.loss=bound", "training.noise_sampling=mask_count"], "choose time"),
         ("network.given_embedding=1", "must be of type bool"),
         (
             "network.given_embedding=true",
@@ -52,8 +59,42 @@ def test_overrides_take_the_type_of_the_default():
 )
 def test_invalid_settings_are_one_line(setting, message):
     with pytest.raises(UserError, match=message) as caught:
-        configs.override(configs.default(), [setting])
+        configs.override(configs.default(), [setting] if isinstance(setting, str) else setting)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_that_are_none_follow_the_process():
+    """In any order and after a file; what is set stays set, and a resolved config is complete."""
+    config = configs.override(configs.default(), ["training.steps=5"])
+    recipes = {name: configs.resolved(configs.override(config, [f"process.name={name}"])) for name in configs.PROCESSES}
+    assert recipes["absorbing"].network.prediction == "denoiser" and recipes["absorbing"].training.loss == "bound"
+    uniform = recipes["uniform"]
+    assert (uniform.network.prediction, uniform.network.conditioning) == ("posterior", "log_snr")
+    assert (uniform.training.loss, uniform.training.noise_sampling) == ("cross_entropy", "time")
+    set_first = configs.override(config, ["network.prediction=denoiser", "process.name=uniform"])
+    assert configs.resolved(set_first).network.prediction == "denoiser"
+    assert configs.validate(set_first).to_dict() == configs.resolved(set_first).to_dict()
+    for recipe in recipes.values():
+        assert [key for key in RECIPES["uniform"] if recipe[key.split(".")[0]][key.split(".")[1]] is None] == []
+        assert configs.resolved(recipe).to_dict() == recipe.to_dict()
+    assert RECIPES["uniform"].keys() == RECIPES["absorbing"].keys()
+    assert configs.override(uniform, ["training.loss=none"]).training.loss is None
+
+
+def test_the_paper_is_one_recipe_for_both_processes():
+    for name in configs.PROCESSES:
+        config = configs.resolved(configs.override(configs.paper(), [f"process.name={name}"]))
+        assert (config.network.prediction, config.network.conditioning) == ("score", "sigma")
+        assert (config.training.loss, config.training.noise_sampling) == ("bound", "time")
+
+
+def test_a_saved_config_without_new_keys_is_the_model_that_was_saved(tmp_path):
+    """Earlier versions conditioned every network on sigma, and trained it with the bound."""
+    config = configs.resolved(configs.override(configs.default(), ["process.name=uniform"])).to_dict()
+    del config["network"]["conditioning"], config["training"]["loss"]
+    (tmp_path / "config.json").write_text(json.dumps({"format": configs.FORMAT, "config": config}))
+    saved = configs.from_dict(configs.read_description(epath.Path(tmp_path / "config.json"))["config"])
+    assert saved.network.conditioning == "sigma" and saved.training.loss == "bound"
 
 
 def test_json_round_trip_keeps_the_config():

@@ -17,8 +17,8 @@ from sedd.errors import UserError
 from sedd.runtime import parallel
 from sedd.runtime.accelerators import CHIPS, peak_flops
 from sedd.training.estimate import estimate, step_flops
+from sedd.training.objectives import make_objective
 from sedd.training.optimizer import make_optimizer
-from sedd.training.score_entropy import score_entropy
 from sedd.training.step import make_step
 
 VOCABULARY = 1000
@@ -32,7 +32,7 @@ def config_of(*settings, base=configs.default):
 def parts(config):
     """Returns the objective and the result of `make_step`, on as many devices as the mesh needs."""
     _, schedule, network = configs.build(config, VOCABULARY)
-    objective = score_entropy(config, network, schedule)
+    objective = make_objective(config, network, schedule)
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     devices = jax.devices() if config.mesh.model > 1 else jax.devices()[:1]
     return objective, make_step(config, objective, optimizer, parallel.make_mesh(config, devices))

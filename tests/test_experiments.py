@@ -21,8 +21,8 @@ from sedd.data.splits import SPLITS, make_rule
 from sedd.data.tokenizers import PRETRAINED, TRAINED
 from sedd.errors import UserError
 from sedd.runtime import parallel
+from sedd.training.objectives import make_objective
 from sedd.training.optimizer import make_optimizer
-from sedd.training.score_entropy import score_entropy
 from sedd.training.step import make_step
 
 ROOT = Path(__file__).parent.parent
@@ -183,7 +183,7 @@ def test_a_training_step_traces(file):
     config.network.scan = True
     training, data = config.training, config.data
     _, schedule, network = configs.build(config, data.vocab_size or 1280)
-    objective = score_entropy(config, network, schedule)
+    objective = make_objective(config, network, schedule)
     optimizer = make_optimizer(config.optimizer, training.steps)
     init, step, _ = make_step(config, objective, optimizer, parallel.make_mesh(config))
     padded = by_name(file)["prepare"].mode == "padded"

@@ -23,8 +23,9 @@ from sedd.generation.rows import Rows
 from sedd.network.network import Network
 from sedd.network.trunk import Trunk
 from sedd.runtime import parallel
-from sedd.training.score_entropy import ScoreEntropy, random_given
+from sedd.training.score_entropy import ScoreEntropy
 from sedd.training.step import init_state, make_step
+from sedd.training.token_objective import random_given
 
 V, L = 3, 4
 UNIFORM = ("process.name=uniform", "training.noise_sampling=time")
@@ -169,7 +170,7 @@ def test_loss_is_the_entropy_of_the_free_tokens_conditioned_on_the_given_ones():
     copied = MarkovChain(np.full(V, 1 / V), 0.94 * np.eye(V) + 0.02).joint(3)
     x0 = jnp.asarray(copied.draw(len(rows)))
     networks = Exact(copied), Exact(copied, conditioned=False)
-    objectives = [ScoreEntropy(network, LogLinear(1e-4), len(rows), "time", 1e-5) for network in networks]
+    objectives = [ScoreEntropy(network, LogLinear(1e-4), len(rows), 1e-5) for network in networks]
 
     @jax.jit
     def losses():
@@ -261,7 +262,7 @@ def test_network_learns_the_given_embedding():
     process, length, rows, steps = Uniform(4), 4, 128, 1500
     joint = MarkovChain(np.full(4, 1 / 4), 0.94 * np.eye(4) + 0.015).joint(length)
     network = Network(process, "denoiser", Trunk(32, 1, 2), sigma_range=(1e-3, 6.9), cond_dim=32, given_embedding=True)
-    objective = ScoreEntropy(network, LogLinear(1e-3), rows, "time", 0.1)  # gradients have a high variance at low noise
+    objective = ScoreEntropy(network, LogLinear(1e-3), rows, 0.1)  # gradients have a high variance at low noise
     rate = optax.cosine_decay_schedule(5e-3, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate, b2=0.99))
     texts = jnp.asarray(joint.draw(steps * rows)).reshape(steps, rows, length)

@@ -27,6 +27,7 @@ ROOMS = [
     "trained",
     "config_file",
     "config",
+    "recipes",
     "network",
     "data",
     "diffusion",

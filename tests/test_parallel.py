@@ -15,8 +15,8 @@ from sedd import config as configs
 from sedd.data.batches import Batch, batch
 from sedd.errors import UserError
 from sedd.runtime import parallel, trees
-from sedd.training.score_entropy import strata
 from sedd.training.step import init_state, make_step
+from sedd.training.token_objective import strata
 
 ROWS = 32
 DROPOUT = ("network.dropout=0.1", "network.scan=true", f"training.batch_size={ROWS}")

@@ -140,7 +140,7 @@ PROCESSES = {"absorbing": sedd.Absorbing(V), "uniform": sedd.Uniform(V)}
 def test_a_network_is_float32_under_any_settings(name, noise_sampling, settings, jax_settings):
     """Parameters, gradients, scores and log r."""
     network = Network(PROCESSES[name], sigma_range=(1e-3, 7.0), **settings)
-    objective = ScoreEntropy(network, sedd.LogLinear(), B, noise_sampling)
+    objective = ScoreEntropy(network, sedd.LogLinear(), B, noise_sampling=noise_sampling)
     tokens, lengths = jnp.ones((B, L), jnp.int32), jnp.array([3, 8, 5, 8])
 
     def step(key, sigma):

@@ -16,8 +16,8 @@ from sedd.data.batches import Batch
 from sedd.network import adapters, sharding
 from sedd.network.attention import attend
 from sedd.runtime import parallel
+from sedd.training.objectives import make_objective
 from sedd.training.optimizer import make_optimizer
-from sedd.training.score_entropy import score_entropy
 from sedd.training.step import make_step
 
 SHAPE = ("network.width=64", "network.layers=2", "network.heads=8", "network.cond_dim=32", "network.scan=true")
@@ -39,7 +39,7 @@ def compiled(base, sizes, *settings, vocabulary=VOCABULARY):
     config = configs.override(base(), [*SHAPE, *settings])
     config.mesh.update(dict(zip(parallel.AXES, sizes)))
     _, schedule, network = configs.build(config, vocabulary)
-    objective = score_entropy(config, network, schedule)
+    objective = make_objective(config, network, schedule)
     mesh = parallel.make_mesh(config, jax.devices()[: math.prod(sizes)])
     init, step, _ = make_step(config, objective, make_optimizer(config.optimizer, config.training.steps), mesh)
     tokens = jax.ShapeDtypeStruct((config.training.batch_size, config.data.block_length), jnp.int32)

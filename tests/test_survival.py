@@ -273,11 +273,11 @@ def poisoned(at, times=1):
             now = jnp.any(jnp.stack([jnp.all(jax.random.key_data(key) == jax.random.key_data(k)) for k in keys]))
             return dataclasses.replace(losses, loss=jnp.where(now & (rows == 5), jnp.nan, losses.loss))
 
-    def poisoned_score_entropy(config, network, schedule):
+    def poisoned_objective(config, network, schedule):
         training = config.training
-        return Poisoned(network, schedule, training.batch_size, training.noise_sampling, training.min_time)
+        return Poisoned(network, schedule, training.batch_size, training.min_time, training.noise_sampling)
 
-    return poisoned_score_entropy
+    return poisoned_objective
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ def test_nonfinite_loss_stops_the_run(corpus, tmp_path, monkeypatch):
     """Step, quantity, example and sigma are recorded. The checkpoints are finite, and the run resumes."""
     config = small_config(corpus, "checkpoint.every=2", "training.noise_sampling=time", "training.steps=7")
     with monkeypatch.context() as patch:
-        patch.setattr("sedd.training.run.score_entropy", poisoned(6))
+        patch.setattr("sedd.training.run.make_objective", poisoned(6))
         with pytest.raises(sedd.UserError, match="the loss of step 6 is not finite .*nonfinite.jsonl") as caught:
             fit(config, tmp_path / "run")
     assert "\n" not in str(caught.value)
@@ -310,7 +310,7 @@ def test_nonfinite_steps_are_skipped_up_to_the_limit(corpus, tmp_path, monkeypat
         "training.ema_decay=0.9",
         "optimizer.decay=constant",
     )
-    monkeypatch.setattr("sedd.training.run.score_entropy", poisoned(3, times=2))
+    monkeypatch.setattr("sedd.training.run.make_objective", poisoned(3, times=2))
     with pytest.raises(sedd.UserError, match="step 4 is not finite"):
         fit(small_config(corpus, *settings, "training.max_skipped_steps=1"), tmp_path / "one")
     fit(small_config(corpus, *settings, "training.max_skipped_steps=2"), tmp_path / "two")

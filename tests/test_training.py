@@ -79,7 +79,7 @@ def test_loss_of_ragged_rows_is_unbiased_for_each_length():
     """Pairs of rows of 5 and of 3 tokens in a block of 8: the mean over the noise levels is log 2 for each. Control:
     with mask counts for 8 tokens it is not, since most of them mask every token of a row."""
     count, length = 30, 8
-    objective = ScoreEntropy(Same(), None, count, "mask_count")
+    objective = ScoreEntropy(Same(), None, count, noise_sampling="mask_count")
     lengths = jnp.tile(jnp.array([5, 3]), count // 2)
     tokens, rows, key = jnp.ones((count, length), jnp.int32), jnp.arange(count), jax.random.key(0)
     loss = jax.jit(objective)({}, Batch(tokens, lengths), rows, key).loss
@@ -94,7 +94,7 @@ def test_pair_of_ragged_rows_masks_at_most_one_more_than_the_block_length():
     """Each row masks at least one and at most all of its tokens; full rows have the counts of a batch without lengths.
     Control: independent counts mask more than L + 1 tokens of a pair."""
     length, count = 37, 4096
-    objective = ScoreEntropy(Same(), None, count, "mask_count")
+    objective = ScoreEntropy(Same(), None, count, noise_sampling="mask_count")
     random, rows, key = np.random.default_rng(0), jnp.arange(count), jax.random.key(1)
     lengths = random.integers(1, length + 1, count)
     counts = np.asarray(objective.counts(rows, key, jnp.asarray(lengths)))

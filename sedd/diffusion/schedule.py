@@ -12,6 +12,11 @@ import jax
 import jax.numpy as jnp
 
 
+def log_snr(sigma: jax.Array) -> jax.Array:
+    """The log of the signal-to-noise ratio, log(alpha / (1 - alpha)) = -log(e^sigma - 1), without overflow."""
+    return -(sigma + jnp.log(-jnp.expm1(-sigma)))
+
+
 class Schedule(abc.ABC):
     """An increasing sigma(t), its derivative and its inverse."""
 

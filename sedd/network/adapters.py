@@ -7,12 +7,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sedd.diffusion.schedule import log_snr
 from sedd.network.layers import Linear, frequencies, modulate, norm
 from sedd.network.sharding import constrain_sharding
 from sedd.runtime.parallel import BATCH_AXES, MODEL_AXIS
 
 MULTIPLE = 128  # embedding rows and head columns are padded to a multiple of this, so that a mesh can shard them
 FREQUENCIES = 256  # sine and cosine features of sigma
+CONDITIONING = {  # what is embedded of the noise level, Float[B] -> Float[B]
+    "sigma": lambda sigma: sigma,  # as in the published models; levels below .1 are nearly the same
+    "log_snr": lambda sigma: log_snr(jnp.clip(sigma, 1e-9, 20.0)),  # finite at 0 and infinity
+}
 
 
 def padded(states: int) -> int:
@@ -44,14 +49,19 @@ class TokenEmbedding(nn.Module):
 
 
 class NoiseEmbedding(nn.Module):
-    """Maps the noise level to the vector that the trunk and the head are conditioned on. cond_dim: C, its size."""
+    """Maps the noise level to the vector that the trunk and the head are conditioned on.
+
+    cond_dim: C, its size; conditioning: a key of CONDITIONING.
+    """
 
     cond_dim: int
+    conditioning: str = "sigma"
 
     @nn.compact
     def __call__(self, sigma: jax.Array) -> jax.Array:
         """sigma: Float[B], total noise. Returns Float32[B C]."""
-        angle = sigma[:, None].astype(jnp.float32) * frequencies(FREQUENCIES // 2)
+        level = CONDITIONING[self.conditioning](sigma.astype(jnp.float32))
+        angle = level[:, None] * frequencies(FREQUENCIES // 2)
         features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
         hidden = nn.silu(Linear(self.cond_dim, name="sigma_in")(features))
         return nn.silu(Linear(self.cond_dim, name="sigma_out")(hidden))

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from sedd.diffusion import keyed_random
 from sedd.diffusion.denoiser import Denoiser
 from sedd.diffusion.discrete.process import Process
-from sedd.diffusion.discrete.score import StatsFn
-from sedd.network.adapters import NoiseEmbedding, TokenEmbedding, TokenHead, padded
+from sedd.diffusion.discrete.score import PosteriorFn, StatsFn
+from sedd.network.adapters import CONDITIONING, NoiseEmbedding, TokenEmbedding, TokenHead, padded
 from sedd.network.predictions import PREDICTIONS, Prediction
 from sedd.network.trunk import Trunk
 
@@ -31,7 +31,7 @@ class Network:
     conditioned on is clipped to this range. cond_dim: C, the size of the embedding of sigma; embedding_std: of the
     initial embeddings of tokens. given_embedding: adds a learned embedding to the given tokens, which are clean at any
     noise. For the uniform process only, where a token does not show whether it is corrupted; under the absorbing
-    process any token but the mask is clean.
+    process any token but the mask is clean. conditioning: a key of CONDITIONING, what is embedded of the noise level.
     """
 
     process: Process
@@ -41,13 +41,22 @@ class Network:
     cond_dim: int = 128
     embedding_std: float = 0.5
     given_embedding: bool = False
+    conditioning: str = "sigma"
 
     def __post_init__(self):
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"network.prediction must be one of {', '.join(PREDICTIONS)}, not {self.prediction!r}")
+        if self.conditioning not in CONDITIONING:
+            raise ValueError(
+                f"network.conditioning must be one of {', '.join(CONDITIONING)}, not {self.conditioning!r}"
+            )
         if self.given_embedding and self.process.mask_id is not None:
             raise ValueError(
                 "network.given_embedding is for the uniform process; the absorbing process does not need it"
+            )
+        if self.prediction == "posterior" and self.process.mask_id is not None:
+            raise ValueError(
+                "network.prediction=posterior is for the uniform process; of a masked token denoiser is the posterior"
             )
 
     @property
@@ -56,7 +65,7 @@ class Network:
 
     @property
     def noise_embedding(self) -> NoiseEmbedding:
-        return NoiseEmbedding(self.cond_dim)
+        return NoiseEmbedding(self.cond_dim, self.conditioning)
 
     @property
     def head(self) -> TokenHead:
@@ -133,19 +142,37 @@ class Network:
         """
 
         def stats(x, sigma, x0):
-            sigma = sigma.astype(jnp.float32)
-            hidden, condition = self.hidden(params, x, self._clipped(sigma), keys, lengths, given)
+            sigma, clipped_sigma = sigma.astype(jnp.float32), self._clipped(sigma)
+            hidden, condition = self.hidden(params, x, clipped_sigma, keys, lengths, given)
             sites = (hidden, jnp.broadcast_to(condition[:, None], (*x.shape, self.cond_dim)), x, x0)
-            sites = (*sites, jnp.broadcast_to(sigma[:, None], x.shape))
+            sites = (*sites, *(jnp.broadcast_to(level[:, None], x.shape) for level in (sigma, clipped_sigma)))
             if not masked_pairs:
                 return at_sites(*sites)
             gather, scatter = _masked_of_pairs((x == self.process.mask_id) & (x0 != self.process.mask_id))
             return jax.tree.map(scatter, at_sites(*map(gather, sites)))
 
-        def at_sites(hidden, condition, x, x0, sigma):
-            return self._meaning.stats(self.logits(params, hidden, condition), x, x0, sigma, tightened)
+        def at_sites(hidden, condition, *sites):
+            return self._meaning.stats(self.logits(params, hidden, condition), *sites, tightened)
 
         return stats
+
+    def posterior(
+        self,
+        params: dict,
+        keys: jax.Array | None = None,
+        lengths: jax.Array | None = None,
+        given: jax.Array | None = None,
+    ) -> PosteriorFn:
+        """Returns the PosteriorFn of these parameters. Arguments: as of `stats`."""
+
+        def posterior(x, sigma, x0):
+            clipped_sigma = self._clipped(sigma)
+            hidden, condition = self.hidden(params, x, clipped_sigma, keys, lengths, given)
+            logits = self.logits(params, hidden, condition[:, None])
+            log_posterior = self._meaning.log_posterior(logits, x, clipped_sigma[:, None])
+            return jnp.take_along_axis(log_posterior, x0[..., None], axis=-1)[..., 0]
+
+        return posterior
 
     def log_score(
         self,

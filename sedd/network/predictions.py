@@ -1,4 +1,8 @@
-"""What the logits of a network mean: an unnormalised log score, or log r; and the quantities that follow from them."""
+"""What the logits of a network mean, and the quantities that follow from them.
+
+They are an unnormalised log score; or log r, in which a token's own noisy state has no part; or the log posterior, in
+which it has.
+"""
 
 import abc
 import dataclasses
@@ -12,7 +16,11 @@ from sedd.diffusion.discrete.score import ScoreStats, clean_stats, score_stats
 
 @dataclasses.dataclass(frozen=True)
 class Prediction(abc.ABC):
-    """The meaning of a network's logits, Float32[... S], at tokens x, Int[...], and noise sigma, Float[...]."""
+    """The meaning of a network's logits, Float32[... S], at tokens x, Int[...], and noise sigma, Float[...].
+
+    sigma is that of the noisy tokens; the network may be conditioned on another one, the nearest of its range, which is
+    then the one that its logits belong to.
+    """
 
     process: Process
     unnormalised = False
@@ -27,9 +35,22 @@ class Prediction(abc.ABC):
 
     @abc.abstractmethod
     def stats(
-        self, logits: jax.Array, x: jax.Array, x0: jax.Array, sigma: jax.Array, tightened: bool = False
+        self,
+        logits: jax.Array,
+        x: jax.Array,
+        x0: jax.Array,
+        sigma: jax.Array,
+        conditioned_sigma: jax.Array,
+        tightened: bool = False,
     ) -> ScoreStats:
-        """The statistics of the scores. tightened: as of `Network.stats`, for unnormalised scores only."""
+        """The statistics of the scores at sigma. tightened: as of `Network.stats`, for unnormalised scores only.
+
+        conditioned_sigma: Float[...], that of the network.
+        """
+
+    def log_posterior(self, logits: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        """The log posterior of the clean tokens, the token's own state included, normalised. Float32[... V]."""
+        return self.process.log_posterior(self.log_clean(logits, x, sigma), x, sigma)
 
 
 class ScorePrediction(Prediction):
@@ -47,7 +68,7 @@ class ScorePrediction(Prediction):
     def log_score(self, logits, x, sigma):
         return self.process.score_from_logits(logits, x, sigma)
 
-    def stats(self, logits, x, x0, sigma, tightened=False):
+    def stats(self, logits, x, x0, sigma, conditioned_sigma, tightened=False):
         log_score = self.log_score(logits, x, sigma)
         if not tightened:
             return score_stats(log_score, x, x0)
@@ -56,7 +77,7 @@ class ScorePrediction(Prediction):
 
 
 class DenoiserPrediction(Prediction):
-    """The softmax of the logits of the clean tokens is r, the posterior of the clean token given all other tokens."""
+    """The softmax of the logits of the clean tokens is r, the distribution of a clean token given all other tokens."""
 
     def log_clean(self, logits, x, sigma):
         return jax.nn.log_softmax(logits[..., : self.process.vocab_size], axis=-1)
@@ -65,8 +86,26 @@ class DenoiserPrediction(Prediction):
         log_noised = self.process.log_noised(self.log_clean(logits, x, sigma), sigma)
         return log_noised - jnp.take_along_axis(log_noised, x[..., None], axis=-1)
 
-    def stats(self, logits, x, x0, sigma, tightened=False):
-        return clean_stats(self.process, self.log_clean(logits, x, sigma), x, x0, sigma)
+    def stats(self, logits, x, x0, sigma, conditioned_sigma, tightened=False):
+        return clean_stats(self.process, self.log_clean(logits, x, conditioned_sigma), x, x0, sigma)
 
 
-PREDICTIONS: dict[str, type[Prediction]] = {"denoiser": DenoiserPrediction, "score": ScorePrediction}
+class PosteriorPrediction(DenoiserPrediction):
+    """The softmax of the logits of the clean tokens is the posterior of the clean token given all noisy tokens.
+
+    Its own noisy state included: the network may copy what it sees, and need not ignore it. r follows in closed form,
+    `process.clean_from_posterior`. For a process in which every state is some clean token's.
+    """
+
+    def log_clean(self, logits, x, sigma):
+        return self.process.clean_from_posterior(self.log_posterior(logits, x, sigma), x, sigma)
+
+    def log_posterior(self, logits, x, sigma):
+        return jax.nn.log_softmax(logits[..., : self.process.vocab_size], axis=-1)
+
+
+PREDICTIONS: dict[str, type[Prediction]] = {
+    "denoiser": DenoiserPrediction,
+    "posterior": PosteriorPrediction,
+    "score": ScorePrediction,
+}

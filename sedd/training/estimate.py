@@ -15,8 +15,8 @@ from sedd import config as configs
 from sedd.network.adapters import FREQUENCIES, padded
 from sedd.runtime import parallel
 from sedd.training.objective import Objective
+from sedd.training.objectives import make_objective
 from sedd.training.optimizer import make_optimizer
-from sedd.training.score_entropy import score_entropy
 from sedd.training.step import init_state
 
 
@@ -89,7 +89,7 @@ def estimate(config: ConfigDict, vocab_size: int, devices: int) -> RunEstimate:
     _, schedule, network = configs.build(config, vocab_size)
     sizes = parallel.mesh_sizes(config, devices)
     mesh = AbstractMesh(sizes, parallel.AXES, axis_types=(AxisType.Auto,) * len(sizes))
-    objective = score_entropy(config, network, schedule)
+    objective = make_objective(config, network, schedule)
     optimizer = make_optimizer(config.optimizer, training.steps)
     state = jax.eval_shape(lambda: init_state(config, objective, optimizer))
     shardings = parallel.shardings(mesh, state)

@@ -22,7 +22,7 @@ from sedd.runtime import folders, parallel, processes, storage, trees
 from sedd.trained import Trained
 from sedd.training.checkpoint import steps_saved
 from sedd.training.objective import Objective
-from sedd.training.score_entropy import score_entropy
+from sedd.training.objectives import make_objective
 from sedd.training.tensorboard import check_installed
 from sedd.training.workdir import prepare_workdir
 
@@ -67,7 +67,7 @@ def resolve(config: ConfigDict, workdir: str | Path, weights: dict | None = None
     corpus, layout = _corpus_and_layout(config)
     _, schedule, network = configs.build(config, corpus.vocab_size)
     check_platform(config.network.attention, jax.devices()[0].platform)
-    mesh, objective = parallel.make_mesh(config), score_entropy(config, network, schedule)
+    mesh, objective = parallel.make_mesh(config), make_objective(config, network, schedule)
     if weights is not None and not steps_saved(folder / "checkpoints"):
         like = jax.eval_shape(objective.init, root_key(0))
         weights = trees.fitted(weights, like, f"{init_from or 'the weights to start from'} cannot start this run")

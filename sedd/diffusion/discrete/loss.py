@@ -1,6 +1,7 @@
-"""The training losses: the score entropy at times t, and at mask counts k.
+"""The training losses: the score entropy at times t or at mask counts k, and the cross-entropy of the posterior.
 
-Both return nats for each token; the sum over a row is an unbiased estimate of that row's bound.
+All return nats for each token. The sum of the score entropy over a row is an unbiased estimate of that row's bound; the
+cross-entropy bounds nothing, and has the same minimiser.
 """
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
 from sedd.diffusion.discrete.process import Absorbing, Process
-from sedd.diffusion.discrete.score import StatsFn
+from sedd.diffusion.discrete.score import PosteriorFn, StatsFn
 from sedd.diffusion.schedule import Schedule
 
 
@@ -28,11 +29,37 @@ def denoising_loss(
     """
     t = jnp.maximum(t, jnp.finfo(t.dtype).epsneg)  # at 0 there is no noise, and the score is unbounded
     sigma = schedule.sigma(t)
-    x = process.corrupt(keys, x0, sigma[:, None])
-    x = x if free is None else jnp.where(free, x, x0)
+    x = _corrupted(process, keys, x0, sigma, free)
     entropy = process.score_entropy(stats_fn(x, sigma, x0), x, x0, sigma[:, None])
     loss = schedule.rate(t)[:, None] * entropy
     return loss if free is None else jnp.where(free, loss, 0.0)
+
+
+def cross_entropy_loss(
+    process: Process,
+    posterior_fn: PosteriorFn,
+    keys: jax.Array,
+    x0: jax.Array,
+    sigma: jax.Array,
+    free: jax.Array | None = None,
+) -> jax.Array:
+    """-log p(x0_i | x) of each token at noise sigma, its own noisy state included, without a weight.
+
+    It is never larger than a few nats a token, where the terms of the score entropy grow as 1 / (1 - alpha) at low
+    noise. Large uniform-state models are trained with it or close to it (von Ruette et al., arXiv 2512.10858; Zhu et
+    al., arXiv 2510.22926).
+
+    keys: Key[B]; x0: Int[B L]; sigma: Float[B]; free: as of `denoising_loss`. Returns Float[B L], nats.
+    """
+    x = _corrupted(process, keys, x0, sigma, free)
+    loss = -posterior_fn(x, sigma, x0)
+    return loss if free is None else jnp.where(free, loss, 0.0)
+
+
+def _corrupted(process, keys, x0, sigma, free):
+    """Draws the noisy tokens of each row; those that are not free stay clean."""
+    x = process.corrupt(keys, x0, sigma[:, None])
+    return x if free is None else jnp.where(free, x, x0)
 
 
 def count_loss(

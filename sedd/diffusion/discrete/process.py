@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from sedd.diffusion import keyed_random
 from sedd.diffusion.discrete.jump_process import Jump, Process
 from sedd.diffusion.discrete.score import ScoreStats
+from sedd.diffusion.schedule import log_snr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +68,25 @@ class Absorbing(Process):
         sigma = jnp.broadcast_to(sigma, log_clean.shape[:-1])[..., None]
         return jnp.concatenate([log_clean - sigma, jnp.log(-jnp.expm1(-sigma))], axis=-1)
 
+    def log_posterior(self, log_clean, x, sigma):
+        kept = jnp.where(jax.nn.one_hot(x, self.vocab_size, dtype=bool), 0.0, -jnp.inf)
+        return jnp.where(self.movable(x)[..., None], log_clean, kept)
+
+    def clean_from_posterior(self, log_posterior, x, sigma):
+        """log r of masked tokens: their posterior, whatever its normaliser. Float[... V]."""
+        return jax.nn.log_softmax(log_posterior, axis=-1)
+
     def log_score(self, log_clean, here, sigma):
         """log s_y of a masked token for the clean tokens y: s_y = r_y / (e^sigma - 1). Float[... V].
 
         Of `here`, log r of the current token, only the shape is used. Tokens that are not masked never move.
         """
-        return log_clean - log_expm1(jnp.broadcast_to(sigma, here.shape))[..., None]
+        return log_clean + log_snr(jnp.broadcast_to(sigma, here.shape))[..., None]
 
     def score_from_logits(self, logits, x, sigma):
         """The logits less log(e^sigma - 1) + log V; SEDD, appendix C.2. Equal logits are the score of a uniform r."""
-        shift = log_expm1(sigma) + math.log(self.vocab_size)
-        return super().score_from_logits(logits - shift[..., None], x, sigma)
+        shift = log_snr(sigma) - math.log(self.vocab_size)
+        return super().score_from_logits(logits + shift[..., None], x, sigma)
 
     def clean_from_score(self, log_score, sigma):
         """log r from any log score of a masked token, without its mask column (if it has one). Float[... V].
@@ -107,7 +116,7 @@ class Absorbing(Process):
 
         It is w = 1 / (e^sigma - 1) times `cross_entropy`.
         """
-        return jnp.where(x == self.mask_id, jnp.exp(-log_expm1(sigma)) * self.cross_entropy(stats, x, sigma), 0.0)
+        return jnp.where(x == self.mask_id, jnp.exp(log_snr(sigma)) * self.cross_entropy(stats, x, sigma), 0.0)
 
     def cross_entropy(self, stats: ScoreStats, x: jax.Array, sigma: jax.Array) -> jax.Array:
         """The score entropy divided by its weight w = 1 / (e^sigma - 1), nats, 0 where x is not the mask. Float[...].
@@ -116,7 +125,7 @@ class Absorbing(Process):
         plus the error of its normaliser. Both terms are nonnegative.
         """
         masked = x == self.mask_id
-        excess = jnp.where(masked, stats.log_sum + log_expm1(sigma), 0.0)
+        excess = jnp.where(masked, stats.log_sum - log_snr(sigma), 0.0)
         return jnp.where(masked, (stats.log_sum - stats.target) + (jnp.expm1(excess) - excess), 0.0)
 
     def prior_divergence(self, sigma):
@@ -167,6 +176,18 @@ class Uniform(Process):
 
     def log_noised(self, log_clean, sigma):
         return self._log_mixed(log_clean, jnp.broadcast_to(sigma, log_clean.shape[:-1])[..., None])
+
+    def log_posterior(self, log_clean, x, sigma):
+        """log p(x0 = v | x) by Bayes' rule: r_v q(x | v) / m_x, where q(x | x) / q(x | v) = 1 + odds. Float[... V]."""
+        return jax.nn.log_softmax(log_clean + self._log_evidence(x, sigma), axis=-1)
+
+    def clean_from_posterior(self, log_posterior, x, sigma):
+        """log r, the posterior without its own token's evidence: r_v ~ p_v / q(x | v). Float[... V].
+
+        It is computed in logs, so that at low noise, where the posterior is close to 1 at x, the ratios of the other
+        tokens keep their precision; at sigma = 0 they are all that is left.
+        """
+        return jax.nn.log_softmax(log_posterior - self._log_evidence(x, sigma), axis=-1)
 
     def log_score(self, log_clean, here, sigma):
         """log s_y = log (m_y / m_x), 0 at y = x, pointwise in the columns. here: log r_x.
@@ -260,6 +281,11 @@ class Uniform(Process):
         log_total = jnp.logaddexp(jnp.log1p(odds), stats.log_sum)
         return log_total - jnp.where(x == x0, jnp.log1p(odds), stats.target)
 
+    def _log_evidence(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        """log q(x | v) up to a constant in v: log (1 + odds) at v = x, 0 elsewhere. Float[... V]."""
+        own = jnp.log1p(self._odds(jnp.broadcast_to(sigma, x.shape)))
+        return jnp.where(jax.nn.one_hot(x, self.vocab_size, dtype=bool), own[..., None], 0.0)
+
     def _odds(self, sigma: jax.Array) -> jax.Array:
         """V alpha / (1 - alpha): q(x | x) = (1 + odds) q(x | v)."""
         return self.vocab_size * jnp.exp(-sigma) / -jnp.expm1(-sigma)
@@ -267,8 +293,3 @@ class Uniform(Process):
     def _log_mixed(self, log_clean: jax.Array, sigma: jax.Array) -> jax.Array:
         """log (alpha r + (1 - alpha) / V), pointwise; sigma broadcasts to log_clean."""
         return jnp.logaddexp(log_clean - sigma, jnp.log(-jnp.expm1(-sigma)) - math.log(self.vocab_size))
-
-
-def log_expm1(sigma: jax.Array) -> jax.Array:
-    """log(e^sigma - 1), without overflow."""
-    return sigma + jnp.log(-jnp.expm1(-sigma))

@@ -1,9 +1,11 @@
-"""The function type at which networks, losses and bounds of tokens meet, and the conversions to it.
+"""The function types at which networks, losses and bounds of tokens meet, and the conversions to them.
 
     StatsFn: (x: Int[B L], sigma: Float[B], x0: Int[B L]) -> ScoreStats of Float[B L]
+    PosteriorFn: (x: Int[B L], sigma: Float[B], x0: Int[B L]) -> log p(x0_i | x): Float[B L]
 
 A StatsFn returns the three statistics of a token's concrete scores s_y = p(x with x_i := y) / p(x) that the score
-entropy needs, however the scores are computed; it does not depend on a network.
+entropy needs, however the scores are computed; a PosteriorFn the posterior of the clean tokens, which the cross-entropy
+needs. Neither depends on a network.
 A process is a `sedd.diffusion.discrete.process.Process`, whose file imports this one.
 """
 
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 from sedd.diffusion.denoiser import Denoiser
 
 StatsFn = Callable[[jax.Array, jax.Array, jax.Array], "ScoreStats"]
+PosteriorFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class ScoreStats(NamedTuple):
@@ -58,3 +61,13 @@ def clean_stats(process, log_clean: jax.Array, x: jax.Array, x0: jax.Array, sigm
 def stats_from(process, denoiser: Denoiser) -> StatsFn:
     """The StatsFn of a Denoiser. It computes all B L V scores."""
     return lambda x, sigma, x0: clean_stats(process, denoiser(x, sigma, None), x, x0, sigma[:, None])
+
+
+def posterior_from(process, denoiser: Denoiser) -> PosteriorFn:
+    """The PosteriorFn of a Denoiser. It computes the distributions of all B L tokens."""
+
+    def posterior(x, sigma, x0):
+        log_posterior = process.log_posterior(denoiser(x, sigma, None), x, sigma[:, None])
+        return jnp.take_along_axis(log_posterior, x0[..., None], axis=-1)[..., 0]
+
+    return posterior

@@ -1,0 +1,83 @@
+"""Every setting with its default, and the recipe of each process: the values of the settings that are None."""
+
+RECIPES = {  # the values of the settings that are None, by process; measured in docs/measurements.md
+    "absorbing": {
+        "network.prediction": "denoiser",
+        "network.conditioning": "sigma",
+        "training.loss": "bound",
+        "training.noise_sampling": "mask_count",
+    },
+    "uniform": {
+        "network.prediction": "posterior",
+        "network.conditioning": "log_snr",
+        "training.loss": "cross_entropy",
+        "training.noise_sampling": "time",
+    },
+}
+DEFAULT = {
+    "process": {"name": "absorbing"},
+    "schedule": {
+        "name": "loglinear",
+        "eps": 1e-3,  # loglinear: the probability that a token is clean at t = 1
+        "sigma_min": 1e-4,  # geometric
+        "sigma_max": 20.0,  # geometric
+    },
+    "network": {
+        "prediction": None,  # "denoiser", or for uniform "posterior"; or "score", as in the paper
+        "conditioning": None,  # the noise level as "sigma", as in the paper, or as "log_snr"
+        "width": 128,
+        "layers": 4,
+        "heads": 4,
+        "cond_dim": 128,  # width of the embedding of sigma
+        "embedding_std": 0.5,  # at initialisation; in the paper 1 / sqrt(3 width)
+        "dropout": 0.0,
+        "dtype": "float32",  # of the linear layers and attention of the trunk; the rest is float32
+        "scan": False,  # compile one layer and scan over the layers
+        "remat": "none",  # rematerialise nothing, "full" layers, or all of a layer but its "dots"
+        "attention": "xla",  # or "cudnn" on GPUs, "splash" on TPUs
+        "given_embedding": False,  # uniform: embed which tokens are given, so that infilling is exact
+    },
+    "data": {
+        "corpus": "data/names",
+        "block_length": 32,
+        "vocab_size": None,  # None: that of the corpus; else it must equal that
+    },
+    "training": {
+        "steps": 800,
+        "batch_size": 64,  # rows per update, over all devices and microbatches
+        "accumulation": 1,  # microbatches per update
+        "seed": 0,
+        "ema_decay": 0.0,  # 0: no EMA of the parameters
+        "loss": None,  # the "bound", as in the paper, or the "cross_entropy" of the posterior
+        "noise_sampling": None,  # absorbing: "mask_count", in antithetic pairs; or "time", as in the paper
+        "min_time": 1e-3,  # noise_sampling=time: the smallest time
+        "max_skipped_steps": 0,  # skipped updates with a non-finite loss or gradient; one more stops the run
+    },
+    "optimizer": {
+        "name": "muon",  # for the matrices of the trunk, with Adam for the rest; or "adamw", as in the paper
+        "learning_rate": 0.02,
+        "adam_learning_rate": 0.03,  # muon: of the parameters that Adam updates
+        "b1": 0.9,  # Adam
+        "b2": 0.98,  # Adam
+        "weight_decay": 0.0,
+        "warmup_steps": 30,
+        "decay": "linear",  # to 0 at the last step, or "constant"
+        "clip_norm": 32.0,  # largest gradient norm, of the loss summed over positions and averaged over rows
+    },
+    "mesh": {"data": -1, "fsdp": 1, "model": 1},  # devices along each axis; -1: all remaining devices
+    "checkpoint": {
+        "every": 500,  # steps between checkpoints
+        "keep": 2,  # number of newest checkpoints to keep
+        "keep_every": 0,  # also keep those at multiples of this step; 0: none
+        "keep_best": False,  # also keep the one with the best bound; a new best bound writes a checkpoint
+    },
+    "evaluation": {
+        "every": 0,  # steps between validation bounds and samples during training; 0: none
+        "draws": 16,  # noise levels per block
+        "samples": 2,  # texts sampled each time during training
+    },
+    "metrics": {
+        "tensorboard": False,  # also write TensorBoard event files (pip install 'sedd[tensorboard]')
+        "profile": 0,  # steps to trace with the JAX profiler, after the first ten; 0: none
+    },
+}

@@ -1,0 +1,216 @@
+"""The posterior of a clean token given all noisy ones, its own included: exact, inverted, and a training target."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from oracle import Joint, channel, standard_errors, states
+
+from sedd.diffusion import keyed_random
+from sedd.diffusion.discrete.loss import cross_entropy_loss
+from sedd.diffusion.discrete.process import Absorbing, Uniform
+from sedd.diffusion.discrete.score import posterior_from, stats_from
+from sedd.network.adapters import NoiseEmbedding
+from sedd.network.network import Network
+from sedd.network.predictions import DenoiserPrediction, PosteriorPrediction
+from sedd.network.trunk import Trunk
+
+SIGMAS = [1e-4, 1e-2, 0.3, 1.0, 5.0, 20.0]
+ROWS = 30_000
+NETWORK = Network(Uniform(37), "posterior", Trunk(width=16, layers=1, heads=2), sigma_range=(1e-3, 7.0), cond_dim=8)
+
+
+def exact_posterior(process, joint, sigma):
+    """p(x0_i = v | x) at every x, by enumeration. Float[S^L L V]."""
+    weights = joint.p.ravel()[:, None] * channel(process, sigma, joint.p.ndim)
+    one_hot = np.eye(process.vocab_size)[states(process.vocab_size, joint.p.ndim)]
+    return np.einsum("kx,kiv->xiv", weights / weights.sum(0), one_hot)
+
+
+@pytest.mark.smoke
+def test_posterior_is_bayes_rule_and_is_inverted(process, joint, float64):
+    """Of the exact r; where a token can move, r comes back. Control: r itself is not the posterior (uniform)."""
+    x = states(process.num_states, 3)
+    movable = np.asarray(process.movable(x))
+    for sigma in SIGMAS:
+        log_clean = joint.denoiser(process)(x, jnp.full(len(x), sigma))
+        log_posterior = jax.jit(process.log_posterior)(log_clean, x, sigma)
+        exact = exact_posterior(process, joint, sigma)
+        np.testing.assert_allclose(np.exp(log_posterior), exact, atol=1e-12)
+        back = jax.jit(process.clean_from_posterior)(log_posterior, x, sigma)
+        np.testing.assert_allclose(back[movable], log_clean[movable], atol=1e-10)
+        if isinstance(process, Uniform) and sigma < 2:
+            assert np.abs(np.exp(log_clean) - exact).max() > 0.1
+
+
+@pytest.mark.parametrize("sigma", [1e-6, 1e-4, 1e-2, 1.0, 7.0, 20.0])
+def test_r_from_the_posterior_is_accurate_in_float32(sigma):
+    """Of 50257 tokens, at the likeliest, another and the least likely token. Control: the odds left out of r."""
+    process = Uniform(50257)
+    log_r = jax.nn.log_softmax(4 * jax.random.normal(jax.random.key(0), (3, 50257)))
+    x = jnp.array([int(jnp.argmax(log_r[0])), 7, int(jnp.argmin(log_r[2]))])
+    with jax.enable_x64(True):
+        exact = np.asarray(process.log_posterior(jnp.asarray(log_r, jnp.float64), x, np.float64(sigma)))
+    log_posterior = process.log_posterior(log_r, x, jnp.float32(sigma))
+    back = process.clean_from_posterior(jnp.asarray(exact, jnp.float32), x, jnp.float32(sigma))
+    assert log_posterior.dtype == back.dtype == jnp.float32
+
+    def distance(one, other):
+        return np.abs(np.exp(np.float64(one)) - np.exp(np.float64(other))).sum(-1).max() / 2
+
+    assert distance(log_posterior, exact) < 1e-5 and distance(back, log_r) < 1e-5
+    assert sigma > 5 or distance(exact, log_r) > 0.01
+
+
+def meaning_of(prediction, joint, tables):
+    """The StatsFn of a prediction whose logits are looked up: tables of sigma, Float[S^L L V]."""
+
+    def stats(x, sigma, x0):
+        logits = tables(sigma[0])[index_of(x, len(joint.p))]
+        return prediction.stats(logits, x, x0, sigma[:, None], sigma[:, None])
+
+    return stats
+
+
+def index_of(x, num_states):
+    return x @ jnp.asarray(num_states ** np.arange(x.shape[-1])[::-1])
+
+
+def test_the_bound_of_a_posterior_is_the_likelihood_of_each_sequence(joint, float64):
+    """As of a denoiser, with the same terms. Control: the logits of a posterior read as r give another bound."""
+    process, low, high = Uniform(3), 1e-3, 12.0
+    x = states(3, 3)
+    at_low = channel(process, low, 3)
+    noisy = joint.noisy_distribution(process, low)
+    prior = scipy.special.rel_entr(channel(process, high, 3), joint.noisy_distribution(process, high)).sum(-1)
+    reconstruction = -scipy.special.xlogy(at_low, joint.p.reshape(-1, 1) * at_low / noisy).sum(-1)
+
+    def clean(sigma):
+        return joint.denoiser(process)(x, jnp.full(len(x), sigma))
+
+    def posterior(sigma):
+        return process.log_posterior(clean(sigma), x, sigma) + 3.0  # logits: any constant may be added
+
+    def gap(prediction, tables):
+        integral = joint.integral(process, meaning_of(prediction, joint, tables), low, high)
+        return prior + integral + reconstruction + np.log(joint.p.ravel())
+
+    of_posterior = gap(PosteriorPrediction(process), posterior)
+    assert np.abs(of_posterior).max() < 1e-6
+    np.testing.assert_allclose(of_posterior, gap(DenoiserPrediction(process), clean), atol=1e-10)
+    assert np.abs(gap(DenoiserPrediction(process), posterior)).max() > 1e-2
+
+
+def test_statistics_of_both_predictions_are_equal_jitted_or_not(joint, float64):
+    process, x = Uniform(3), states(3, 3)
+    x0 = np.roll(x, 5, axis=0)
+    for sigma in SIGMAS:
+        log_clean = joint.denoiser(process)(x, jnp.full(len(x), sigma))
+        at = (x, x0, jnp.full(x.shape, sigma), jnp.full(x.shape, sigma))
+        one = DenoiserPrediction(process).stats(log_clean, *at)
+        logits, other = process.log_posterior(log_clean, x, sigma), PosteriorPrediction(process).stats
+        for stats in (other(logits, *at), jax.jit(other)(logits, *at)):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), stats, one)
+
+
+def test_cross_entropy_averages_to_the_entropy_of_the_posterior(process, joint):
+    """The least that it can be: r read as the posterior, and the posterior of another distribution, have more."""
+    x0, sigma = joint.draw(ROWS), 0.7
+    keys = keyed_random.row_keys(jax.random.key(0), jnp.arange(ROWS))
+    with jax.enable_x64(True):
+        posterior = exact_posterior(process, joint, sigma)
+    weights = joint.noisy_distribution(process, sigma)
+    entropy = -(weights[:, None, None] * scipy.special.xlogy(posterior, posterior)).sum((0, 2))
+
+    @jax.jit
+    def loss(table):
+        def looked_up(x, _, x0):
+            rows = jnp.asarray(table)[index_of(x, process.num_states)]
+            return jnp.log(jnp.take_along_axis(rows, x0[..., None], -1)[..., 0])
+
+        return cross_entropy_loss(process, looked_up, keys, x0, jnp.full(ROWS, sigma))
+
+    exact = loss(np.float32(posterior))
+    assert np.abs(standard_errors(exact - np.float32(entropy))).max() < 4
+    through_r = cross_entropy_loss(
+        process, posterior_from(process, joint.denoiser(process)), keys, x0, jnp.full(ROWS, sigma)
+    )
+    np.testing.assert_allclose(through_r, exact, rtol=1e-4, atol=1e-4)
+    others = [exact_posterior(process, Joint.random(seed=1), sigma)]
+    if isinstance(process, Uniform):
+        others.append(np.exp(joint.denoiser(process)(states(3, 3), jnp.full(27, sigma))))
+    for other in others:
+        assert standard_errors((loss(np.float32(other)) - exact).sum(-1)) > 4
+
+
+def test_cross_entropy_scores_free_tokens_only(process):
+    """Given tokens are seen clean; a posterior that were not looked at there would make the loss infinite."""
+    x0 = jnp.array([[0, 1, 2, 1]] * 50)
+    free = jnp.array([[True, False, True, False]] * 50)
+    keys, seen = keyed_random.row_keys(jax.random.key(1), jnp.arange(50)), []
+
+    def posterior(x, sigma, x0):
+        seen.append(x)
+        return jnp.where(free, -1.0, -jnp.inf)
+
+    loss = cross_entropy_loss(process, posterior, keys, x0, jnp.full(50, 2.0), free)
+    np.testing.assert_array_equal(loss, jnp.where(free, 1.0, 0.0))
+    assert np.array_equal(seen[0][~free], x0[~free]) and not np.array_equal(seen[0][free], x0[free])
+
+
+def shaken_params(network):
+    """Random parameters, so that every path affects the output."""
+    params = jax.jit(network.init)(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return jax.tree.unflatten(tree, [jax.random.normal(key, leaf.shape) * 0.3 for key, leaf in zip(keys, leaves)])
+
+
+def test_a_network_is_one_model_at_every_noise_level():
+    """Its Denoiser, StatsFn, PosteriorFn and log score agree, within the range of training and outside of it.
+
+    Outside, the network is asked at the nearest level, to which its posterior belongs. Control: the posterior taken for
+    that of the level outside differs.
+    """
+    process, params = NETWORK.process, shaken_params(NETWORK)
+    x0 = jax.random.randint(jax.random.key(2), (5, 12), 0, 37)
+    sigma = jnp.array([1e-5, 1e-3, 0.5, 7.0, 12.0])
+    x = process.corrupt(keyed_random.row_keys(jax.random.key(3), jnp.arange(5)), x0, jnp.full((5, 1), 0.7))
+    denoiser = NETWORK.denoiser(params)
+    expected, actual = (stats(x, sigma, x0) for stats in (stats_from(process, denoiser), NETWORK.stats(params)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), actual, expected)
+    inside = jnp.clip(sigma, 1e-3, 7.0)
+    posterior = posterior_from(process, denoiser)(x, inside, x0)
+    np.testing.assert_allclose(NETWORK.posterior(params)(x, sigma, x0), posterior, rtol=1e-4, atol=1e-4)
+    log_noised = process.log_noised(denoiser(x, sigma, None), sigma[:, None])
+    score = log_noised - jnp.take_along_axis(log_noised, x[..., None], axis=-1)
+    np.testing.assert_allclose(
+        NETWORK.log_score(params, x, sigma)[1:4], score[1:4], rtol=1e-4, atol=1e-3
+    )  # not clipped: within the range only
+    outside = posterior_from(process, denoiser)(x, sigma, x0)
+    assert np.abs(outside - posterior)[0].max() > 0.1
+    for level in (0.0, np.inf):
+        assert np.all(np.isfinite(denoiser(x, jnp.full(5, level), None)))
+
+
+def test_log_snr_tells_low_noise_levels_apart():
+    """At 0 and infinity it is finite. Control: two low levels have nearly the same embedding of sigma."""
+    sigma, params = jnp.array([0.0, 1e-3, 1e-2, 7.0, jnp.inf]), None
+    far = {}
+    for conditioning in ("sigma", "log_snr"):
+        embedding = NoiseEmbedding(8, conditioning)
+        params = params or embedding.init(jax.random.key(0), sigma)  # of the same shapes
+        embedded = embedding.apply(params, sigma[:4] if conditioning == "sigma" else sigma)
+        assert np.all(np.isfinite(embedded))
+        far[conditioning] = np.abs(embedded[1] - embedded[2]).max()
+    assert far["log_snr"] > 50 * far["sigma"]
+
+
+def test_predictions_of_a_posterior_are_refused_where_they_are_none():
+    with pytest.raises(ValueError, match="posterior is for the uniform process"):
+        dataclasses.replace(NETWORK, process=Absorbing(37))
+    with pytest.raises(ValueError, match="network.conditioning must be one of sigma, log_snr, not 'time'"):
+        dataclasses.replace(NETWORK, conditioning="time")

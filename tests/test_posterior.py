@@ -15,7 +15,7 @@ from sedd.diffusion.discrete.process import Absorbing, Uniform
 from sedd.diffusion.discrete.score import posterior_from, stats_from
 from sedd.network.adapters import NoiseEmbedding
 from sedd.network.network import Network
-from sedd.network.predictions import DenoiserPrediction, PosteriorPrediction
+from sedd.network.predictions import OWN_SHARE, DenoiserPrediction, PosteriorPrediction
 from sedd.network.trunk import Trunk
 
 SIGMAS = [1e-4, 1e-2, 0.3, 1.0, 5.0, 20.0]
@@ -92,7 +92,8 @@ def test_the_bound_of_a_posterior_is_the_likelihood_of_each_sequence(joint, floa
         return joint.denoiser(process)(x, jnp.full(len(x), sigma))
 
     def posterior(sigma):
-        return process.log_posterior(clean(sigma), x, sigma) + 3.0  # logits: any constant may be added
+        evidence = (1 - OWN_SHARE) * process.log_evidence(x, sigma)
+        return clean(sigma) + evidence + 3.0  # logits: any constant may be added
 
     def gap(prediction, tables):
         integral = joint.integral(process, meaning_of(prediction, joint, tables), low, high)
@@ -111,7 +112,8 @@ def test_statistics_of_both_predictions_are_equal_jitted_or_not(joint, float64):
         log_clean = joint.denoiser(process)(x, jnp.full(len(x), sigma))
         at = (x, x0, jnp.full(x.shape, sigma), jnp.full(x.shape, sigma))
         one = DenoiserPrediction(process).stats(log_clean, *at)
-        logits, other = process.log_posterior(log_clean, x, sigma), PosteriorPrediction(process).stats
+        logits = process.log_posterior(log_clean, x, sigma) - OWN_SHARE * process.log_evidence(x, sigma)
+        other = PosteriorPrediction(process).stats
         for stats in (other(logits, *at), jax.jit(other)(logits, *at)):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), stats, one)
 
@@ -144,6 +146,16 @@ def test_cross_entropy_averages_to_the_entropy_of_the_posterior(process, joint):
         others.append(np.exp(joint.denoiser(process)(states(3, 3), jnp.full(27, sigma))))
     for other in others:
         assert standard_errors((loss(np.float32(other)) - exact).sum(-1)) > 4
+
+
+def test_weight_of_the_cross_entropy_is_bounded_at_every_noise_level():
+    """1 / sqrt(corruption probability), at most the given weight; the plain cross-entropy by default."""
+    x0, keys = jnp.zeros((6, 3), jnp.int32), keyed_random.row_keys(jax.random.key(0), jnp.arange(6))
+    corrupted = jnp.array([0.0, 1e-6, 1 / 16, 0.25, 0.5, 1.0])
+    arguments = (Uniform(3), lambda x, *_: jnp.full(x.shape, -2.0), keys, x0, -jnp.log1p(-corrupted))
+    weights = cross_entropy_loss(*arguments, max_weight=4.0)[:, 0] / 2
+    np.testing.assert_allclose(weights, [4, 4, 4, 2, 2**0.5, 1], rtol=1e-6)
+    np.testing.assert_array_equal(cross_entropy_loss(*arguments), 2.0)
 
 
 def test_cross_entropy_scores_free_tokens_only(process):

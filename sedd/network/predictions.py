@@ -1,7 +1,7 @@
 """What the logits of a network mean, and the quantities that follow from them.
 
-They are an unnormalised log score; or log r, in which a token's own noisy state has no part; or the log posterior, in
-which it has.
+They are an unnormalised log score; or log r, in which a token's own noisy state has no part; or log weights from which
+the posterior follows, in which it has.
 """
 
 import abc
@@ -12,6 +12,10 @@ import jax.numpy as jnp
 
 from sedd.diffusion.discrete.process import Process
 from sedd.diffusion.discrete.score import ScoreStats, clean_stats, score_stats
+
+OWN_SHARE = (
+    0.5  # of a token's own evidence that is added to the logits of a posterior; measured in docs/measurements.md
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,17 +95,20 @@ class DenoiserPrediction(Prediction):
 
 
 class PosteriorPrediction(DenoiserPrediction):
-    """The softmax of the logits of the clean tokens is the posterior of the clean token given all noisy tokens.
+    """The logits of the clean tokens are half-way between log r and the log posterior, up to a constant.
 
-    Its own noisy state included: the network may copy what it sees, and need not ignore it. r follows in closed form,
-    `process.clean_from_posterior`. For a process in which every state is some clean token's.
+    So the posterior is the softmax of the logits plus half of `process.log_evidence`, what the token's own noisy state
+    says; the other half is the network's, which has to copy its input in part, and not to ignore it. A network that
+    has to ignore it, as for log r itself, learns much more slowly (docs/measurements.md). r follows from the posterior
+    in closed form. For the uniform process, in which every state is a clean token's.
     """
 
     def log_clean(self, logits, x, sigma):
         return self.process.clean_from_posterior(self.log_posterior(logits, x, sigma), x, sigma)
 
     def log_posterior(self, logits, x, sigma):
-        return jax.nn.log_softmax(logits[..., : self.process.vocab_size], axis=-1)
+        evidence = OWN_SHARE * self.process.log_evidence(x, sigma)
+        return jax.nn.log_softmax(logits[..., : self.process.vocab_size] + evidence, axis=-1)
 
 
 PREDICTIONS: dict[str, type[Prediction]] = {

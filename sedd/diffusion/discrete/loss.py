@@ -1,7 +1,7 @@
 """The training losses: the score entropy at times t or at mask counts k, and the cross-entropy of the posterior.
 
-All return nats for each token. The sum of the score entropy over a row is an unbiased estimate of that row's bound; the
-cross-entropy bounds nothing, and has the same minimiser.
+All return a number for each token. The sum of the score entropy over a row is an unbiased estimate of that row's bound,
+in nats; the cross-entropy bounds nothing, and has the same minimiser.
 """
 
 import jax
@@ -42,17 +42,20 @@ def cross_entropy_loss(
     x0: jax.Array,
     sigma: jax.Array,
     free: jax.Array | None = None,
+    max_weight: float = 1.0,
 ) -> jax.Array:
-    """-log p(x0_i | x) of each token at noise sigma, its own noisy state included, without a weight.
+    """-log p(x0_i | x) of each token at noise sigma, its own noisy state included, with a bounded weight.
 
-    It is never larger than a few nats a token, where the terms of the score entropy grow as 1 / (1 - alpha) at low
-    noise. Large uniform-state models are trained with it or close to it (von Ruette et al., arXiv 2512.10858; Zhu et
-    al., arXiv 2510.22926).
+    The weight, min(1 / sqrt(1 - alpha), max_weight), is between 1, that of the plain cross-entropy, and that of the
+    score entropy, which grows as 1 / (1 - alpha) at low noise, where few tokens are corrupted: the gradients of that
+    vary too much. It depends on the noise level only, so that the minimiser is the posterior. Large uniform models are
+    trained with the plain cross-entropy or close to it (von Ruette et al., arXiv 2512.10858; Zhu et al., 2510.22926).
 
-    keys: Key[B]; x0: Int[B L]; sigma: Float[B]; free: as of `denoising_loss`. Returns Float[B L], nats.
+    keys: Key[B]; x0: Int[B L]; sigma: Float[B]; free: as of `denoising_loss`. Returns Float[B L].
     """
     x = _corrupted(process, keys, x0, sigma, free)
-    loss = -posterior_fn(x, sigma, x0)
+    weight = jnp.minimum(jax.lax.rsqrt(-jnp.expm1(-sigma)), max_weight)
+    loss = -weight[:, None] * posterior_fn(x, sigma, x0)
     return loss if free is None else jnp.where(free, loss, 0.0)
 
 

@@ -179,7 +179,7 @@ class Uniform(Process):
 
     def log_posterior(self, log_clean, x, sigma):
         """log p(x0 = v | x) by Bayes' rule: r_v q(x | v) / m_x, where q(x | x) / q(x | v) = 1 + odds. Float[... V]."""
-        return jax.nn.log_softmax(log_clean + self._log_evidence(x, sigma), axis=-1)
+        return jax.nn.log_softmax(log_clean + self.log_evidence(x, sigma), axis=-1)
 
     def clean_from_posterior(self, log_posterior, x, sigma):
         """log r, the posterior without its own token's evidence: r_v ~ p_v / q(x | v). Float[... V].
@@ -187,7 +187,7 @@ class Uniform(Process):
         It is computed in logs, so that at low noise, where the posterior is close to 1 at x, the ratios of the other
         tokens keep their precision; at sigma = 0 they are all that is left.
         """
-        return jax.nn.log_softmax(log_posterior - self._log_evidence(x, sigma), axis=-1)
+        return jax.nn.log_softmax(log_posterior - self.log_evidence(x, sigma), axis=-1)
 
     def log_score(self, log_clean, here, sigma):
         """log s_y = log (m_y / m_x), 0 at y = x, pointwise in the columns. here: log r_x.
@@ -281,8 +281,11 @@ class Uniform(Process):
         log_total = jnp.logaddexp(jnp.log1p(odds), stats.log_sum)
         return log_total - jnp.where(x == x0, jnp.log1p(odds), stats.target)
 
-    def _log_evidence(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
-        """log q(x | v) up to a constant in v: log (1 + odds) at v = x, 0 elsewhere. Float[... V]."""
+    def log_evidence(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        """log q(x | v) up to a constant in v: log (1 + odds) at v = x, 0 elsewhere. Float[... V].
+
+        It is what a token's own noisy state says of the clean one: the log posterior less log r, up to a constant.
+        """
         own = jnp.log1p(self._odds(jnp.broadcast_to(sigma, x.shape)))
         return jnp.where(jax.nn.one_hot(x, self.vocab_size, dtype=bool), own[..., None], 0.0)
 

@@ -15,7 +15,7 @@ from sedd.diffusion.discrete.process import Absorbing, Uniform
 from sedd.diffusion.discrete.score import posterior_from, stats_from
 from sedd.network.adapters import NoiseEmbedding
 from sedd.network.network import Network
-from sedd.network.predictions import OWN_SHARE, DenoiserPrediction, PosteriorPrediction
+from sedd.network.predictions import ODDS_DISCOUNT, DenoiserPrediction, PosteriorPrediction
 from sedd.network.trunk import Trunk
 
 SIGMAS = [1e-4, 1e-2, 0.3, 1.0, 5.0, 20.0]
@@ -75,6 +75,11 @@ def meaning_of(prediction, joint, tables):
     return stats
 
 
+def logits_of_posterior(process, log_clean, x, sigma):
+    """What a network with PosteriorPrediction has to output for its posterior to be exact."""
+    return log_clean + process.log_evidence(x, sigma) - process.log_evidence(x, sigma, ODDS_DISCOUNT)
+
+
 def index_of(x, num_states):
     return x @ jnp.asarray(num_states ** np.arange(x.shape[-1])[::-1])
 
@@ -92,8 +97,7 @@ def test_the_bound_of_a_posterior_is_the_likelihood_of_each_sequence(joint, floa
         return joint.denoiser(process)(x, jnp.full(len(x), sigma))
 
     def posterior(sigma):
-        evidence = (1 - OWN_SHARE) * process.log_evidence(x, sigma)
-        return clean(sigma) + evidence + 3.0  # logits: any constant may be added
+        return logits_of_posterior(process, clean(sigma), x, sigma) + 3.0  # any constant may be added
 
     def gap(prediction, tables):
         integral = joint.integral(process, meaning_of(prediction, joint, tables), low, high)
@@ -112,7 +116,7 @@ def test_statistics_of_both_predictions_are_equal_jitted_or_not(joint, float64):
         log_clean = joint.denoiser(process)(x, jnp.full(len(x), sigma))
         at = (x, x0, jnp.full(x.shape, sigma), jnp.full(x.shape, sigma))
         one = DenoiserPrediction(process).stats(log_clean, *at)
-        logits = process.log_posterior(log_clean, x, sigma) - OWN_SHARE * process.log_evidence(x, sigma)
+        logits = logits_of_posterior(process, log_clean, x, sigma)
         other = PosteriorPrediction(process).stats
         for stats in (other(logits, *at), jax.jit(other)(logits, *at)):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), stats, one)

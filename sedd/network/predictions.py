@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from sedd.diffusion.discrete.process import Process
 from sedd.diffusion.discrete.score import ScoreStats, clean_stats, score_stats
 
-OWN_SHARE = (
-    0.5  # of a token's own evidence that is added to the logits of a posterior; measured in docs/measurements.md
-)
+ODDS_DISCOUNT = 4.0  # of the own token's evidence that is added to the logits of a posterior; see docs/measurements.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,19 +93,20 @@ class DenoiserPrediction(Prediction):
 
 
 class PosteriorPrediction(DenoiserPrediction):
-    """The logits of the clean tokens are half-way between log r and the log posterior, up to a constant.
+    """The softmax of the logits, with discounted evidence of the token's own state added, is the posterior.
 
-    So the posterior is the softmax of the logits plus half of `process.log_evidence`, what the token's own noisy state
-    says; the other half is the network's, which has to copy its input in part, and not to ignore it. A network that
-    has to ignore it, as for log r itself, learns much more slowly (docs/measurements.md). r follows from the posterior
-    in closed form. For the uniform process, in which every state is a clean token's.
+    `process.log_evidence` says what a token's own noisy state tells of the clean one. With its odds divided by
+    ODDS_DISCOUNT it is too little by at most log ODDS_DISCOUNT nats: the rest is the network's, which so learns from
+    the first step to copy its input where it fits the context. With nothing added it has to learn all of the copying;
+    with all added, as for log r, it has to ignore its input, and learns much more slowly (docs/measurements.md). r
+    follows from the posterior in closed form. For the uniform process, in which every state is a clean token's.
     """
 
     def log_clean(self, logits, x, sigma):
         return self.process.clean_from_posterior(self.log_posterior(logits, x, sigma), x, sigma)
 
     def log_posterior(self, logits, x, sigma):
-        evidence = OWN_SHARE * self.process.log_evidence(x, sigma)
+        evidence = self.process.log_evidence(x, sigma, ODDS_DISCOUNT)
         return jax.nn.log_softmax(logits[..., : self.process.vocab_size] + evidence, axis=-1)
 
 

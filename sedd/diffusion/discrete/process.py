@@ -281,12 +281,13 @@ class Uniform(Process):
         log_total = jnp.logaddexp(jnp.log1p(odds), stats.log_sum)
         return log_total - jnp.where(x == x0, jnp.log1p(odds), stats.target)
 
-    def log_evidence(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
+    def log_evidence(self, x: jax.Array, sigma: jax.Array, discount: float = 1.0) -> jax.Array:
         """log q(x | v) up to a constant in v: log (1 + odds) at v = x, 0 elsewhere. Float[... V].
 
         It is what a token's own noisy state says of the clean one: the log posterior less log r, up to a constant.
+        discount: the odds are divided by it, as if the token were noisier.
         """
-        own = jnp.log1p(self._odds(jnp.broadcast_to(sigma, x.shape)))
+        own = jnp.log1p(self._odds(jnp.broadcast_to(sigma, x.shape)) / discount)
         return jnp.where(jax.nn.one_hot(x, self.vocab_size, dtype=bool), own[..., None], 0.0)
 
     def _odds(self, sigma: jax.Array) -> jax.Array:

@@ -60,7 +60,7 @@ def small_config(corpus, *settings):
 
 
 def untrained_model(corpus, *settings):
-    """A model that is not trained. Its head is 0, so that it predicts the uniform distribution."""
+    """A model that is not trained. Its head is 0, so that a denoiser predicts the uniform distribution."""
     return model_of(small_config(corpus, *settings), corpus.tokenizer, lambda init: jax.jit(init)(jax.random.key(0)))
 
 

@@ -37,8 +37,8 @@ def shaken(model):
 
 PROCESSES = {
     "absorbing": (),
-    "uniform": ("process.name=uniform", "training.noise_sampling=time"),
-    "uniform, geometric": ("process.name=uniform", "training.noise_sampling=time", "schedule.name=geometric"),
+    "uniform": ("process.name=uniform", "network.prediction=denoiser"),
+    "uniform, geometric": ("process.name=uniform", "network.prediction=denoiser", "schedule.name=geometric"),
 }
 
 

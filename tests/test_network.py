@@ -215,7 +215,7 @@ def test_sigma_is_clipped_to_the_range_of_training(noisy):
 
 
 def test_invalid_networks_are_refused():
-    with pytest.raises(ValueError, match="network.prediction must be one of denoiser, score, not 'noise'"):
+    with pytest.raises(ValueError, match="network.prediction must be one of denoiser, posterior, score, not 'noise'"):
         dataclasses.replace(NETWORK, prediction="noise")
     with pytest.raises(ValueError, match="network.width .16. must be a multiple of twice network.heads .3."):
         Trunk(width=16, layers=3, heads=3)

@@ -103,11 +103,13 @@ class PosteriorPrediction(DenoiserPrediction):
     """
 
     def log_clean(self, logits, x, sigma):
-        return self.process.clean_from_posterior(self.log_posterior(logits, x, sigma), x, sigma)
+        return self.process.clean_from_posterior(self._log_weights(logits, x, sigma), x, sigma)
 
     def log_posterior(self, logits, x, sigma):
-        evidence = self.process.log_evidence(x, sigma, ODDS_DISCOUNT)
-        return jax.nn.log_softmax(logits[..., : self.process.vocab_size] + evidence, axis=-1)
+        return jax.nn.log_softmax(self._log_weights(logits, x, sigma), axis=-1)
+
+    def _log_weights(self, logits, x, sigma):
+        return logits[..., : self.process.vocab_size] + self.process.log_evidence(x, sigma, ODDS_DISCOUNT)
 
 
 PREDICTIONS: dict[str, type[Prediction]] = {

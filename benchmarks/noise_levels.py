@@ -36,11 +36,11 @@ def main():
     tokens, lengths = jax.tree.map(jnp.asarray, batch)
     lengths = jnp.full(args.rows, tokens.shape[1]) if lengths is None else lengths
     losses = ["score entropy", "cross-entropy"][: 1 if model.network.has_unnormalised_scores else 2]
-    print("            " + "".join(f"  {name:>13}: mean   spread     rows     mean" for name in losses))
-    print("1 - alpha   " + len(losses) * "         nats a token          gradient norm")
+    print(" " * 9 + "".join(f"{name:>19}, nats a token | gradient norms" for name in losses))
+    print("1 - alpha" + len(losses) * "              mean       spread | of a row, of all")
     for level in map(float, args.levels.split(",")):
         columns = [statistics(model, name, tokens, lengths, level) for name in losses]
-        print(f"{level:<12}" + "".join(f"{m:20.4f} {s:8.3f} {r:8.2f} {g:8.2f}" for m, s, r, g in columns), flush=True)
+        print(f"{level:<9}" + "".join(f"{m:18.4f} {s:12.3f} |{r:9.2f} {g:7.2f}" for m, s, r, g in columns), flush=True)
 
 
 def statistics(model, name, tokens, lengths, level):

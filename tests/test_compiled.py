@@ -12,11 +12,12 @@ import pytest
 from sedd.diffusion import keyed_random
 from sedd.diffusion.discrete.likelihood import MaskCountBound, NoiseLevelBound, TimeLoss
 from sedd.diffusion.discrete.loss import count_loss, denoising_loss
-from sedd.diffusion.discrete.process import Absorbing, Uniform, log_expm1
+from sedd.diffusion.discrete.process import Absorbing, Uniform
 from sedd.diffusion.discrete.samplers import halves, leap
 from sedd.diffusion.discrete.score import clean_stats, score_stats
 from sedd.diffusion.sampling import Interval
-from sedd.diffusion.schedule import Geometric, LogLinear
+from sedd.diffusion.schedule import Geometric, LogLinear, log_snr
+from sedd.network.predictions import PosteriorPrediction
 
 V, NUM_INPUTS = 3, 12_288
 PROCESSES = {"absorbing": Absorbing(V), "uniform": Uniform(V)}
@@ -41,7 +42,7 @@ def test_the_comparison_detects_the_xla_fault():
     u = jnp.linspace(0.01, 0.9, 5000)
     has_fault = float(jax.jit(lambda u: jnp.sum(jnp.log1p(u) - jnp.log1p(-u)))(u)) == 0
     assert (error(lambda u: jnp.log1p(u) - jnp.log1p(-u), u) > 0.1) == has_fault
-    assert (error(lambda u: jnp.expm1(u) * jnp.exp(-log_expm1(u)), u) > 0.1) == has_fault
+    assert (error(lambda u: jnp.expm1(u) * jnp.exp(log_snr(u)), u) > 0.1) == has_fault
     assert error(jnp.log1p, u) < 1e-5
 
 
@@ -85,6 +86,8 @@ def others(p):
         "log_transition": lambda s, t, r, f, x, x0: jnp.exp(p.log_transition(x, x0, s)),
         "log_score": lambda s, t, r, f, x, x0: p.log_score(r, here(r, x), s),
         "clean_from_score": lambda s, t, r, f, *_: jnp.exp(p.clean_from_score(f, s)),
+        "log_posterior": lambda s, t, r, f, x, x0: jnp.exp(p.log_posterior(r, x, s)),
+        "clean_from_posterior": lambda s, t, r, f, x, x0: p.clean_from_posterior(f, x, s),
         "tightened": lambda s, t, r, f, *_: p.tightened(f, s),
         "reverse_rate": lambda s, t, r, f, x, x0: p.reverse_rate(r, x, s),
         "leap": lambda s, t, r, f, x, x0: weights(leap(p.reverse_rate(r, x, s), t)),
@@ -95,6 +98,11 @@ def others(p):
     }
     if isinstance(p, Uniform):
         functions["barker"] = lambda s, t, r, f, x, x0: p.barker(r, x, s)
+        functions["log_evidence"] = lambda s, t, r, f, x, x0: p.log_evidence(x, s, 4.0)
+        functions["lost_evidence"] = lambda s, t, r, f, x, x0: p.lost_evidence(x, s, 4.0)
+        functions["posterior"] = lambda s, t, r, f, x, x0: PosteriorPrediction(p).log_posterior(f, x, s)
+        functions["its statistics"] = lambda s, t, r, f, x, x0: PosteriorPrediction(p).stats(f, x, x0, s, s)
+        functions["posterior to r"] = lambda s, t, r, f, x, x0: PosteriorPrediction(p).log_clean(f, x, s)
     return functions
 
 

@@ -77,7 +77,19 @@ def meaning_of(prediction, joint, tables):
 
 def logits_of_posterior(process, log_clean, x, sigma):
     """What a network with PosteriorPrediction has to output for its posterior to be exact."""
-    return log_clean + process.log_evidence(x, sigma) - process.log_evidence(x, sigma, ODDS_DISCOUNT)
+    return log_clean + process.lost_evidence(x, sigma, ODDS_DISCOUNT)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1e-30, 1e-6, 0.3, 7.0, 40.0, np.inf])
+def test_lost_evidence_is_what_a_discount_takes(sigma, float64):
+    """Up to log of the discount where a token's state says much, 0 where it says nothing; finite at every noise."""
+    process, x = Uniform(50257), np.array([7])
+    lost = np.asarray(process.lost_evidence(x, np.float64(sigma), 4.0))
+    if 0 < sigma:
+        taken = process.log_evidence(x, np.float64(sigma)) - process.log_evidence(x, np.float64(sigma), 4.0)
+        np.testing.assert_allclose(lost, taken, atol=1e-12)
+    assert lost[0, 7] == pytest.approx({0.0: np.log(4), np.inf: 0}.get(sigma, lost[0, 7]), abs=1e-12)
+    assert np.count_nonzero(np.delete(lost, 7)) == 0 and np.all(np.isfinite(lost))
 
 
 def index_of(x, num_states):

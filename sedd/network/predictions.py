@@ -98,18 +98,18 @@ class PosteriorPrediction(DenoiserPrediction):
     `process.log_evidence` says what a token's own noisy state tells of the clean one. With its odds divided by
     ODDS_DISCOUNT it is too little by at most log ODDS_DISCOUNT nats: the rest is the network's, which so learns from
     the first step to copy its input where it fits the context. With nothing added it has to learn all of the copying;
-    with all added, as for log r, it has to ignore its input, and learns much more slowly (docs/measurements.md). r
-    follows from the posterior in closed form. For the uniform process, in which every state is a clean token's.
+    with all added, as for log r, it has to ignore its input, and learns much more slowly (docs/measurements.md).
+    Without the rest, `process.lost_evidence`, the logits are log r. For the uniform process, in which every state is a
+    clean token's.
     """
 
     def log_clean(self, logits, x, sigma):
-        return self.process.clean_from_posterior(self._log_weights(logits, x, sigma), x, sigma)
+        lost = self.process.lost_evidence(x, sigma, ODDS_DISCOUNT)
+        return jax.nn.log_softmax(logits[..., : self.process.vocab_size] - lost, axis=-1)
 
     def log_posterior(self, logits, x, sigma):
-        return jax.nn.log_softmax(self._log_weights(logits, x, sigma), axis=-1)
-
-    def _log_weights(self, logits, x, sigma):
-        return logits[..., : self.process.vocab_size] + self.process.log_evidence(x, sigma, ODDS_DISCOUNT)
+        evidence = self.process.log_evidence(x, sigma, ODDS_DISCOUNT)
+        return jax.nn.log_softmax(logits[..., : self.process.vocab_size] + evidence, axis=-1)
 
 
 PREDICTIONS: dict[str, type[Prediction]] = {

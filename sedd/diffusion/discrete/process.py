@@ -287,8 +287,20 @@ class Uniform(Process):
         It is what a token's own noisy state says of the clean one: the log posterior less log r, up to a constant.
         discount: the odds are divided by it, as if the token were noisier.
         """
-        own = jnp.log1p(self._odds(jnp.broadcast_to(sigma, x.shape)) / discount)
-        return jnp.where(jax.nn.one_hot(x, self.vocab_size, dtype=bool), own[..., None], 0.0)
+        return self._at_own(x, jnp.log1p(self._odds(jnp.broadcast_to(sigma, x.shape)) / discount))
+
+    def lost_evidence(self, x: jax.Array, sigma: jax.Array, discount: float) -> jax.Array:
+        """What a discount takes from `log_evidence`, at most log discount at v = x, 0 elsewhere. Float[... V].
+
+        In one logarithm, as (1 + odds) / (1 + odds / d) is 1 + (d - 1) / (1 + d / odds): finite at every noise, and XLA
+        cannot merge log1p of two multiples, which it does at a fault (tests/test_compiled.py).
+        """
+        odds = self._odds(jnp.broadcast_to(sigma, x.shape))
+        return self._at_own(x, jnp.log1p((discount - 1) / (1 + discount / odds)))
+
+    def _at_own(self, x: jax.Array, values: jax.Array) -> jax.Array:
+        """The values at v = x, 0 elsewhere. Int[...], Float[...] -> Float[... V]."""
+        return jnp.where(jax.nn.one_hot(x, self.vocab_size, dtype=bool), values[..., None], 0.0)
 
     def _odds(self, sigma: jax.Array) -> jax.Array:
         """V alpha / (1 - alpha): q(x | x) = (1 + odds) q(x | v)."""

@@ -222,7 +222,8 @@ def validate(config: ConfigDict) -> ConfigDict:
     if training.loss == "cross_entropy":
         if network.prediction == "score":
             raise UserError(
-                "config: training.loss=cross_entropy needs normalised predictions; choose network.prediction=denoiser"
+                "config: training.loss=cross_entropy needs normalised predictions, which score has not; "
+                "choose training.loss=bound"
             )
         if training.noise_sampling != "time":
             raise UserError("config: training.loss=cross_entropy needs training.noise_sampling=time")

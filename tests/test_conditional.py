@@ -23,7 +23,7 @@ KINDS = {  # min_time clips the noise level that the network is conditioned on w
     "score": {"settings": ("network.prediction=score", "training.min_time=0.4")},
     "padded": {"settings": (), "layout": IGNORED},
 }
-UNIFORM = ("process.name=uniform", "training.noise_sampling=time")
+UNIFORM = ("process.name=uniform", "training.loss=bound")
 GIVEN, ANSWER = "dabca", "cba"
 
 
@@ -301,7 +301,7 @@ def test_arguments_that_a_model_does_not_support_are_refused(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prediction", ["denoiser", "score"])
+@pytest.mark.parametrize("prediction", ["posterior", "score"])
 def test_bound_of_a_uniform_model_without_context_is_that_of_the_perplexity_job(prediction):
     """For a text at its own length. Control: another text."""
     model, texts = small_model(*UNIFORM, f"network.prediction={prediction}", scale=0.3), ["abcdabc", "ddd"]

@@ -109,7 +109,10 @@ def test_blocks_of_random_documents(name, end):
 GEOMETRIC = ("schedule.name=geometric", "schedule.sigma_min=0.01", "schedule.sigma_max=4.0")
 PROCESSES = {  # their own schedules, with a narrower range of sigma, to which the network's sigma is clipped
     "absorbing": ("schedule.eps=0.05", "training.min_time=0.5"),
-    "uniform": ("process.name=uniform", *GEOMETRIC, "training.noise_sampling=time", "training.min_time=0.5"),
+    "uniform": (
+        *("process.name=uniform", "network.conditioning=sigma", *GEOMETRIC),
+        *("training.loss=bound", "training.min_time=0.5"),
+    ),
 }
 
 

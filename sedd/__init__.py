@@ -10,11 +10,11 @@ from sedd.data.corpus import Corpus, open_corpus
 from sedd.data.prepare import prepare
 from sedd.diffusion.denoiser import Denoiser
 from sedd.diffusion.discrete.correctors import Barker, Gibbs, Renoise
-from sedd.diffusion.discrete.loss import count_loss, denoising_loss
+from sedd.diffusion.discrete.loss import count_loss, cross_entropy_loss, denoising_loss
 from sedd.diffusion.discrete.pickers import Entropy, EntropyBounded, Margin
 from sedd.diffusion.discrete.process import Absorbing, Jump, Process, Uniform
 from sedd.diffusion.discrete.samplers import Euler, TokenSampler, Trapezoidal, Tweedie
-from sedd.diffusion.discrete.score import ScoreStats, StatsFn, score_stats, stats_from
+from sedd.diffusion.discrete.score import PosteriorFn, ScoreStats, StatsFn, posterior_from, score_stats, stats_from
 from sedd.diffusion.discrete.unmasking import Adaptive, Counts, FirstHitting, FixedCounts
 from sedd.diffusion.discrete.unmasking_schedules import UnmaskingPlan, cosine_unmasking, plan_unmasking
 from sedd.diffusion.sampling import Corrected, Sampler, sample
@@ -49,6 +49,7 @@ __all__ = [
     "LogLinear",
     "Margin",
     "Model",
+    "PosteriorFn",
     "Process",
     "Renoise",
     "Report",
@@ -66,11 +67,13 @@ __all__ = [
     "__version__",
     "cosine_unmasking",
     "count_loss",
+    "cross_entropy_loss",
     "denoising_loss",
     "initialize",
     "load",
     "open_corpus",
     "plan_unmasking",
+    "posterior_from",
     "prepare",
     "sample",
     "score_stats",

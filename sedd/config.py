@@ -43,6 +43,7 @@ _CHOICES = {
     "optimizer.name": ("adamw", "muon"),
     "optimizer.decay": ("constant", "linear"),
 }
+_OF_NETWORK = ("prediction", "conditioning", "cond_dim", "embedding_std", "given_embedding")  # the rest: of the trunk
 _OPTIONAL = {"data.vocab_size": int, **dict.fromkeys(RECIPES["absorbing"], str)}
 _POSITIVE = {
     "network": ("width", "layers", "heads", "cond_dim", "embedding_std"),
@@ -214,16 +215,17 @@ def validate(config: ConfigDict) -> ConfigDict:
             "config: network.given_embedding is for process.name=uniform; the absorbing process needs none, since a "
             "given token is one that is not masked"
         )
-    if network.prediction == "posterior" and config.process.name != "uniform":
+    prediction = PREDICTIONS[network.prediction]
+    if config.process.name != "uniform" and not prediction.with_mask:
         raise UserError(
-            "config: network.prediction=posterior is for process.name=uniform; of a masked token the denoiser is the "
-            "posterior"
+            f"config: network.prediction={network.prediction} is for process.name=uniform; of a masked token the "
+            "denoiser is the posterior"
         )
     if training.loss == "cross_entropy":
-        if network.prediction == "score":
+        if prediction.unnormalised:
             raise UserError(
-                "config: training.loss=cross_entropy needs normalised predictions, which score has not; "
-                "choose training.loss=bound"
+                f"config: training.loss=cross_entropy needs normalised predictions, which {network.prediction} has "
+                "not; choose training.loss=bound"
             )
         if training.noise_sampling != "time":
             raise UserError("config: training.loss=cross_entropy needs training.noise_sampling=time")
@@ -257,9 +259,6 @@ def read_description(file: epath.Path) -> dict[str, Any]:
         group, name = key.split(".")
         about["config"].setdefault(group, {}).setdefault(name, value)
     return about
-
-
-_OF_NETWORK = ("prediction", "conditioning", "cond_dim", "embedding_std", "given_embedding")  # the rest: of the trunk
 
 
 def build(config: ConfigDict, vocab_size: int) -> tuple[Process, Schedule, Network]:

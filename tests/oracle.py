@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+import scipy.special
 import scipy.stats
 
 from sedd.diffusion.denoiser import clamped
@@ -133,6 +134,23 @@ class Joint:
             return row_sums.reshape(*row_sums.shape[:-1], len(clean), -1)
 
         return lambda sigma: np.sum(channel(process, sigma, length) * np.asarray(terms(sigma)), axis=-1)
+
+    def posterior(self, process, sigma):
+        """p(x0_i = v | x), the token's own noisy state included, at every x. Float[S^L L V]."""
+        one_hot = np.eye(process.vocab_size)[states(process.vocab_size, self.p.ndim)]
+        weights = self.p.ravel()[:, None] * channel(process, sigma, self.p.ndim)
+        return np.einsum("kx,kiv->xiv", weights / weights.sum(0), one_hot)
+
+    def bound_gap(self, process, stats_fn, low, high):
+        """The bound of each x0 less its -log p, with the joint reconstruction from `low`. Float[V^L].
+
+        The prior is against the exact distribution at `high`, so that of exact scores the gap is 0.
+        """
+        at_low, at_high = channel(process, low, self.p.ndim), channel(process, high, self.p.ndim)
+        prior = scipy.special.rel_entr(at_high, self.noisy_distribution(process, high)).sum(-1)
+        posterior = self.p.reshape(-1, 1) * at_low / self.noisy_distribution(process, low)
+        reconstruction = -scipy.special.xlogy(at_low, posterior).sum(-1)
+        return prior + self.integral(process, stats_fn, low, high) + reconstruction + np.log(self.p.ravel())
 
     def integral(self, process, stats_fn, low, high, nodes=96):
         """The mean score entropy of each x0, integrated over sigma by quadrature in its logarithm. Float[... V^L]."""

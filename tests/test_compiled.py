@@ -87,7 +87,6 @@ def others(p):
         "log_score": lambda s, t, r, f, x, x0: p.log_score(r, here(r, x), s),
         "clean_from_score": lambda s, t, r, f, *_: jnp.exp(p.clean_from_score(f, s)),
         "log_posterior": lambda s, t, r, f, x, x0: jnp.exp(p.log_posterior(r, x, s)),
-        "clean_from_posterior": lambda s, t, r, f, x, x0: p.clean_from_posterior(f, x, s),
         "tightened": lambda s, t, r, f, *_: p.tightened(f, s),
         "reverse_rate": lambda s, t, r, f, x, x0: p.reverse_rate(r, x, s),
         "leap": lambda s, t, r, f, x, x0: weights(leap(p.reverse_rate(r, x, s), t)),

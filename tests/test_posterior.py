@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from oracle import Joint, channel, standard_errors, states
+from oracle import Joint, index, standard_errors, states
+from test_network import random_params
 
 from sedd.diffusion import keyed_random
 from sedd.diffusion.discrete.loss import cross_entropy_loss
@@ -23,24 +24,21 @@ ROWS = 30_000
 NETWORK = Network(Uniform(37), "posterior", Trunk(width=16, layers=1, heads=2), sigma_range=(1e-3, 7.0), cond_dim=8)
 
 
-def exact_posterior(process, joint, sigma):
-    """p(x0_i = v | x) at every x, by enumeration. Float[S^L L V]."""
-    weights = joint.p.ravel()[:, None] * channel(process, sigma, joint.p.ndim)
-    one_hot = np.eye(process.vocab_size)[states(process.vocab_size, joint.p.ndim)]
-    return np.einsum("kx,kiv->xiv", weights / weights.sum(0), one_hot)
-
-
 @pytest.mark.smoke
 def test_posterior_is_bayes_rule_and_is_inverted(process, joint, float64):
     """Of the exact r; where a token can move, r comes back. Control: r itself is not the posterior (uniform)."""
     x = states(process.num_states, 3)
     movable = np.asarray(process.movable(x))
+    prediction = PosteriorPrediction(process) if isinstance(process, Uniform) else DenoiserPrediction(process)
     for sigma in SIGMAS:
         log_clean = joint.denoiser(process)(x, jnp.full(len(x), sigma))
         log_posterior = jax.jit(process.log_posterior)(log_clean, x, sigma)
-        exact = exact_posterior(process, joint, sigma)
+        exact = joint.posterior(process, sigma)
         np.testing.assert_allclose(np.exp(log_posterior), exact, atol=1e-12)
-        back = jax.jit(process.clean_from_posterior)(log_posterior, x, sigma)
+        added = process.log_evidence(x, sigma, ODDS_DISCOUNT) if isinstance(process, Uniform) else 0.0
+        logits = log_posterior - added
+        np.testing.assert_allclose(np.exp(prediction.log_posterior(logits, x, sigma)), exact, atol=1e-12)
+        back = jax.jit(prediction.log_clean)(logits, x, sigma)
         np.testing.assert_allclose(back[movable], log_clean[movable], atol=1e-10)
         if isinstance(process, Uniform) and sigma < 2:
             assert np.abs(np.exp(log_clean) - exact).max() > 0.1
@@ -55,7 +53,8 @@ def test_r_from_the_posterior_is_accurate_in_float32(sigma):
     with jax.enable_x64(True):
         exact = np.asarray(process.log_posterior(jnp.asarray(log_r, jnp.float64), x, np.float64(sigma)))
     log_posterior = process.log_posterior(log_r, x, jnp.float32(sigma))
-    back = process.clean_from_posterior(jnp.asarray(exact, jnp.float32), x, jnp.float32(sigma))
+    logits = jnp.asarray(exact, jnp.float32) - process.log_evidence(x, jnp.float32(sigma), ODDS_DISCOUNT)
+    back = PosteriorPrediction(process).log_clean(logits, x, jnp.float32(sigma))
     assert log_posterior.dtype == back.dtype == jnp.float32
 
     def distance(one, other):
@@ -65,14 +64,9 @@ def test_r_from_the_posterior_is_accurate_in_float32(sigma):
     assert sigma > 5 or distance(exact, log_r) > 0.01
 
 
-def meaning_of(prediction, joint, tables):
-    """The StatsFn of a prediction whose logits are looked up: tables of sigma, Float[S^L L V]."""
-
-    def stats(x, sigma, x0):
-        logits = tables(sigma[0])[index_of(x, len(joint.p))]
-        return prediction.stats(logits, x, x0, sigma[:, None], sigma[:, None])
-
-    return stats
+def meaning_of(prediction, logits):
+    """The StatsFn of a prediction with these logits: (Int[B L], Float[B]) -> Float[B L V]."""
+    return lambda x, sigma, x0: prediction.stats(logits(x, sigma), x, x0, sigma[:, None], sigma[:, None])
 
 
 def logits_of_posterior(process, log_clean, x, sigma):
@@ -92,28 +86,16 @@ def test_lost_evidence_is_what_a_discount_takes(sigma, float64):
     assert np.count_nonzero(np.delete(lost, 7)) == 0 and np.all(np.isfinite(lost))
 
 
-def index_of(x, num_states):
-    return x @ jnp.asarray(num_states ** np.arange(x.shape[-1])[::-1])
-
-
 def test_the_bound_of_a_posterior_is_the_likelihood_of_each_sequence(joint, float64):
     """As of a denoiser, with the same terms. Control: the logits of a posterior read as r give another bound."""
-    process, low, high = Uniform(3), 1e-3, 12.0
-    x = states(3, 3)
-    at_low = channel(process, low, 3)
-    noisy = joint.noisy_distribution(process, low)
-    prior = scipy.special.rel_entr(channel(process, high, 3), joint.noisy_distribution(process, high)).sum(-1)
-    reconstruction = -scipy.special.xlogy(at_low, joint.p.reshape(-1, 1) * at_low / noisy).sum(-1)
+    process = Uniform(3)
+    clean = joint.denoiser(process)
 
-    def clean(sigma):
-        return joint.denoiser(process)(x, jnp.full(len(x), sigma))
+    def posterior(x, sigma):
+        return logits_of_posterior(process, clean(x, sigma), x, sigma[:, None]) + 3.0  # any constant may be added
 
-    def posterior(sigma):
-        return logits_of_posterior(process, clean(sigma), x, sigma) + 3.0  # any constant may be added
-
-    def gap(prediction, tables):
-        integral = joint.integral(process, meaning_of(prediction, joint, tables), low, high)
-        return prior + integral + reconstruction + np.log(joint.p.ravel())
+    def gap(prediction, logits):
+        return joint.bound_gap(process, meaning_of(prediction, logits), 1e-3, 12.0)
 
     of_posterior = gap(PosteriorPrediction(process), posterior)
     assert np.abs(of_posterior).max() < 1e-6
@@ -139,15 +121,13 @@ def test_cross_entropy_averages_to_the_entropy_of_the_posterior(process, joint):
     x0, sigma = joint.draw(ROWS), 0.7
     keys = keyed_random.row_keys(jax.random.key(0), jnp.arange(ROWS))
     with jax.enable_x64(True):
-        posterior = exact_posterior(process, joint, sigma)
+        posterior = joint.posterior(process, sigma)
     weights = joint.noisy_distribution(process, sigma)
     entropy = -(weights[:, None, None] * scipy.special.xlogy(posterior, posterior)).sum((0, 2))
 
-    @jax.jit
     def loss(table):
         def looked_up(x, _, x0):
-            rows = jnp.asarray(table)[index_of(x, process.num_states)]
-            return jnp.log(jnp.take_along_axis(rows, x0[..., None], -1)[..., 0])
+            return jnp.log(np.take_along_axis(table[index(x, process.num_states)], x0[..., None], -1)[..., 0])
 
         return cross_entropy_loss(process, looked_up, keys, x0, jnp.full(ROWS, sigma))
 
@@ -157,7 +137,7 @@ def test_cross_entropy_averages_to_the_entropy_of_the_posterior(process, joint):
         process, posterior_from(process, joint.denoiser(process)), keys, x0, jnp.full(ROWS, sigma)
     )
     np.testing.assert_allclose(through_r, exact, rtol=1e-4, atol=1e-4)
-    others = [exact_posterior(process, Joint.random(seed=1), sigma)]
+    others = [Joint.random(seed=1).posterior(process, sigma)]
     if isinstance(process, Uniform):
         others.append(np.exp(joint.denoiser(process)(states(3, 3), jnp.full(27, sigma))))
     for other in others:
@@ -189,21 +169,13 @@ def test_cross_entropy_scores_free_tokens_only(process):
     assert np.array_equal(seen[0][~free], x0[~free]) and not np.array_equal(seen[0][free], x0[free])
 
 
-def shaken_params(network):
-    """Random parameters, so that every path affects the output."""
-    params = jax.jit(network.init)(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(tree, [jax.random.normal(key, leaf.shape) * 0.3 for key, leaf in zip(keys, leaves)])
-
-
 def test_a_network_is_one_model_at_every_noise_level():
     """Its Denoiser, StatsFn, PosteriorFn and log score agree, within the range of training and outside of it.
 
     Outside, the network is asked at the nearest level, to which its posterior belongs. Control: the posterior taken for
     that of the level outside differs.
     """
-    process, params = NETWORK.process, shaken_params(NETWORK)
+    process, params = NETWORK.process, random_params(NETWORK)
     x0 = jax.random.randint(jax.random.key(2), (5, 12), 0, 37)
     sigma = jnp.array([1e-5, 1e-3, 0.5, 7.0, 12.0])
     x = process.corrupt(keyed_random.row_keys(jax.random.key(3), jnp.arange(5)), x0, jnp.full((5, 1), 0.7))

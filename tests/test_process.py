@@ -94,12 +94,11 @@ def test_scores_are_ratios_of_the_noisy_distribution(process, joint, float64):
 @pytest.mark.smoke
 def test_tweedie_is_the_mixture_of_posteriors(process, joint, float64):
     """p(y | x) = sum_v p(x0_i = v | x) q(y | v) q(x_i | y) / q(x_i | v), the posterior of x0_i by enumeration."""
-    x, clean = states(process.num_states, 3), states(3, 3)
+    x = states(process.num_states, 3)
     for sigma, sigma_next in [(5.0, 1.0), (1.0, 0.99), (0.5, 1e-3), (0.1, 0.0)]:
         first, both = channel(process, sigma_next), channel(process, sigma)  # q(y | v) and q(x | v), in row v
         step = np.asarray(process.transition_matrix(sigma - sigma_next))  # q(x | y), in row x
-        weights = joint.p.ravel()[:, None] * channel(process, sigma, 3)
-        posterior = np.einsum("kx,kiv->xiv", weights / weights.sum(0), np.eye(3)[clean])
+        posterior = joint.posterior(process, sigma)
         ratio = np.where(both.T[x] > 0, posterior / np.maximum(both.T[x], 1e-300), 0.0)
         exact = np.einsum("xiv,vy,xiy->xiy", ratio, first, step[x])
         log_clean = joint.denoiser(process)(x, jnp.full(len(x), sigma), None)

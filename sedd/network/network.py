@@ -54,9 +54,10 @@ class Network:
             raise ValueError(
                 "network.given_embedding is for the uniform process; the absorbing process does not need it"
             )
-        if self.prediction == "posterior" and self.process.mask_id is not None:
+        if self.process.mask_id is not None and not self._meaning.with_mask:
             raise ValueError(
-                "network.prediction=posterior is for the uniform process; of a masked token denoiser is the posterior"
+                f"network.prediction={self.prediction} is for the uniform process; of a masked token denoiser is the "
+                "posterior"
             )
 
     @property

@@ -26,6 +26,7 @@ class Prediction(abc.ABC):
 
     process: Process
     unnormalised = False
+    with_mask = True  # False: for a process without a mask only
 
     @abc.abstractmethod
     def log_clean(self, logits: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -99,9 +100,11 @@ class PosteriorPrediction(DenoiserPrediction):
     ODDS_DISCOUNT it is too little by at most log ODDS_DISCOUNT nats: the rest is the network's, which so learns from
     the first step to copy its input where it fits the context. With nothing added it has to learn all of the copying;
     with all added, as for log r, it has to ignore its input, and learns much more slowly (docs/measurements.md).
-    Without the rest, `process.lost_evidence`, the logits are log r. For the uniform process, in which every state is a
-    clean token's.
+    Without the rest, `process.lost_evidence`, the logits are log r: in logs, so that at low noise, where the posterior
+    is close to 1 at the own token, the ratios of the others keep their precision.
     """
+
+    with_mask = False  # of a masked token log r is the log posterior
 
     def log_clean(self, logits, x, sigma):
         lost = self.process.lost_evidence(x, sigma, ODDS_DISCOUNT)

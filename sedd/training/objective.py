@@ -14,7 +14,7 @@ from sedd.network.network import Network
 class Losses:
     """The losses of the rows of a batch."""
 
-    loss: jax.Array  # Float[B], nats, summed over the scored tokens of the row
+    loss: jax.Array  # Float[B], nats, weighted or not, summed over the scored tokens of the row
     count: jax.Array  # Int[B], number of scored tokens
     sigma: jax.Array  # Float[B], the noise level that the network is conditioned on
     terms: dict[str, jax.Array]  # the parts of the loss by name, Float[B], nats a row; empty for a loss of one part

@@ -96,10 +96,6 @@ class Process(abc.ABC):
         """log p(x0 = v | x), the distribution of a clean token given all noisy ones, its own included. Float[... V]."""
 
     @abc.abstractmethod
-    def clean_from_posterior(self, log_posterior: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
-        """log r from `log_posterior`, normalised or not: its inverse where a token is movable. Float[... V]."""
-
-    @abc.abstractmethod
     def log_score(self, log_clean: jax.Array, here: jax.Array, sigma: jax.Array) -> jax.Array:
         """log s_y for the clean tokens y, pointwise in the columns; here: log r of the current token.
 

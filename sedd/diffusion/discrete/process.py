@@ -72,10 +72,6 @@ class Absorbing(Process):
         kept = jnp.where(jax.nn.one_hot(x, self.vocab_size, dtype=bool), 0.0, -jnp.inf)
         return jnp.where(self.movable(x)[..., None], log_clean, kept)
 
-    def clean_from_posterior(self, log_posterior, x, sigma):
-        """log r of masked tokens: their posterior, whatever its normaliser. Float[... V]."""
-        return jax.nn.log_softmax(log_posterior, axis=-1)
-
     def log_score(self, log_clean, here, sigma):
         """log s_y of a masked token for the clean tokens y: s_y = r_y / (e^sigma - 1). Float[... V].
 
@@ -180,14 +176,6 @@ class Uniform(Process):
     def log_posterior(self, log_clean, x, sigma):
         """log p(x0 = v | x) by Bayes' rule: r_v q(x | v) / m_x, where q(x | x) / q(x | v) = 1 + odds. Float[... V]."""
         return jax.nn.log_softmax(log_clean + self.log_evidence(x, sigma), axis=-1)
-
-    def clean_from_posterior(self, log_posterior, x, sigma):
-        """log r, the posterior without its own token's evidence: r_v ~ p_v / q(x | v). Float[... V].
-
-        It is computed in logs, so that at low noise, where the posterior is close to 1 at x, the ratios of the other
-        tokens keep their precision; at sigma = 0 they are all that is left.
-        """
-        return jax.nn.log_softmax(log_posterior - self.log_evidence(x, sigma), axis=-1)
 
     def log_score(self, log_clean, here, sigma):
         """log s_y = log (m_y / m_x), 0 at y = x, pointwise in the columns. here: log r_x.

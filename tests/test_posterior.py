@@ -10,18 +10,22 @@ import scipy.special
 from oracle import Joint, index, standard_errors, states
 from test_network import random_params
 
+from sedd.data.batches import Batch
 from sedd.diffusion import keyed_random
 from sedd.diffusion.discrete.loss import cross_entropy_loss
 from sedd.diffusion.discrete.process import Absorbing, Uniform
 from sedd.diffusion.discrete.score import posterior_from, stats_from
+from sedd.diffusion.schedule import LogLinear
 from sedd.network.adapters import NoiseEmbedding
 from sedd.network.network import Network
 from sedd.network.predictions import ODDS_DISCOUNT, DenoiserPrediction, PosteriorPrediction
 from sedd.network.trunk import Trunk
+from sedd.training.cross_entropy import MAX_WEIGHT, CrossEntropy
+from sedd.training.token_objective import _NOISE
 
 SIGMAS = [1e-4, 1e-2, 0.3, 1.0, 5.0, 20.0]
 ROWS = 30_000
-NETWORK = Network(Uniform(37), "posterior", Trunk(width=16, layers=1, heads=2), sigma_range=(1e-3, 7.0), cond_dim=8)
+NETWORK = Network(Uniform(37), "posterior", Trunk(width=16, layers=1, heads=2), sigma_range=(1e-3, 2.0), cond_dim=8)
 
 
 @pytest.mark.smoke
@@ -177,12 +181,12 @@ def test_a_network_is_one_model_at_every_noise_level():
     """
     process, params = NETWORK.process, random_params(NETWORK)
     x0 = jax.random.randint(jax.random.key(2), (5, 12), 0, 37)
-    sigma = jnp.array([1e-5, 1e-3, 0.5, 7.0, 12.0])
+    sigma = jnp.array([1e-5, 1e-3, 0.5, 2.0, 4.0])
     x = process.corrupt(keyed_random.row_keys(jax.random.key(3), jnp.arange(5)), x0, jnp.full((5, 1), 0.7))
     denoiser = NETWORK.denoiser(params)
     expected, actual = (stats(x, sigma, x0) for stats in (stats_from(process, denoiser), NETWORK.stats(params)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), actual, expected)
-    inside = jnp.clip(sigma, 1e-3, 7.0)
+    inside = jnp.clip(sigma, 1e-3, 2.0)
     posterior = posterior_from(process, denoiser)(x, inside, x0)
     np.testing.assert_allclose(NETWORK.posterior(params)(x, sigma, x0), posterior, rtol=1e-4, atol=1e-4)
     log_noised = process.log_noised(denoiser(x, sigma, None), sigma[:, None])
@@ -194,6 +198,30 @@ def test_a_network_is_one_model_at_every_noise_level():
     assert np.abs(outside - posterior)[0].max() > 0.1
     for level in (0.0, np.inf):
         assert np.all(np.isfinite(denoiser(x, jnp.full(5, level), None)))
+
+
+def test_objective_sums_the_weighted_loss_of_the_free_tokens():
+    """At stratified times, given the given tokens. Controls: without the weights; other tokens after the end."""
+    network, rows, key = dataclasses.replace(NETWORK, given_embedding=True), jnp.arange(8), keyed_random.root_key(5)
+    objective, params = CrossEntropy(network, LogLinear(), 8), random_params(network)
+    tokens = jax.random.randint(jax.random.key(2), (8, 12), 0, 37)
+    lengths = jnp.array([12, 3, 7, 12, 1, 9, 12, 5])
+    losses = jax.jit(objective)(params, Batch(tokens, lengths), rows, key)
+    free, given = objective.free_and_given(rows, key, 12, lengths)
+    sigma = objective.schedule.sigma(objective.times(rows, key))
+    np.testing.assert_allclose(losses.sigma, sigma, rtol=1e-6)
+    np.testing.assert_array_equal(losses.count, free.sum(-1))
+    noise = keyed_random.fold(keyed_random.row_keys(key, rows), _NOISE)
+    posterior = network.posterior(params, lengths=lengths, given=given)
+
+    def by_hand(weight):
+        return cross_entropy_loss(network.process, posterior, noise, tokens, sigma, free, weight).sum(-1)
+
+    np.testing.assert_allclose(losses.loss, by_hand(MAX_WEIGHT), rtol=1e-4)
+    assert np.abs(losses.loss - by_hand(1.0)).max() > 1
+    changed = jnp.where(jnp.arange(12) < lengths[:, None], tokens, 36 - tokens)
+    again = jax.jit(objective)(params, Batch(changed, lengths), rows, key)
+    np.testing.assert_allclose(again.loss, losses.loss, rtol=1e-5)
 
 
 def test_log_snr_tells_low_noise_levels_apart():

@@ -12,55 +12,26 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from sedd.diffusion.discrete.process import Absorbing, Process, Uniform
-from sedd.diffusion.schedule import Geometric, LogLinear, Schedule
+from sedd.codecs.embeddings import Embeddings
+from sedd.config_checks import GAUSSIAN, OF_LATENTS, PROCESSES, SCHEDULES, validate
+from sedd.diffusion.discrete.process import Process
+from sedd.diffusion.gaussian.process import Gaussian
+from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
-from sedd.network.adapters import CONDITIONING
-from sedd.network.attention import ATTENTION, check_sizes
+from sedd.network.latent_network import LatentNetwork
 from sedd.network.network import Network
-from sedd.network.predictions import PREDICTIONS
-from sedd.network.trunk import REMAT, Trunk
-from sedd.recipes import DEFAULT, RECIPES
-from sedd.seeds import check_seed
+from sedd.network.token_network import TokenNetwork
+from sedd.network.trunk import Trunk
+from sedd.recipes import DEFAULT, RECIPES, resolved
 
 FORMAT = 2  # of config.json of runs and exported models; version 0.1.0 wrote format 1 without the key
 BEFORE = {"network.conditioning": "sigma", "training.loss": "bound"}  # of a config.json without these keys
-PROCESSES: dict[str, type[Process]] = {"absorbing": Absorbing, "uniform": Uniform}
-SCHEDULES = {
-    "loglinear": lambda config: LogLinear(config.eps),
-    "geometric": lambda config: Geometric(config.sigma_min, config.sigma_max),
+# Settings of any network; with OF_LATENTS those that are not of the trunk.
+_OF_NETWORK = ("prediction", "conditioning", "cond_dim", "embedding_std", "given_embedding")
+_OPTIONAL = {
+    "data.vocab_size": int,
+    **dict.fromkeys(RECIPES["absorbing"], str),
 }
-_CHOICES = {
-    "process.name": tuple(PROCESSES),
-    "schedule.name": tuple(SCHEDULES),
-    "network.prediction": tuple(PREDICTIONS),
-    "network.conditioning": tuple(CONDITIONING),
-    "network.dtype": ("float32", "bfloat16"),
-    "network.remat": tuple(REMAT),
-    "network.attention": tuple(ATTENTION),
-    "training.loss": ("bound", "cross_entropy"),
-    "training.noise_sampling": ("time", "mask_count"),
-    "optimizer.name": ("adamw", "muon"),
-    "optimizer.decay": ("constant", "linear"),
-}
-_OF_NETWORK = ("prediction", "conditioning", "cond_dim", "embedding_std", "given_embedding")  # the rest: of the trunk
-_OPTIONAL = {"data.vocab_size": int, **dict.fromkeys(RECIPES["absorbing"], str)}
-_POSITIVE = {
-    "network": ("width", "layers", "heads", "cond_dim", "embedding_std"),
-    "data": ("block_length",),
-    "training": ("steps", "batch_size", "accumulation"),
-    "optimizer": ("learning_rate", "adam_learning_rate", "warmup_steps", "clip_norm"),
-    "checkpoint": ("every", "keep"),
-    "evaluation": ("draws",),
-}
-_NOT_NEGATIVE = (
-    "training.max_skipped_steps",
-    "optimizer.weight_decay",
-    "checkpoint.keep_every",
-    "evaluation.every",
-    "evaluation.samples",
-    "metrics.profile",
-)
 
 
 def default() -> ConfigDict:
@@ -87,16 +58,6 @@ def paper() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
     config.checkpoint.every = 5000
     config.evaluation.every = 10_000
-    return config
-
-
-def resolved(config: ConfigDict) -> ConfigDict:
-    """Returns a copy in which the settings that are None have the values of the process' recipe."""
-    config = ConfigDict(config.to_dict()).lock()
-    for key, value in RECIPES[config.process.name].items():
-        group, name = key.split(".")
-        if config[group][name] is None:
-            config[group][name] = value
     return config
 
 
@@ -166,79 +127,6 @@ def _set(config: ConfigDict, key: str, value: Any):
     config[group][name] = value
 
 
-def validate(config: ConfigDict) -> ConfigDict:
-    """Returns the config, `resolved`. UserError for an invalid value or combination of values."""
-    if config.process.name in RECIPES:
-        config = resolved(config)
-
-    def get(key):
-        group, name = key.split(".")
-        return config[group][name]
-
-    for key, choices in _CHOICES.items():
-        if get(key) not in choices:
-            raise UserError(f"config: {key} must be one of {', '.join(choices)}, not {get(key)}")
-    for group, members in config.items():
-        for name, value in members.items():
-            if type(value) in (int, float) and name != "seed" and not abs(value) < 2**31:
-                raise UserError(f"config: {group}.{name} must be less than 2**31, not {value}")
-    for group, names in _POSITIVE.items():
-        for name in names:
-            if config[group][name] <= 0:
-                raise UserError(f"config: {group}.{name} must be positive, not {config[group][name]}")
-    for key in _NOT_NEGATIVE:
-        if get(key) < 0:
-            raise UserError(f"config: {key} must not be negative, and is {get(key)}")
-    for key in ("network.dropout", "training.ema_decay"):
-        if not 0 <= get(key) < 1:
-            raise UserError(f"config: {key} must lie in [0, 1), not {get(key)}")
-    try:
-        SCHEDULES[config.schedule.name](config.schedule)
-    except ValueError as error:
-        raise UserError(f"config: {error}") from None
-    training, network = config.training, config.network
-    check_seed(training.seed, "config: training.seed")
-    if not 0 < training.min_time < 1:
-        raise UserError(f"config: training.min_time must lie in (0, 1), not {training.min_time}")
-    if config.checkpoint.keep_best and not config.evaluation.every:
-        raise UserError("config: checkpoint.keep_best needs validation bounds; set evaluation.every")
-    if training.batch_size % training.accumulation:
-        raise UserError("config: training.batch_size must be a multiple of training.accumulation")
-    if network.width % (2 * network.heads):
-        raise UserError("config: network.width must be a multiple of twice network.heads")
-    try:
-        check_sizes(network.attention, network.dtype, network.width // network.heads, config.data.block_length)
-    except ValueError as error:
-        raise UserError(f"config: {error}, or choose xla") from None
-    if network.given_embedding and config.process.name != "uniform":
-        raise UserError(
-            "config: network.given_embedding is for process.name=uniform; the absorbing process needs none, since a "
-            "given token is one that is not masked"
-        )
-    prediction = PREDICTIONS[network.prediction]
-    if config.process.name != "uniform" and not prediction.with_mask:
-        raise UserError(
-            f"config: network.prediction={network.prediction} is for process.name=uniform; of a masked token the "
-            "denoiser is the posterior"
-        )
-    if training.loss == "cross_entropy":
-        if prediction.unnormalised:
-            raise UserError(
-                f"config: training.loss=cross_entropy needs normalised predictions, which {network.prediction} has "
-                "not; choose training.loss=bound"
-            )
-        if training.noise_sampling != "time":
-            raise UserError("config: training.loss=cross_entropy needs training.noise_sampling=time")
-    if training.noise_sampling == "mask_count":
-        if config.process.name != "absorbing":
-            raise UserError("config: training.noise_sampling=mask_count is for process.name=absorbing; choose time")
-        if training.batch_size // training.accumulation % 2:
-            raise UserError(
-                "config: training.noise_sampling=mask_count needs an even number of rows in each microbatch"
-            )
-    return config
-
-
 def read_description(file: epath.Path) -> dict[str, Any]:
     """Returns the contents of the config.json of a run, an exported model or a published checkpoint.
 
@@ -261,13 +149,18 @@ def read_description(file: epath.Path) -> dict[str, Any]:
     return about
 
 
-def build(config: ConfigDict, vocab_size: int) -> tuple[Process, Schedule, Network]:
+def build(config: ConfigDict, vocab_size: int) -> tuple[Process | Gaussian, Schedule, Network]:
     """Returns the process, schedule and network of a config, for a vocabulary of V tokens."""
     config = resolved(config)
-    process = PROCESSES[config.process.name](vocab_size)
-    schedule = SCHEDULES[config.schedule.name](config.schedule)
-    of_trunk = config.network.to_dict()
+    schedule, of_trunk = SCHEDULES[config.schedule.name](config.schedule), config.network.to_dict()
     of_network = {name: of_trunk.pop(name) for name in _OF_NETWORK}
-    sigma_range = (float(schedule.sigma(config.training.min_time)), float(schedule.sigma(1.0)))
-    network = Network(process=process, trunk=Trunk(**of_trunk), sigma_range=sigma_range, **of_network)
-    return process, schedule, network
+    of_latents = {name: of_trunk.pop(name) for name in OF_LATENTS}
+    of_network["trunk"] = Trunk(**of_trunk)
+    of_network["sigma_range"] = (float(schedule.sigma(config.training.min_time)), float(schedule.sigma(1.0)))
+    network: Network
+    if config.process.name == GAUSSIAN:
+        codec = Embeddings(vocab_size, **config.codec.to_dict())
+        network = LatentNetwork(process=codec.process, codec=codec, **of_network, **of_latents)
+    else:
+        network = TokenNetwork(process=PROCESSES[config.process.name](vocab_size), **of_network)
+    return network.process, schedule, network

@@ -102,9 +102,9 @@ def with_tokenizer(model: Model, spec: str) -> Model:
     if model.tokenizer is not None:
         raise UserError(f"this model has a tokenizer of its own; leave out tokenizer={spec}")
     tokenizer = pretrained_tokenizer(spec)
-    if tokenizer.vocab_size != model.process.vocab_size:
+    if tokenizer.vocab_size != model.vocab_size:
         raise UserError(
-            f"the tokenizer {spec} has {tokenizer.vocab_size} tokens, the model {model.process.vocab_size}; give the "
+            f"the tokenizer {spec} has {tokenizer.vocab_size} tokens, the model {model.vocab_size}; give the "
             "tokenizer it was trained with"
         )
     return dataclasses.replace(model, tokenizer=tokenizer)

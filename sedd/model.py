@@ -63,6 +63,8 @@ class Model(Trained):
         valid tokens per row, for a model of padded documents with ignored padding; given: Bool[B L], True at clean
         tokens, for a model with `network.given_embedding`.
         """
+        if self.process.over_latents:
+            raise UserError("a model of latents has no concrete score; use denoiser")
         arrays = (None if array is None else jnp.asarray(array) for array in (tokens, sigma, lengths, given))
         return _log_score(self.network, self.params, *arrays)
 
@@ -79,7 +81,9 @@ class Model(Trained):
             raise UserError("denoiser: pass both tokens and given, or neither")
         flags = jnp.asarray(given) if self.network.given_embedding and given is not None else None
         denoiser = self.network.denoiser(self.params, lengths, flags)
-        return denoiser if given is None else clamped(denoiser, jnp.asarray(tokens), ~jnp.asarray(given))
+        if given is None:
+            return denoiser
+        return clamped(denoiser, self.network.clean(self.params, jnp.asarray(tokens)), ~jnp.asarray(given))
 
     def sample(self, num_samples: int = 1, length: int | None = None, **options: Any) -> Samples:
         """Samples texts unconditionally.
@@ -111,10 +115,11 @@ class Model(Trained):
         length); or arrays, tokens: Int[N L] or Int[L] with given: Bool of the same shape. Each row of input gets
         `num_samples` samples.
 
-        Conditioning is exact for Absorbing, and for Uniform trained with `network.given_embedding`. Any other uniform
-        model treats given tokens as noisy at high noise levels; the samplers `euler`, `tweedie` and `trapezoidal`, if
-        given by name, then add a Gibbs corrector with one more network call per step. The remaining bias is described
-        in `sedd.diffusion.discrete.correctors`.
+        Conditioning is exact for Absorbing, and for Uniform and Gaussian trained with `network.given_embedding`. Other
+        models treat given tokens as noisy at high noise levels. Of a Gaussian one the embeddings of given tokens are
+        written back after each step, which leaves a bias. Of a uniform one the samplers `euler`, `tweedie` and
+        `trapezoidal`, if given by name, then add a Gibbs corrector with one more network call per step. The remaining
+        bias is described in `sedd.diffusion.discrete.correctors`.
 
         A text ends at the first end-of-text token after the last given token. A row of arrays without free positions
         is returned unchanged. options: as in `sample`. UserError for an invalid argument, before compilation.
@@ -131,7 +136,7 @@ class Model(Trained):
         if num_samples < 1:
             raise UserError(f"the number of samples must be at least 1, not {num_samples}")
         if inputs[2]:
-            rows = prompts.of_arrays(tokens, given, self.process.vocab_size)
+            rows = prompts.of_arrays(tokens, given, self.vocab_size)
         else:
             texts = [template] if isinstance(template, str) else template
             rows = self._of_texts(texts, prefix or "", suffix or "", length)
@@ -235,7 +240,7 @@ class Model(Trained):
         about = {
             "format": configs.FORMAT,
             "config": self.config.to_dict(),
-            "vocab_size": self.process.vocab_size,
+            "vocab_size": self.vocab_size,
             "layout": self.layout.to_json(),
         }
         (directory / "weights.safetensors").write_bytes(save_arrays(named(jax.device_get(self.params))))

@@ -65,8 +65,8 @@ def _config(published: dict, directory: Path) -> ConfigDict:
 
 def _params(tensors: dict[str, np.ndarray], config: ConfigDict, directory: Path) -> dict:
     """Maps the tensors to the parameter tree. UserError if one is missing, left over or of another shape."""
-    process, _, network = configs.build(config, config.data.vocab_size)
-    padding = padded(process.num_states) - process.num_states
+    _, _, network = configs.build(config, config.data.vocab_size)
+    padding = padded(network.columns) - network.columns
 
     def take(name):
         if name not in tensors:

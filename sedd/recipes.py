@@ -1,29 +1,54 @@
 """Every setting with its default, and the recipe of each process: the values of the settings that are None."""
 
+from ml_collections import ConfigDict
+
 RECIPES = {  # the values of the settings that are None, by process; measured in docs/measurements.md
     "absorbing": {
+        "schedule.name": "loglinear",
         "network.prediction": "denoiser",
         "network.conditioning": "sigma",
         "training.loss": "bound",
         "training.noise_sampling": "mask_count",
     },
     "uniform": {
+        "schedule.name": "loglinear",
         "network.prediction": "posterior",
+        "network.conditioning": "log_snr",
+        "training.loss": "cross_entropy",
+        "training.noise_sampling": "time",
+    },
+    "gaussian": {
+        "schedule.name": "power",
+        "network.prediction": "denoiser",
         "network.conditioning": "log_snr",
         "training.loss": "cross_entropy",
         "training.noise_sampling": "time",
     },
 }
 DEFAULT = {
-    "process": {"name": "absorbing"},
+    "process": {"name": "absorbing"},  # or "uniform"; or "gaussian", over embeddings of the tokens
+    "codec": {  # gaussian: the embeddings
+        "width": 16,
+        "table": "learned",  # or not trained: "random", as initialised, or FILE.npy, an array of a row for each token
+        "normalised": True,  # rows of unit mean square; else free rows, which loss=regression holds
+        "rounding": "evidence",  # of latents to tokens: by density, or by a "head" as published
+    },
     "schedule": {
-        "name": "loglinear",
+        "name": None,
         "eps": 1e-3,  # loglinear: the probability that a token is clean at t = 1
         "sigma_min": 1e-4,  # geometric
         "sigma_max": 20.0,  # geometric
+        "low": 0.01,  # power, sqrt and log_snr: 1 - alpha at t = 0
+        "high": 0.9999,  # power, sqrt and log_snr: 1 - alpha at t = 1
+        "power": 3.0,  # power: that of 1 - alpha that grows linearly with t
+        "d": 9.0,  # tan
+        "start": 1e-3,  # tan and cosine: the share of the angle that is left out at t = 0
+        "end": 1e-3,  # tan and cosine: at t = 1
+        "beta_min": 0.1,  # linear_beta
+        "beta_max": 20.0,  # linear_beta
     },
     "network": {
-        "prediction": None,  # "denoiser", or for uniform "posterior"; or "score", as in the paper
+        "prediction": None,  # "denoiser", "score" as in the paper; uniform: "posterior"; gaussian: "x0", "eps", "v"
         "conditioning": None,  # the noise level as "sigma", as in the paper, or as "log_snr"
         "width": 128,
         "layers": 4,
@@ -35,7 +60,10 @@ DEFAULT = {
         "scan": False,  # compile one layer and scan over the layers
         "remat": "none",  # rematerialise nothing, "full" layers, or all of a layer but its "dots"
         "attention": "xla",  # or "cudnn" on GPUs, "splash" on TPUs
-        "given_embedding": False,  # uniform: embed which tokens are given, so that infilling is exact
+        "given_embedding": False,  # uniform, gaussian: embed which tokens are given, so that infilling is exact
+        "soft_tokens": True,  # gaussian: the network also takes each token's distribution by its own latent
+        "self_conditioning": True,  # gaussian: the network also takes its last answer
+        "evidence_snr": 0.0,  # gaussian: SNR at which half of the own latent's evidence is added to the logits; 0: none
     },
     "data": {
         "corpus": "data/names",
@@ -48,7 +76,7 @@ DEFAULT = {
         "accumulation": 1,  # microbatches per update
         "seed": 0,
         "ema_decay": 0.0,  # 0: no EMA of the parameters
-        "loss": None,  # the "bound", as in the paper, or the "cross_entropy" of the posterior
+        "loss": None,  # the "bound", the "cross_entropy" of the posterior; or gaussian: "regression", of Diffusion-LM
         "noise_sampling": None,  # absorbing: "mask_count", in antithetic pairs; or "time", as in the paper
         "min_time": 1e-3,  # noise_sampling=time: the smallest time
         "max_skipped_steps": 0,  # skipped updates with a non-finite loss or gradient; one more stops the run
@@ -81,3 +109,13 @@ DEFAULT = {
         "profile": 0,  # steps to trace with the JAX profiler, after the first ten; 0: none
     },
 }
+
+
+def resolved(config: ConfigDict) -> ConfigDict:
+    """Returns a copy in which the settings that are None have the values of the process' recipe."""
+    config = ConfigDict(config.to_dict()).lock()
+    for key, value in RECIPES[config.process.name].items():
+        group, name = key.split(".")
+        if config[group][name] is None:
+            config[group][name] = value
+    return config

@@ -5,6 +5,7 @@ import dataclasses
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import Tokenizer
 from sedd.diffusion.discrete.process import Process
+from sedd.diffusion.gaussian.process import Gaussian
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.network.network import Network
@@ -26,9 +27,14 @@ class Trained:
     block_length: int
 
     @property
-    def process(self) -> Process:
+    def process(self) -> Process | Gaussian:
         """The process of the network."""
         return self.network.process
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of clean tokens."""
+        return self.network.vocab_size
 
     @property
     def uses_lengths(self) -> bool:

@@ -92,7 +92,8 @@ def trained_of(network, schedule, params, block_length, tokenizer=None, layout=L
 
 def without_network(tokenizer, process, block_length, layout=Layout()):
     """A Trained that encodes text, but whose network cannot be called."""
-    return trained_of(types.SimpleNamespace(process=process), None, None, block_length, tokenizer, layout)
+    network = types.SimpleNamespace(process=process, vocab_size=process and process.vocab_size)
+    return trained_of(network, None, None, block_length, tokenizer, layout)
 
 
 def parts(config, corpus, devices=None):

@@ -296,7 +296,7 @@ def test_arguments_that_a_model_does_not_support_are_refused(model):
         sedd.UserError, match="given a context; leave given= out, .* or one with network.given_embedding=True"
     ):
         uniform.log_likelihood("a", "b")
-    with pytest.raises(sedd.UserError, match="'exact' is for the absorbing process; a uniform model has 'bound'"):
+    with pytest.raises(sedd.UserError, match="'exact' is for the absorbing process; other models have 'bound'"):
         uniform.log_likelihood("a", method="exact")
 
 

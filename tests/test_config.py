@@ -21,6 +21,9 @@ def test_overrides_take_the_type_of_the_default():
     assert repr(configs.override(config, ["training.steps=1e5"]).training.steps) == "100000"
 
 
+GAUSSIAN = "process.name=gaussian"
+
+
 @pytest.mark.parametrize(
     "setting, message",
     [
@@ -40,7 +43,19 @@ def test_overrides_take_the_type_of_the_default():
         ("training.loss=cross_entropy", "needs training.noise_sampling=time"),
         (["training.loss=cross_entropy", "network.prediction=score"], "needs normalised predictions"),
         ("process.name=masking", "one of absorbing, uniform"),
-        ("network.prediction=x0", "one of denoiser, posterior, score"),
+        ("network.prediction=mean", "one of denoiser, posterior, score"),
+        ("network.prediction=x0", "x0 is for process.name=gaussian"),
+        ("codec.width=8", "codec.width is for process.name=gaussian"),
+        ("training.loss=regression", "regression is for process.name=gaussian"),
+        ([GAUSSIAN, "network.prediction=score"], "score is for tokens; process.name=gaussian has denoiser, x0, eps, v"),
+        ([GAUSSIAN, "network.prediction=x0"], "with x0 choose regression or bound"),
+        ([GAUSSIAN, "training.loss=regression"], "regression needs network.prediction=x0, eps or v"),
+        ([GAUSSIAN, "training.noise_sampling=mask_count"], "needs training.noise_sampling=time"),
+        ([GAUSSIAN, "codec.normalised=false"], "rows grow without limit"),
+        ([GAUSSIAN, "codec.table=table.txt"], "learned, random or the path of an .npy file"),
+        ([GAUSSIAN, "schedule.high=0.8"], r"power ends at sigma 1.61; .* needs 4 to 40"),
+        ([GAUSSIAN, "schedule.name=loglinear", "training.loss=bound"], "begins at sigma 0; .* needs at least 0.001"),
+        ([GAUSSIAN, "schedule.low=2"], "Power: needs 0 < low < high < 1"),
         (["process.name=uniform", "training.loss=bound", "training.noise_sampling=mask_count"], "choose time"),
         ("network.given_embedding=1", "must be of type bool"),
         (
@@ -66,7 +81,7 @@ def test_invalid_settings_are_one_line(setting, message):
 def test_settings_that_are_none_follow_the_process():
     """In any order and after a file; what is set stays set, and a resolved config is complete."""
     config = configs.override(configs.default(), ["training.steps=5"])
-    recipes = {name: configs.resolved(configs.override(config, [f"process.name={name}"])) for name in configs.PROCESSES}
+    recipes = {name: configs.resolved(configs.override(config, [f"process.name={name}"])) for name in RECIPES}
     assert recipes["absorbing"].network.prediction == "denoiser" and recipes["absorbing"].training.loss == "bound"
     uniform = recipes["uniform"]
     assert (uniform.network.prediction, uniform.network.conditioning) == ("posterior", "log_snr")

@@ -70,12 +70,19 @@ def traced_flops(objective, length):
     return lowered.cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("setting", ["training.noise_sampling=mask_count", "training.noise_sampling=time"])
-def test_estimated_flops_match_the_traced_gradient(setting):
-    config = config_of(setting)
+GAUSSIAN = ("process.name=gaussian", "network.self_conditioning=false")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [("training.noise_sampling=mask_count",), ("training.noise_sampling=time",), GAUSSIAN],
+    ids=["mask_count", "time", "gaussian"],
+)
+def test_estimated_flops_match_the_traced_gradient(settings):
+    config = config_of(*settings)
     objective, _ = parts(config)
     assert estimate(config, VOCABULARY, 1).step_flops == pytest.approx(traced_flops(objective, 64), rel=0.1)
-    accumulated = estimate(config_of(setting, "training.accumulation=2"), VOCABULARY, 1)
+    accumulated = estimate(config_of(*settings, "training.accumulation=2"), VOCABULARY, 1)
     assert accumulated.step_flops == estimate(config, VOCABULARY, 1).step_flops
 
 
@@ -105,8 +112,9 @@ def test_estimated_flops_of_recomputation_match_the_traced_gradient(remat):
             "network.prediction=score",
             "training.accumulation=2",
         ),
+        (*GAUSSIAN, "data.block_length=128"),
     ],
-    ids=["scan", "remat", "dots", "accumulation"],
+    ids=["scan", "remat", "dots", "accumulation", "gaussian"],
 )
 def test_estimated_memory_is_within_a_factor_of_two(settings):
     """Of the memory of the compiled step. Control: estimates that ignore recomputation are not."""
@@ -120,6 +128,22 @@ def test_estimated_memory_is_within_a_factor_of_two(settings):
     if config.network.remat != "none":
         config.network.remat = "none"
         assert estimate(config, VOCABULARY, 1).total_bytes > 2 * total
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GAUSSIAN,
+        (*GAUSSIAN, "network.self_conditioning=true", "codec.rounding=head"),
+        (*GAUSSIAN, "network.prediction=x0", "training.loss=bound", "network.soft_tokens=false"),
+    ],
+)
+def test_inner_parameters_are_independent_of_the_vocabulary_and_the_codec(settings):
+    small, wide = (
+        estimate(config_of(*settings, f"codec.width={width}"), vocabulary, 1)
+        for width, vocabulary in ((8, VOCABULARY), (32, 2 * VOCABULARY))
+    )
+    assert small.inner_parameters == wide.inner_parameters and small.parameters < wide.parameters
 
 
 def test_estimate_of_the_medium_network_compiles_nothing():

@@ -20,7 +20,7 @@ import sedd
 from sedd import config as configs
 from sedd.data.corpus import open_corpus
 from sedd.data.prepare import prepare
-from sedd.network.network import Network
+from sedd.network.token_network import TokenNetwork
 from sedd.runtime import parallel
 from sedd.training import validation
 from sedd.training.checkpoint import Checkpoints, _manifest, steps_saved
@@ -134,7 +134,7 @@ def test_signal_interrupts_an_evaluation(corpus, evaluated, tmp_path, monkeypatc
     """Between two batches of the bound, or two steps of the sampler. The state is saved, and the resumed run evaluates
     that step first: no record is lost or repeated. Control: without a signal the evaluation is completed."""
     config, workdir, calls = small_config(corpus, "training.steps=4", *EVALUATED), tmp_path / "run", []
-    monkeypatch.setattr(Network, "rows_at_once", lambda *_: 1)  # several batches on eight devices
+    monkeypatch.setattr(TokenNetwork, "rows_at_once", lambda *_: 1)  # several batches on eight devices
     original = getattr(validation, f"validation_{at}")
 
     def interrupted(*args):

@@ -217,13 +217,20 @@ def test_space_before_a_blank_is_left_to_the_blank():
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("kind", ["absorbing", "uniform"])
-def test_named_sampler_is_made_or_refused_for_each_process(name, kind):
+@pytest.mark.parametrize(
+    "process", [sedd.Absorbing(9), sedd.Uniform(9), sedd.Gaussian(9)], ids=lambda process: type(process).__name__
+)
+def test_named_sampler_is_made_or_refused_for_each_process(name, process):
     """The error is one line that names the usable samplers."""
-    process = sedd.Absorbing(9) if kind == "absorbing" else sedd.Uniform(9)
     context = SamplerContext(process, sedd.LogLinear(), 4, 10)
-    absorbing_only = ("first_hitting", "counts", "even", "cosine", "margin", "entropy", "entropy_bounded")
-    if (name in absorbing_only and kind == "uniform") or (name == "barker" and kind == "absorbing"):
+    of_all = {"euler", "tweedie"}
+    of_tokens = of_all | {"trapezoidal", "gibbs", "renoise"}
+    usable = {
+        "Absorbing": set(SAMPLERS) - {"barker", "ddim", "flow", "renoised"},
+        "Uniform": of_tokens | {"barker"},
+        "Gaussian": of_all | {"ddim", "flow", "renoised"},
+    }
+    if name not in usable[type(process).__name__]:
         with pytest.raises(
             sedd.UserError, match=f"the sampler {name} is not for this model; use one of euler, t"
         ) as no:

@@ -27,7 +27,9 @@ ROOMS = [
     "trained",
     "config_file",
     "config",
+    "config_checks",
     "recipes",
+    "codecs",
     "network",
     "data",
     "diffusion",
@@ -35,7 +37,13 @@ ROOMS = [
 ]
 LEAVES = {"errors", "seeds", "version"}  # any module may import these
 # Rooms that import only these others.
-ALONE = {"data": {"runtime"}, "network": {"diffusion", "runtime"}, "diffusion": set(), "runtime": set()}
+ALONE = {
+    "codecs": {"network", "diffusion"},
+    "data": {"runtime"},
+    "network": {"diffusion", "runtime"},
+    "diffusion": set(),
+    "runtime": set(),
+}
 DIFFUSION = [
     "discrete.correctors",
     "discrete.unmasking_schedules",
@@ -48,6 +56,12 @@ DIFFUSION = [
     "discrete.process",
     "discrete.jump_process",
     "discrete.score",
+    "gaussian.likelihood",
+    "gaussian.loss",
+    "gaussian.guidance",
+    "gaussian.samplers",
+    "gaussian.process",
+    "bounds",
     "sampling",
     "denoiser",
     "schedule",

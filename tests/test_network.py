@@ -17,11 +17,13 @@ from sedd.errors import UserError
 from sedd.network.adapters import padded
 from sedd.network.attention import attend, check_platform, check_sizes
 from sedd.network.layers import Linear
-from sedd.network.network import Network
+from sedd.network.token_network import TokenNetwork
 from sedd.network.trunk import Trunk
 
 B, L, V = 4, 12, 37
-NETWORK = Network(Absorbing(V), "denoiser", Trunk(width=16, layers=3, heads=2), sigma_range=(1e-3, 7.0), cond_dim=8)
+NETWORK = TokenNetwork(
+    Absorbing(V), "denoiser", Trunk(width=16, layers=3, heads=2), sigma_range=(1e-3, 7.0), cond_dim=8
+)
 
 
 def with_trunk(network, **changes):

@@ -38,6 +38,12 @@ def default_config(corpus):
     return small_config(corpus, *MUON, *DROPOUT, "training.steps=100")
 
 
+def gaussian_config(corpus):
+    """Gaussian diffusion with all that its network can take, under AdamW; with dropout."""
+    settings = ("network.self_conditioning=true", "network.given_embedding=true", "codec.width=4")
+    return small_config(corpus, "process.name=gaussian", *settings, *DROPOUT, "training.steps=100")
+
+
 def compiled(config, corpus, devices):
     """Returns the step compiled for a number of devices, its mesh and its shardings."""
     objective, optimizer, mesh = parts(config, corpus, devices)
@@ -52,8 +58,9 @@ STARTS = {}  # by recipe
 def start(recipe, corpus):
     """Returns the initial state on the host. It does not depend on the devices, and is created once."""
     if recipe not in STARTS:
-        objective, optimizer, _ = parts(recipe(corpus), corpus, 1)
-        STARTS[recipe] = jax.device_get(jax.jit(lambda: init_state(recipe(corpus), objective, optimizer))())
+        config = recipe(corpus)
+        objective, optimizer, _ = parts(config, corpus, 1)
+        STARTS[recipe] = jax.device_get(jax.jit(lambda: init_state(config, objective, optimizer))())
     return STARTS[recipe]
 
 
@@ -85,10 +92,12 @@ def on_one_device(corpus):
     [
         pytest.param(default_config, 1e-4, 4, 2, marks=pytest.mark.smoke),
         pytest.param(default_config, 1e-4, 8, 1, marks=pytest.mark.slow),
+        pytest.param(gaussian_config, 1e-5, 4, 2),
+        pytest.param(gaussian_config, 1e-5, 8, 1, marks=pytest.mark.slow),
         pytest.param(paper_config, 1e-5, 4, 2, marks=pytest.mark.slow),
         pytest.param(paper_config, 1e-5, 8, 1, marks=pytest.mark.slow),
     ],
-    ids=["default on 4", "default on 8", "paper on 4", "paper on 8"],
+    ids=["default on 4", "default on 8", "gaussian on 4", "gaussian on 8", "paper on 4", "paper on 8"],
 )
 def test_losses_are_independent_of_devices_and_microbatches(
     corpus, on_one_device, recipe, tolerance, devices, accumulation

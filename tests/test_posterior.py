@@ -17,15 +17,17 @@ from sedd.diffusion.discrete.process import Absorbing, Uniform
 from sedd.diffusion.discrete.score import posterior_from, stats_from
 from sedd.diffusion.schedule import LogLinear
 from sedd.network.adapters import NoiseEmbedding
-from sedd.network.network import Network
 from sedd.network.predictions import ODDS_DISCOUNT, DenoiserPrediction, PosteriorPrediction
+from sedd.network.token_network import TokenNetwork
 from sedd.network.trunk import Trunk
 from sedd.training.cross_entropy import MAX_WEIGHT, CrossEntropy
 from sedd.training.token_objective import _NOISE
 
 SIGMAS = [1e-4, 1e-2, 0.3, 1.0, 5.0, 20.0]
 ROWS = 30_000
-NETWORK = Network(Uniform(37), "posterior", Trunk(width=16, layers=1, heads=2), sigma_range=(1e-3, 2.0), cond_dim=8)
+NETWORK = TokenNetwork(
+    Uniform(37), "posterior", Trunk(width=16, layers=1, heads=2), sigma_range=(1e-3, 2.0), cond_dim=8
+)
 
 
 @pytest.mark.smoke

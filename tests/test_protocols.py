@@ -225,7 +225,7 @@ def test_number_of_a_protocol_is_that_of_the_papers_formula(kind, prediction, na
 
     documents = [model.tokenizer.encode(text) for text in texts]
     x0 = np.array(cut_by_hand(documents, LENGTH, model.tokenizer.end_of_text, *RULES[name]))
-    rows, loss = np.arange(len(x0)), protocol.bound(model.process, model.schedule)
+    rows, loss = np.arange(len(x0)), protocol.bound(model)
     keys, stratum = keyed_random.row_keys(jax.random.key(3), rows), loss.stratum(rows)
 
     def value(formula, schedule, conditioning):
@@ -254,11 +254,16 @@ def test_number_of_a_protocol_is_that_of_the_papers_formula(kind, prediction, na
         np.testing.assert_allclose(both, sorted([report.nats_per_token, others[0]]), rtol=1e-5)
 
 
+def absorbing(schedule):
+    """A model without network."""
+    return dataclasses.replace(without_network(None, Absorbing(3), LENGTH), schedule=schedule)
+
+
 @pytest.mark.parametrize("strata", [1, 16, 64])
 def test_consecutive_rows_have_different_strata(strata):
     """Each of `strata` consecutive rows has its own stratum, and neighbours have distant ones."""
     (protocol,) = {p for p in map(get_protocol, FAMILY) if p.strata == strata}
-    stratum = np.asarray(protocol.bound(Absorbing(3), LogLinear()).stratum(jnp.arange(300)))
+    stratum = np.asarray(protocol.bound(absorbing(LogLinear())).stratum(jnp.arange(300)))
     for first in range(300 - strata):
         assert sorted(stratum[first : first + strata]) == list(range(strata))
     apart = np.abs(np.diff(stratum))
@@ -273,7 +278,7 @@ def test_times_are_uniform_on_the_range_of_the_papers(name):
     @jax.jit
     def times(rows):
         stats, keys = ScoreStats(nothing, nothing, nothing), keyed_random.row_keys(jax.random.key(0), rows)
-        loss = protocol.bound(Absorbing(3), LogLinear(eps))
+        loss = protocol.bound(absorbing(LogLinear(eps)))
         return loss.draws(lambda *_: stats, keys, nothing.astype(jnp.int32), 2, rows=rows).level / (1 - eps)
 
     share = (np.asarray(times(jnp.arange(len(nothing))), np.float64) - eps) / (1 - eps)

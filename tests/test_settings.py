@@ -25,9 +25,10 @@ from sedd.generation.generate import sample
 from sedd.generation.options import SamplingOptions
 from sedd.generation.rows import Rows
 from sedd.generation.samplers import SAMPLERS, SamplerContext, named_sampler
-from sedd.network.network import Network
+from sedd.network.token_network import TokenNetwork
 from sedd.network.trunk import Trunk
 from sedd.runtime.parallel import data_mesh
+from sedd.training.objectives import make_objective
 from sedd.training.score_entropy import ScoreEntropy
 
 
@@ -139,7 +140,7 @@ PROCESSES = {"absorbing": sedd.Absorbing(V), "uniform": sedd.Uniform(V)}
 )
 def test_a_network_is_float32_under_any_settings(name, noise_sampling, settings, jax_settings):
     """Parameters, gradients, scores and log r."""
-    network = Network(PROCESSES[name], sigma_range=(1e-3, 7.0), **settings)
+    network = TokenNetwork(PROCESSES[name], sigma_range=(1e-3, 7.0), **settings)
     objective = ScoreEntropy(network, sedd.LogLinear(), B, noise_sampling=noise_sampling)
     tokens, lengths = jnp.ones((B, L), jnp.int32), jnp.array([3, 8, 5, 8])
 
@@ -214,3 +215,37 @@ def test_likelihoods_run_under_strict_promotion(name):
 
     with unusual_jax_settings(*STRICT):
         jax.eval_shape(run, jax.random.key(0))
+
+
+@pytest.mark.parametrize("jax_settings", [STRICT, ("x64", "prng rbg")], ids=["strict", "x64"])
+@pytest.mark.parametrize("loss", ["bound", "cross_entropy", "regression"])
+def test_latents_are_float32_under_any_settings(corpus, loss, jax_settings):
+    """Parameters, gradients of each objective, draws of the bound; samplers, with rounding."""
+    settings = ["process.name=gaussian", f"training.loss={loss}", "network.self_conditioning=true"]
+    if loss == "regression":
+        settings += ["network.prediction=v", "codec.normalised=false", "codec.rounding=head"]
+    config = small_config(corpus, *settings, "network.given_embedding=true")
+    _, schedule, network = configs.build(config, V)
+    objective, bound = make_objective(config, network, schedule), network.bound(schedule)
+    context = SamplerContext(network.process, schedule, 3, L)
+    samplers = [named_sampler(name, context) for name in ("tweedie", "euler", "ddim", "flow", "renoised")]
+    tokens, lengths = jnp.ones((B, L), jnp.int32), jnp.array([3, 8, 5, 8])
+    free = jnp.arange(L)[None] < lengths[:, None]
+
+    def learn(key):
+        params, batch = network.init(key), Batch(tokens, lengths)
+        gradient = jax.grad(lambda params: jnp.sum(objective(params, batch, jnp.arange(B), key).loss))(params)
+        stats, keys = network.bound_stats(params, tokens, lengths), keyed_random.row_keys(key, jnp.arange(B))
+        return params, gradient, bound.draws(stats, keys, network.clean(params, tokens), 4, free)
+
+    def draw(key):
+        params = network.init(key)
+        mean = network.for_sampler(params, network.denoiser(params), round_below=0.5)
+        shown = functools.partial(network.shown, params)
+        clean = network.clean(params, tokens)
+        return [sedd.sample(key, mean, sampler, clean, free, shown=shown).tokens for sampler in samplers]
+
+    with unusual_jax_settings(*jax_settings):
+        learnt, tokens_drawn = (jax.eval_shape(run, jax.random.key(0)) for run in (learn, draw))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(learnt)} == {"float32"}
+    assert {leaf.dtype.name for leaf in tokens_drawn} == {"int32"}

@@ -359,10 +359,14 @@ def test_checkpoint_of_a_step_is_loaded(corpus, tmp_path):
     assert not np.array_equal(older["trunk"]["embedding"], newest["trunk"]["embedding"])
 
 
+GAUSSIAN = ("process.name=gaussian", "network.self_conditioning=true", "network.given_embedding=true")
+
+
 @pytest.mark.slow
-def test_run_killed_eight_times_equals_uninterrupted_run(corpus, tmp_path):
+@pytest.mark.parametrize("kills, settings", [(8, ()), (3, GAUSSIAN)], ids=["absorbing", "gaussian"])
+def test_killed_run_equals_uninterrupted_run(corpus, tmp_path, kills, settings):
     """Each time it resumes from a complete checkpoint; state and losses are equal bit for bit in the end."""
-    settings = ("training.steps=80", "training.ema_decay=0.9", "checkpoint.every=1", "network.layers=1")
+    settings = (*settings, "training.steps=80", "training.ema_decay=0.9", "checkpoint.every=1", "network.layers=1")
     config = small_config(corpus, *settings)
     keys = [f"{group}.{name}={value}" for group, members in config.items() for name, value in members.items()]
 
@@ -375,7 +379,7 @@ def test_run_killed_eight_times_equals_uninterrupted_run(corpus, tmp_path):
 
     jobs.finish([start("uninterrupted")])
     moments, reached = random.Random(0), [0]
-    for _ in range(8):
+    for _ in range(kills):
         process, newest = start("killed"), reached[-1]
         jobs.wait_for(lambda: process.poll() is not None or saved() > newest)
         time.sleep(moments.uniform(0, 0.4))

@@ -50,6 +50,18 @@ def keep(x: _State, given: Clean, free: jax.Array) -> _State:
     return jax.tree.map(kept, x)
 
 
+def mean_from(denoiser: Denoiser, table: jax.Array) -> MeanDenoiser:
+    """The MeanDenoiser of a Denoiser over embeddings: the average of the table, Float[V D], under its distribution.
+
+    Score interpolation (Dieleman et al., arXiv 2211.15089, section 3.1).
+    """
+
+    def mean(x, sigma):
+        return jnp.exp(denoiser(x, sigma, None)) @ table
+
+    return mean
+
+
 # Denoiser -> Denoiser: every modification of a model's predictions. Samplers are independent of them.
 
 

@@ -98,6 +98,11 @@ def bernoulli(keys: jax.Array, p: jax.Array) -> jax.Array:
     return _vmap_over_keys(lambda key, p: jax.random.bernoulli(key, p, mode="high"), keys, p)
 
 
+def normal(keys: jax.Array, width: int, dtype=jnp.float32) -> jax.Array:
+    """Standard normal, `width` numbers a key. Key[...] -> Float[... width]."""
+    return _vmap_over_keys(lambda key: jax.random.normal(key, (width,), dtype), keys)
+
+
 def categorical(keys: jax.Array, log_weights: jax.Array) -> jax.Array:
     """Draws a state from unnormalised log weights, to full relative precision; 0 where all are -inf.
 

@@ -26,6 +26,9 @@ class Sampler(abc.ABC):
 
     process: Any
 
+    def __post_init__(self):  # noqa: B027, not abstract: subclasses extend it
+        """ValueError for invalid fields."""
+
     @abc.abstractmethod
     def start(self, keys: jax.Array, given: Clean) -> State:
         """A draw of the prior, in the shape of `given`. Key[B] -> State."""
@@ -67,6 +70,7 @@ class Grid(Sampler):
     steps: int
 
     def __post_init__(self):
+        super().__post_init__()
         if self.steps < 1:
             raise ValueError(f"a sampler needs at least one step, not {self.steps}")
 

@@ -18,7 +18,6 @@ import numpy as np
 
 from sedd.diffusion import keyed_random
 from sedd.diffusion.discrete.exact_likelihood import importance_bound, order_log_likelihoods, subset_log_likelihood
-from sedd.diffusion.discrete.likelihood import bound_of
 from sedd.diffusion.discrete.pickers import Entropy, Margin
 from sedd.diffusion.discrete.process import Absorbing
 from sedd.diffusion.discrete.unmasking import Adaptive
@@ -96,12 +95,12 @@ def _estimator_without_mask(trained: Trained, answers: Rows, method: str) -> str
     """Returns the estimator that a method is for a uniform model: "levels". UserError if it has no likelihood."""
     if not trained.network.given_embedding and not np.array_equal(answers.free, answers.within):
         raise UserError(
-            "this model is of the uniform process and was trained without flags of the given tokens, so it has no "
+            "this model treats given tokens as noisy, since it was trained without flags of them, so it has no "
             "likelihood given a context; leave given= out, or train an absorbing model, or one with "
             "network.given_embedding=True"
         )
     if method not in ("auto", "bound"):
-        raise UserError(f"method={method!r} is for the absorbing process; a uniform model has 'bound'")
+        raise UserError(f"method={method!r} is for the absorbing process; other models have 'bound'")
     return "levels"
 
 
@@ -164,7 +163,7 @@ def _importance(logs: np.ndarray) -> tuple[float, float]:
 
 def _bounds(trained: Trained, answers: Rows, estimator: str, num_draws: int, seed: int) -> list[LogLikelihood]:
     """The bound of the process: the mean of independent replicates, with the same noise for all answers."""
-    bound, count = bound_of(trained.process, trained.schedule), num_draws // _REPLICATE
+    bound, count = trained.network.bound(trained.schedule), num_draws // _REPLICATE
     run = functools.partial(_replicates, trained.network, bound, trained.params, keyed_random.root_key(seed))
     rows = [None if array is None else np.repeat(array, count, axis=0) for array in _arrays(trained, answers)]
     nats = _in_groups(run, trained.rows_at_once, *rows, np.tile(np.arange(count), len(answers.tokens)))
@@ -175,11 +174,13 @@ def _bounds(trained: Trained, answers: Rows, estimator: str, num_draws: int, see
 def _replicates(network, bound, params, key, tokens, free, lengths, replicates):
     """One replicate of the bound of each row, nats. replicates: Int[B], their indices -> Float[B]."""
     given = (jnp.arange(tokens.shape[1]) < lengths[:, None]) & ~free if network.given_embedding else None
-    stats = bound_stats(network, bound, _REPLICATE, params, lengths, given)
-    draws = bound.draws(stats, keyed_random.row_keys(key, replicates), tokens, _REPLICATE, free, lengths)
-    nats = bound.drawn_nats(draws)
-    nats = (nats[:, -1] if network.has_unnormalised_scores else nats).mean(axis=0)  # tightened, as other methods
-    return bound.prior * jnp.sum(free, axis=-1) + nats if bound.prior else nats
+    stats, clean = (
+        bound_stats(network, bound, _REPLICATE, params, tokens, lengths, given),
+        network.clean(params, tokens),
+    )
+    draws = bound.draws(stats, keyed_random.row_keys(key, replicates), clean, _REPLICATE, free, lengths)
+    nats = bound.nats(draws)
+    return (nats[:, -1] if network.has_unnormalised_scores else nats).mean(axis=0)  # tightened, as other methods
 
 
 def _mean(replicates: np.ndarray, method: str) -> LogLikelihood:

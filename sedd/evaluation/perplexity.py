@@ -61,7 +61,7 @@ def perplexity(
     Returns the report, and the terms of each row. UserError for an invalid seed, or if the folder holds another job.
     """
     seed, about = check_seed(seed), {**(about or {}), "data": scored.data}
-    network, bound = trained.network, protocol.bound(trained.process, trained.schedule)
+    network, bound = trained.network, protocol.bound(trained)
     job = {} if folder is None else _job(trained, scored, about, protocol, num_draws, seed)
     if mesh is None:
         mesh = parallel.data_mesh()
@@ -70,7 +70,7 @@ def perplexity(
     levels = functools.partial(levels_of, bound, num_draws, seed)
     with (
         ResumableDraws(folder, job, record_shape(network, num_draws), len(scored.tokens), levels) as record,
-        _Bar(scored, bound.prior, protocol.tightened, progress and processes.is_first()) as bar,
+        _Bar(scored, protocol.tightened, progress and processes.is_first()) as bar,
     ):
         bar.update(record.records())
         for records in score(trained, bound, scored, num_draws, seed, mesh, batch_size, start=len(record)):
@@ -87,10 +87,10 @@ def perplexity(
 
 def _report(trained, bound, scored, records, protocol, num_draws, seed, about) -> tuple[Report, Terms]:
     """The report of all records, and the terms of each row."""
-    terms = terms_from_draws(records, scored, bound.prior, protocol.tightened)
+    terms = terms_from_draws(records, scored, protocol.tightened)
     other = None
     if trained.network.has_unnormalised_scores:
-        other = terms_from_draws(records, scored, bound.prior, not protocol.tightened)
+        other = terms_from_draws(records, scored, not protocol.tightened)
     report = make_report(
         terms,
         other,
@@ -99,7 +99,7 @@ def _report(trained, bound, scored, records, protocol, num_draws, seed, about) -
         draws=num_draws,
         seed=seed,
         protocol=protocol.name,
-        noise="random" if trained.process.mask_id is None else "masked",
+        noise=_noise_in_words(trained),
         likelihood_of=bound.likelihood_of,
         lengths=_lengths_in_words(trained, scored.layout),
         about={**about, "versions": versions()},
@@ -131,8 +131,8 @@ def versions() -> dict[str, str]:
 class _Bar:
     """A progress bar over rows, with the running estimate and its standard error."""
 
-    def __init__(self, scored: ScoringRows, prior: float, tightened: bool, shown: bool):
-        self._scored, self._prior, self._tightened = scored, prior, tightened
+    def __init__(self, scored: ScoringRows, tightened: bool, shown: bool):
+        self._scored, self._tightened = scored, tightened
         self._nats: list[np.ndarray] = []
         self._refreshed = 0.0
         self._bar = tqdm(desc="scoring", unit="block", total=len(scored.tokens), delay=2, disable=not shown)
@@ -147,7 +147,7 @@ class _Bar:
         """Adds the records of the next rows, Float32[n M K]."""
         if self._bar.disable or not len(records):
             return
-        terms = terms_from_draws(records, self._scored, self._prior, self._tightened, start=self._bar.n)
+        terms = terms_from_draws(records, self._scored, self._tightened, start=self._bar.n)
         self._nats.append(terms.rows)
         done = self._bar.n + len(records)
         if time.monotonic() - self._refreshed > REFRESH_SECONDS or done == self._bar.total:
@@ -155,6 +155,13 @@ class _Bar:
             self._bar.set_postfix_str(f"{estimate} nats per token", refresh=False)
             self._refreshed = time.monotonic()
         self._bar.update(len(records))
+
+
+def _noise_in_words(trained: Trained) -> str:
+    """Says what a corrupted token is, for the report's profile."""
+    if trained.process.over_latents:
+        return "noisy"
+    return "random" if trained.process.mask_id is None else "masked"
 
 
 def _lengths_in_words(trained: Trained, layout: Layout) -> str:

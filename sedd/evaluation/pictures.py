@@ -29,8 +29,8 @@ def plot_profile(profile: Sequence[Mapping], path: str | Path, noise: str = "mas
     """Saves the figure of an information profile, in the format of the suffix of `path`.
 
     profile: bins {"low", "high", "nats_per_token", "error"} of the corruption probability, in order, as from
-    `statistics.profile`; noise: the name of corrupted tokens, "masked" or "random". UserError without matplotlib, or
-    where every bin is empty.
+    `statistics.profile`; noise: the name of corrupted tokens, "masked" or "random", or of latents "noisy". UserError
+    without matplotlib, or where every bin is empty.
     """
     _save(profile_figure(profile, noise), path)
 
@@ -70,7 +70,11 @@ def profile_figure(profile: Sequence[Mapping], noise: str = "masked"):
     axes.hlines(nats, low, high, color=COLOURS[0])
     errors = _errors(part["error"] for part in known)
     axes.errorbar((low + high) / 2, nats, errors, fmt="none", color=COLOURS[0], capsize=2)
-    axes.set(xlim=(0, 1), xlabel=f"fraction of tokens {noise}", ylabel="nats per token")
+    axes.set(
+        xlim=(0, 1),
+        xlabel=f"fraction of {'each latent' if noise == 'noisy' else 'tokens'} {noise}",
+        ylabel="nats per token",
+    )
     axes.set_ylim(bottom=min(0.0, np.min(nats - errors)))
     axes.legend(frameon=False, loc="upper left")
     return figure

@@ -13,14 +13,16 @@ split is that of their zero-shot tables.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
 from sedd.data.corpus import Corpus
 from sedd.data.source import Source
-from sedd.diffusion.discrete.likelihood import Bound, TimeLoss, bound_of
+from sedd.diffusion.bounds import Bound
+from sedd.diffusion.discrete.likelihood import TimeLoss
 from sedd.diffusion.discrete.process import Process
-from sedd.diffusion.schedule import LogLinear, Schedule
+from sedd.diffusion.schedule import LogLinear
 from sedd.errors import UserError
 from sedd.evaluation.text import ScoringRows, documents, from_corpus, from_rows, from_source, from_texts
 from sedd.trained import Trained
@@ -47,11 +49,14 @@ class Protocol:
     def __str__(self) -> str:
         return self.name
 
-    def bound(self, process: Process, schedule: Schedule) -> Bound:
-        """Returns the bound, or the loss of a paper, of a model with this process and this schedule."""
+    def bound(self, trained: Trained) -> Bound:
+        """Returns the bound, or the loss of a paper. UserError for a loss of jump processes and a model of another."""
         if self.is_bound:
-            return bound_of(process, schedule)
-        return TimeLoss(process, schedule if self.own_schedule else LogLinear(1e-3), self.eps, self.strata)
+            return trained.network.bound(trained.schedule)
+        if trained.process.over_latents:
+            raise UserError(f"the protocol {self} is that of a discrete process; use {CLEAN}")
+        schedule = trained.schedule if self.own_schedule else LogLinear(1e-3)
+        return TimeLoss(cast(Process, trained.process), schedule, self.eps, self.strata)
 
 
 CLEAN = Protocol("clean", split="test", draws=None, is_bound=True)

@@ -55,7 +55,7 @@ class Report:
     draws: int
     seed: int
     protocol: str
-    noise: str  # what corrupted tokens are: masked, or random
+    noise: str  # what corrupted tokens are: masked, or random; of latents: noisy
     likelihood_of: str  # the generative distribution whose likelihood is bounded
     lengths: str  # how text shorter than a block was scored
     notes: tuple[str, ...]
@@ -158,18 +158,18 @@ class Terms:
         return sampling_error(self.nats.reshape(num_rows, 2, -1).mean(axis=2), int(self.counts.sum()))
 
 
-def terms_from_draws(records: np.ndarray, scored: ScoringRows, prior: float, tightened: bool, start: int = 0) -> Terms:
+def terms_from_draws(records: np.ndarray, scored: ScoringRows, tightened: bool, start: int = 0) -> Terms:
     """Returns the terms of n rows, from row `start` on, from their records.
 
-    records: Float32[n M K], with K as in `sedd.evaluation.scoring.record_shape`; prior: nats a token; tightened: take
-    the tightened scores where records hold both.
+    records: Float32[n M K], with K as in `sedd.evaluation.scoring.record_shape`; tightened: take the tightened scores
+    where records hold both.
     """
     records, at_rows = records.astype(np.float64), slice(start, start + len(records))
-    variants = (records.shape[2] - 2) // 2  # 2 where scores are unnormalised: as predicted, and tightened
-    column = 2 + (variants - 1 if tightened else 0)
-    level, width, diffusion, reconstruction = (records[:, :, at] for at in (0, 1, column, column + variants))
+    variants = (records.shape[2] - 3) // 2  # 2 where scores are unnormalised: as predicted, and tightened
+    column = 3 + (variants - 1 if tightened else 0)
+    level, width, prior, diffusion, reconstruction = (records[:, :, at] for at in (0, 1, 2, column, column + variants))
     rows = (scored.counts[at_rows], scored.clusters[at_rows])
-    return Terms(*rows, level, width, diffusion, reconstruction, prior * scored.lengths[at_rows].astype(np.float64))
+    return Terms(*rows, level, width, diffusion, reconstruction, prior[:, 0])
 
 
 def make_report(terms: Terms, other: Terms | None, scored: ScoringRows, tightened: bool, **about: Any) -> Report:

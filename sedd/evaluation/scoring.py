@@ -1,7 +1,8 @@
 """Scores rows of text: draws of each row's bound, over all devices."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.likelihood import Bound, Draws
-from sedd.diffusion.discrete.score import ScoreStats, StatsFn
+from sedd.diffusion.bounds import Bound, Draws
 from sedd.evaluation.text import ScoringRows
 from sedd.network.network import Network
 from sedd.runtime import parallel
@@ -21,10 +21,10 @@ from sedd.trained import Trained
 def record_shape(network: Network, num_draws: int) -> tuple[int, int]:
     """(M, K), the shape of a row's record Float32[M K].
 
-    A draw's K values are its level, its width, and in nats a row the diffusion and the reconstruction term; where the
-    network predicts unnormalised scores, each of the two terms for these and then for the tightened scores.
+    A draw's K values are its level, its width, and in nats a row the prior, the diffusion and the reconstruction term;
+    where the network predicts unnormalised scores, each of the last two for these and then for the tightened scores.
     """
-    return num_draws, 2 + 2 * (1 + network.has_unnormalised_scores)
+    return num_draws, 3 + 2 * (1 + network.has_unnormalised_scores)
 
 
 def score(
@@ -65,8 +65,9 @@ def _records(network, bound, num_draws, uses_lengths, mesh, params, key, tokens,
     free = jnp.arange(tokens.shape[1]) < lengths[:, None]
     if not uses_lengths:
         tokens, lengths = network.process.mask_tokens(tokens, ~free), None
-    stats = bound_stats(network, bound, num_draws, params, lengths)
-    draws = bound.draws(stats, keyed_random.row_keys(key, rows), tokens, num_draws, free, lengths, rows)
+    stats = bound_stats(network, bound, num_draws, params, tokens, lengths)
+    clean = network.clean(params, tokens)
+    draws = bound.draws(stats, keyed_random.row_keys(key, rows), clean, num_draws, free, lengths, rows)
     return jax.lax.with_sharding_constraint(_flat(draws), NamedSharding(mesh, P()))
 
 
@@ -75,29 +76,24 @@ def bound_stats(
     bound: Bound,
     num_draws: int,
     params: dict,
+    tokens: jax.Array,
     lengths: jax.Array | None = None,
     given: jax.Array | None = None,
-) -> StatsFn:
-    """The StatsFn with which `bound` takes its draws, of unnormalised scores the tightened ones too.
+) -> Callable[..., Any]:
+    """The function of statistics with which `bound` takes its draws, of unnormalised scores with the tightened ones.
 
-    lengths: Int[B], the valid lengths; given: Bool[B L], True at given tokens.
+    tokens: Int[B L]; lengths: Int[B], the valid lengths; given: Bool[B L], True at given tokens.
     """
     pairs = bound.takes_pairs(num_draws)
     lengths = jnp.repeat(lengths, 2) if pairs and lengths is not None else lengths
-    tightened = network.has_unnormalised_scores
-    return network.stats(params, lengths=lengths, given=given, masked_pairs=pairs, tightened=tightened)
+    return network.bound_stats(params, tokens, lengths, given, pairs)
 
 
 @functools.partial(jax.jit, static_argnums=range(2))
 def _levels(bound, num_draws, key, rows):
-    """Levels and widths of the draws of rows, Float32[n M 2]. They are independent of text and network."""
-    draws = bound.draws(_no_stats, keyed_random.row_keys(key, rows), rows[:, None] * 0, num_draws, rows=rows)
-    return jnp.stack([draws.level, draws.width], axis=-1).transpose(1, 0, 2)
-
-
-def _no_stats(x: jax.Array, *_) -> ScoreStats:
-    zeros = jnp.zeros(x.shape)
-    return ScoreStats(zeros, zeros, zeros)
+    """Levels and widths of the draws of rows, Float32[n M 2]."""
+    levels = bound.levels(keyed_random.row_keys(key, rows), num_draws, rows)
+    return jnp.stack(levels, axis=-1).transpose(1, 0, 2)
 
 
 def levels_of(bound: Bound, num_draws: int, seed: int, num_rows: int) -> np.ndarray:
@@ -107,8 +103,7 @@ def levels_of(bound: Bound, num_draws: int, seed: int, num_rows: int) -> np.ndar
 
 def _flat(draws: Draws) -> jax.Array:
     """Draws as records, Float[B M K]."""
-    terms = [draws.level[:, None], draws.width[:, None], *map(_with_axis, (draws.diffusion, draws.reconstruction))]
-    return jnp.concatenate(terms, axis=1).transpose(2, 0, 1)
+    return jnp.concatenate([*map(_with_axis, draws)], axis=1).transpose(2, 0, 1)
 
 
 def _with_axis(term: jax.Array) -> jax.Array:

@@ -48,7 +48,7 @@ def check_compatible(corpus: Corpus, trained: Trained):
 
     For a model without a tokenizer, such as a published one: unless it has the model's vocabulary size.
     """
-    tokenizer, vocab_size, layout = trained.tokenizer, trained.process.vocab_size, trained.layout
+    tokenizer, vocab_size, layout = trained.tokenizer, trained.vocab_size, trained.layout
     if tokenizer is None and corpus.vocab_size != vocab_size:
         raise UserError(
             f"{corpus.path} has {corpus.vocab_size} tokens, the model {vocab_size}; prepare it with the tokenizer that "

@@ -69,6 +69,7 @@ def generate(trained: Trained, rows: list[Row], options: SamplingOptions = Sampl
     for row in rows:
         _check_length(trained, len(row.tokens))
     check_size(len(rows) * (options.steps if options.trace else 1), max(len(row.tokens) for row in rows))
+    _check_options(trained, options)
     batch = collate(rows, trained)
     sampler = sampler_for(trained, options, batch)
     parts = parallel.num_batch_shards(trained.params)
@@ -117,6 +118,19 @@ def _ignores_given(trained: Trained, batch: Rows) -> bool:
     if trained.process.mask_id is not None or trained.network.given_embedding:
         return False
     return bool(np.any(~batch.free & batch.within) or batch.lengths.max() > trained.block_length)
+
+
+def _check_options(trained: Trained, options: SamplingOptions):
+    network = trained.network
+    if options.adjusts_logits and not network.has_logits:
+        raise UserError("this model predicts latents, which have no temperature or top_p; leave them out")
+    if options.round_below and not trained.process.over_latents:
+        raise UserError("round_below is for models with Gaussian noise, which have latents to round; leave it out")
+    if options.round_below and network.self_conditioned:
+        raise UserError(
+            "round_below does not go with a model that was trained with network.self_conditioning: rounded answers are "
+            "not what it remembers; leave it out"
+        )
 
 
 def _check_length(trained: Trained, length: int):

@@ -89,20 +89,24 @@ class Loop:
         start: the last arguments of `_begin`; num_runs: windows times groups, for the progress bar.
         """
         trained, options = self.trained, self.options
-        task, progress = _begin(self.sampler, options.trace, self.sharding, *start)
-        static = (trained.network, self.sampler, trained.block_length, options.adjusts_logits, self.sharding)
+        task, progress = _begin(trained.network, self.sampler, options.trace, self.sharding, trained.params, *start)
+        static = (trained.network, self.sampler, trained.block_length, options.adjusts_logits, options.round_below)
         traced = (options.temperature, options.top_p), lengths if trained.layout.masks_padding else None
         stride = 1 if on_step else -(-task.steps // HOST_SYNCS)
         self.bar.total = task.steps * num_runs
         steps, done = 0, bool(progress.done)
         while not done:
-            progress = _advance(*static, trained.params, task, progress, steps + stride, *traced)
+            progress = _advance(*static, self.sharding, trained.params, task, progress, steps + stride, *traced)
             before, steps, done = steps, int(progress.steps), bool(progress.done)
             self.bar.update(steps - before)
             if on_step:
-                on_step(parallel.on_host(progress.x), steps)
+                on_step(parallel.on_host(self._shown(progress)), steps)
         self.bar.update(task.steps - steps)
-        return parallel.on_host(progress)
+        return parallel.on_host(progress._replace(x=self._shown(progress)))
+
+    def _shown(self, progress: Progress) -> jax.Array:
+        """The tokens that the state of a window shows, Int32[B W]."""
+        return _shown(self.trained.network, self.sharding, self.trained.params, progress.x)
 
 
 class _FullRows:
@@ -128,24 +132,42 @@ class _FullRows:
         np.put_along_axis(self.tokens, at, x, axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=range(3))
-def _begin(sampler, trace, sharding, key, tokens, free, rows):
+@functools.partial(jax.jit, static_argnums=range(4))
+def _begin(network, sampler, trace, sharding, params, key, tokens, free, rows):
     """The task and the first Progress of a window. tokens: Int[B L]; free: Bool[B L]; rows: Int[B], global numbers."""
     tokens, free, rows = (_constrain(jnp.asarray(array), sharding) for array in (tokens, free, rows))
-    task, progress = begin(key, sampler, tokens, free, rows, trace)
+    task, progress = begin(key, sampler, network.clean(params, tokens), free, rows, trace)
     return task, _constrain_rows(progress, sharding)
 
 
-@functools.partial(jax.jit, static_argnums=range(5), donate_argnums=7)
+@functools.partial(jax.jit, static_argnums=range(2))
+def _shown(network, sharding, params, x):
+    return _constrain(network.shown(params, x), sharding)
+
+
+@functools.partial(jax.jit, static_argnums=range(6), donate_argnums=8)
 def _advance(
-    network, sampler, block, adjusts_logits, sharding, params, task, progress, until, temperature_top_p, lengths
+    network,
+    sampler,
+    block,
+    adjusts_logits,
+    round_below,
+    sharding,
+    params,
+    task,
+    progress,
+    until,
+    temperature_top_p,
+    lengths,
 ):
     """Runs one group of rows to step `until`. Compiled once per shape; temperature and top_p are traced arguments."""
     denoiser = _denoiser(network, params, block, task.free, lengths)
     if adjusts_logits:
         denoiser = edited(denoiser, lambda log_clean: temperature(log_clean, temperature_top_p[0]))
         denoiser = edited(denoiser, lambda log_clean: nucleus(log_clean, temperature_top_p[1]))
-    return _constrain_rows(advance(task, progress, denoiser, sampler, until), sharding)
+    shown = functools.partial(network.shown, params)
+    denoiser = network.for_sampler(params, denoiser, round_below)
+    return _constrain_rows(advance(task, progress, denoiser, sampler, until, shown), sharding)
 
 
 def _denoiser(network: Network, params: dict, block: int, free: jax.Array, lengths: jax.Array | None):
@@ -164,7 +186,8 @@ def _constrain_rows(progress: Progress, sharding: Sharding | None) -> Progress:
     trace = progress.trace
     if trace is not None:
         trace = jnp.moveaxis(_constrain(jnp.moveaxis(trace, 1, 0), sharding), 0, 1)
-    return progress._replace(x=_constrain(progress.x, sharding), trace=trace)
+    x = jax.tree.map(lambda leaf: _constrain(leaf, sharding), progress.x)
+    return progress._replace(x=x, trace=trace)
 
 
 def _constrain(array: jax.Array, sharding: Sharding | None) -> jax.Array:

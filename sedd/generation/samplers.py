@@ -3,6 +3,7 @@
 To add a named sampler, add a line to `SAMPLERS`; a custom Sampler can also be passed as an object.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from sedd.diffusion.discrete.process import Absorbing, Process
 from sedd.diffusion.discrete.samplers import Euler, Trapezoidal, Tweedie
 from sedd.diffusion.discrete.unmasking import Adaptive, Counts, FirstHitting, FixedCounts
 from sedd.diffusion.discrete.unmasking_schedules import cosine_unmasking, information, plan_unmasking
+from sedd.diffusion.gaussian.process import Gaussian
+from sedd.diffusion.gaussian.samplers import DDIM, EulerMaruyama, Renoised
 from sedd.diffusion.sampling import Corrected, Sampler
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
@@ -23,7 +26,7 @@ from sedd.runtime.disk import absolute
 class SamplerContext(NamedTuple):
     """The arguments of a named sampler. The sizes are those of the block with the most free tokens."""
 
-    process: Process
+    process: Process | Gaussian
     schedule: Schedule
     steps: int
     num_free: int  # tokens to fill in
@@ -40,6 +43,11 @@ def _on_grid(kind):
 def _absorbing(context: SamplerContext) -> Absorbing:
     """The process, for samplers that need Absorbing; they raise ValueError for another."""
     return cast(Absorbing, context.process)
+
+
+def _by_state(of_tokens, of_latents):
+    """The sampler of the same name of tokens, or of latents."""
+    return lambda context: (of_latents if context.process.over_latents else of_tokens)(context)
 
 
 def _with_gibbs_if_needed(make):
@@ -64,8 +72,8 @@ _GAMMA = 0.1  # nats that entropy_bounded may lose in a call, approximately
 GIBBS_STRIDE = 8  # a Gibbs round redraws one position in 8: redrawing neighbours together is worse than none
 
 SAMPLERS: dict[str, Callable[[SamplerContext], Sampler]] = {
-    "euler": _with_gibbs_if_needed(_on_grid(Euler)),
-    "tweedie": _with_gibbs_if_needed(_on_grid(Tweedie)),
+    "euler": _by_state(_with_gibbs_if_needed(_on_grid(Euler)), _on_grid(EulerMaruyama)),
+    "tweedie": _by_state(_with_gibbs_if_needed(_on_grid(Tweedie)), _on_grid(DDIM)),
     "trapezoidal": _with_gibbs_if_needed(_on_grid(Trapezoidal)),
     "first_hitting": lambda context: FirstHitting(_absorbing(context)),
     "counts": _on_grid(Counts),
@@ -77,11 +85,14 @@ SAMPLERS: dict[str, Callable[[SamplerContext], Sampler]] = {
     "gibbs": _gibbs(_on_grid(Tweedie)),
     "renoise": _corrected(Renoise()),
     "barker": _corrected(Barker()),
+    "ddim": _on_grid(functools.partial(DDIM, eta=0.0)),
+    "flow": _on_grid(functools.partial(EulerMaruyama, stochastic=False)),
+    "renoised": _on_grid(Renoised),
 }
 PLANNED = "planned:REPORT"  # planned from the information profile in a report of `sedd eval --out`
 
 
-def default_sampler(process: Process) -> str:
+def default_sampler(process: Process | Gaussian) -> str:
     """Returns the name of the sampler with the distribution of Tweedie in the fewest network calls."""
     return "tweedie" if process.mask_id is None else "counts"
 

@@ -1,40 +1,40 @@
-"""The network and its conversions: with parameters it is a Denoiser and a StatsFn.
+"""What training, evaluation and generation ask of a network, whatever diffuses: `Network`, and the parts they share.
 
-It puts adapters at both ends of a trunk: tokens and noise are embedded, and the head's logits are a prediction of the
-process, whose meaning is that of `sedd.network.predictions`.
+A network puts adapters at both ends of a trunk: the noisy state and the noise are embedded, and the head's outputs are
+a prediction. With parameters it is a Denoiser or a MeanDenoiser, and a function of statistics for losses and bounds.
 """
 
+import abc
 import dataclasses
 import math
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.denoiser import Denoiser
-from sedd.diffusion.discrete.process import Process
-from sedd.diffusion.discrete.score import PosteriorFn, StatsFn
-from sedd.network.adapters import CONDITIONING, NoiseEmbedding, TokenEmbedding, TokenHead, padded
-from sedd.network.predictions import PREDICTIONS, Prediction
+from sedd.diffusion.bounds import Bound
+from sedd.diffusion.denoiser import Clean, State
+from sedd.diffusion.schedule import Schedule
+from sedd.network.adapters import CONDITIONING, NoiseEmbedding
 from sedd.network.trunk import Trunk
 
 MAX_ROWS, MAX_LOGITS = 64, 2**28  # of one batch on a device in evaluation and sampling, by default
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
-    """A trunk and what it predicts of a process; frozen and hashable, a static argument of jit.
+class Network(abc.ABC):
+    """A trunk and what it predicts; frozen and hashable, a static argument of jit.
 
-    prediction: a key of PREDICTIONS. sigma_range: the noise levels of training; the sigma that the network is
-    conditioned on is clipped to this range. cond_dim: C, the size of the embedding of sigma; embedding_std: of the
-    initial embeddings of tokens. given_embedding: adds a learned embedding to the given tokens, which are clean at any
-    noise. For the uniform process only, where a token does not show whether it is corrupted; under the absorbing
-    process any token but the mask is clean. conditioning: a key of CONDITIONING, what is embedded of the noise level.
+    prediction: what the outputs mean, a key of the network's predictions. sigma_range: the noise levels of training;
+    the sigma that the network is conditioned on is clipped to this range. cond_dim: C, the size of the embedding of
+    sigma; embedding_std: of the initial embeddings of tokens. given_embedding: adds a learned embedding to the given
+    positions, which are clean at any noise. conditioning: a key of CONDITIONING, what is embedded of the noise level.
     """
 
-    process: Process
+    process: Any
     prediction: str
     trunk: Trunk
     sigma_range: tuple[float, float]
@@ -44,205 +44,138 @@ class Network:
     conditioning: str = "sigma"
 
     def __post_init__(self):
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"network.prediction must be one of {', '.join(PREDICTIONS)}, not {self.prediction!r}")
+        if self.prediction not in self.predictions():
+            names = ", ".join(self.predictions())
+            raise ValueError(f"network.prediction must be one of {names}, not {self.prediction!r}")
         if self.conditioning not in CONDITIONING:
             raise ValueError(
                 f"network.conditioning must be one of {', '.join(CONDITIONING)}, not {self.conditioning!r}"
             )
-        if self.given_embedding and self.process.mask_id is not None:
-            raise ValueError(
-                "network.given_embedding is for the uniform process; the absorbing process does not need it"
-            )
-        if self.process.mask_id is not None and not self._meaning.with_mask:
-            raise ValueError(
-                f"network.prediction={self.prediction} is for the uniform process; of a masked token denoiser is the "
-                "posterior"
-            )
+
+    @staticmethod
+    @abc.abstractmethod
+    def predictions() -> tuple[str, ...]:
+        """The names of what such a network can predict."""
 
     @property
-    def embedding(self) -> TokenEmbedding:
-        return TokenEmbedding(self.process.num_states, self.trunk.width, self.embedding_std, self.given_embedding)
+    @abc.abstractmethod
+    def vocab_size(self) -> int:
+        """V, the number of clean tokens."""
+
+    @property
+    def has_unnormalised_scores(self) -> bool:
+        """True if it predicts scores with an unknown normaliser, of which `process.tightened` gives a lower loss."""
+        return False
+
+    @property
+    def has_logits(self) -> bool:
+        """True if it predicts a distribution over tokens, which temperature and top_p can change."""
+        return True
+
+    @property
+    def self_conditioned(self) -> bool:
+        """True if the network takes its last answer too."""
+        return False
 
     @property
     def noise_embedding(self) -> NoiseEmbedding:
         return NoiseEmbedding(self.cond_dim, self.conditioning)
 
     @property
-    def head(self) -> TokenHead:
-        return TokenHead(self.process.num_states)
+    @abc.abstractmethod
+    def columns(self) -> int:
+        """The size of a distribution over tokens at a position, without padding."""
 
     @property
-    def has_unnormalised_scores(self) -> bool:
-        """True if it predicts scores with an unknown normaliser, of which `process.tightened` gives a lower loss."""
-        return self._meaning.unnormalised
+    def wide_arrays(self) -> int:
+        """About how many float32 arrays with `columns` numbers a position the backward pass needs."""
+        return 3
 
     @property
-    def _meaning(self) -> Prediction:
-        return PREDICTIONS[self.prediction](self.process)
+    @abc.abstractmethod
+    def outer_parameters(self) -> int:
+        """The number of parameters of the embedding of the state and of the head's outputs, without padding."""
 
+    @property
+    @abc.abstractmethod
+    def outer_products(self) -> int:
+        """The number of multiply-adds at a position in the embedding of the state and the head's outputs."""
+
+    @abc.abstractmethod
     def init(self, key: jax.Array) -> dict:
         """Initial parameters, float32: {"trunk": ..., "head": ...}. A pure function that can be jitted and sharded.
 
         "trunk" also holds the parameters of the embeddings.
         """
-        tokens, sigma = jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.float32)
-        h, condition = jnp.zeros((1, 2, self.trunk.width), jnp.float32), jnp.zeros((1, self.cond_dim), jnp.float32)
-        for_trunk, for_head = jax.random.split(keyed_random.threefry(key))
-        trunk = {
-            **self.embedding.init(for_trunk, tokens)["params"],
-            **self.noise_embedding.init(for_trunk, sigma)["params"],
-            **self.trunk.init(for_trunk, h, condition)["params"],
-        }
-        return {"trunk": trunk, "head": self.head.init(for_head, h, condition[:, None])["params"]}
+
+    @property
+    @abc.abstractmethod
+    def num_padding(self) -> int:
+        """The number of parameters that pad the vocabulary."""
 
     def num_parameters(self) -> int:
         """Number of parameters, without the padding of the vocabulary."""
         params = jax.eval_shape(self.init, keyed_random.root_key(0))
-        stored = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-        num_padding = padded(self.process.num_states) - self.process.num_states
-        return stored - num_padding * (2 * self.trunk.width + 1)
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) - self.num_padding
 
     def rows_at_once(self, length: int) -> int:
         """Default batch size per device for rows of `length` tokens: their logits fit into a gigabyte."""
-        return max(1, min(MAX_ROWS, MAX_LOGITS // (length * self.process.num_states)))
+        return max(1, min(MAX_ROWS, MAX_LOGITS // (length * self.columns)))
 
-    def denoiser(self, params: dict, lengths: jax.Array | None = None, given: jax.Array | None = None) -> Denoiser:
+    def clean(self, params: dict, tokens: jax.Array) -> Clean:
+        """The clean values of tokens: what diffuses, without noise. Int[B L] -> Int[B L] or Float[B L D]."""
+        return tokens
+
+    def shown(self, params: dict, x: State) -> jax.Array:
+        """The tokens that a state shows. State -> Int32[B L]."""
+        return cast(jax.Array, x)
+
+    @abc.abstractmethod
+    def denoiser(
+        self, params: dict, lengths: jax.Array | None = None, given: jax.Array | None = None
+    ) -> Callable[..., jax.Array]:
         """Returns the Denoiser of these parameters; the head runs at the requested positions only.
 
-        lengths: Int[B], number of valid tokens; given: Bool[B L], True at positions that hold given, clean tokens in
-        every x. Here and below: ValueError if `given` is set and the network has no `given_embedding`.
+        lengths: Int[B], number of valid tokens; given: Bool[B L], True at positions that hold given, clean values in
+        every x. Here and below: ValueError if `given` is set and the network has no `given_embedding`. Without
+        `has_logits` it is a MeanDenoiser.
         """
 
-        def denoise(x, sigma, positions=None):
-            clipped_sigma = self._clipped(sigma)
-            hidden, condition = self.hidden(params, x, clipped_sigma, lengths=lengths, given=given)
-            if positions is not None:
-                hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
-                x = jnp.take_along_axis(x, positions, axis=1)
-            logits = self.logits(params, hidden, condition[:, None])
-            return self._meaning.log_clean(logits, x, clipped_sigma[:, None])
+    def for_sampler(
+        self, params: dict, denoiser: Callable[..., jax.Array], round_below: float = 0.0
+    ) -> Callable[..., jax.Array]:
+        """What the samplers of the process take, from a `denoiser`, changed or not. round_below: of latents only."""
+        return denoiser
 
-        return denoise
+    @abc.abstractmethod
+    def bound(self, schedule: Schedule) -> Bound:
+        """The bound of the process, for a network that is trained with a schedule."""
 
-    def stats(
+    @abc.abstractmethod
+    def bound_stats(
         self,
         params: dict,
-        keys: jax.Array | None = None,
+        tokens: jax.Array,
         lengths: jax.Array | None = None,
         given: jax.Array | None = None,
         masked_pairs: bool = False,
-        tightened: bool = False,
-    ) -> StatsFn:
-        """Returns the StatsFn of these parameters. keys: Key[B] for dropout; lengths: Int[B]; given: Bool[B L].
+    ) -> Callable[..., Any]:
+        """The function of statistics with which a bound takes its draws: a StatsFn, or a LatentStatsFn of the tokens.
 
-        masked_pairs: the head runs at masked positions only, without those that are masked in x0 too. Rows 2i and
-        2i + 1 together may hold at most L + 1 of them, as antithetic mask counts do. At other positions the statistics
-        are 0; Absorbing does not use them. tightened: for an unnormalised score only; the statistics get a leading axis
-        of size two, for the score as it is and for `process.tightened` of it.
+        tokens: Int[B L]; masked_pairs: as of `TokenNetwork.stats`.
         """
 
-        def stats(x, sigma, x0):
-            sigma, clipped_sigma = sigma.astype(jnp.float32), self._clipped(sigma)
-            hidden, condition = self.hidden(params, x, clipped_sigma, keys, lengths, given)
-            sites = (hidden, jnp.broadcast_to(condition[:, None], (*x.shape, self.cond_dim)), x, x0)
-            sites = (*sites, *(jnp.broadcast_to(level[:, None], x.shape) for level in (sigma, clipped_sigma)))
-            if not masked_pairs:
-                return at_sites(*sites)
-            gather, scatter = _masked_of_pairs((x == self.process.mask_id) & (x0 != self.process.mask_id))
-            return jax.tree.map(scatter, at_sites(*map(gather, sites)))
-
-        def at_sites(hidden, condition, *sites):
-            return self._meaning.stats(self.logits(params, hidden, condition), *sites, tightened)
-
-        return stats
-
-    def posterior(
-        self,
-        params: dict,
-        keys: jax.Array | None = None,
-        lengths: jax.Array | None = None,
-        given: jax.Array | None = None,
-    ) -> PosteriorFn:
-        """Returns the PosteriorFn of these parameters. Arguments: as of `stats`."""
-
-        def posterior(x, sigma, x0):
-            clipped_sigma = self._clipped(sigma)
-            hidden, condition = self.hidden(params, x, clipped_sigma, keys, lengths, given)
-            logits = self.logits(params, hidden, condition[:, None])
-            log_posterior = self._meaning.log_posterior(logits, x, clipped_sigma[:, None])
-            return jnp.take_along_axis(log_posterior, x0[..., None], axis=-1)[..., 0]
-
-        return posterior
-
-    def log_score(
-        self,
-        params: dict,
-        x: jax.Array,
-        sigma: jax.Array,
-        lengths: jax.Array | None = None,
-        given: jax.Array | None = None,
-    ) -> jax.Array:
-        """The log concrete score of all states, the mask included; 0 at the current token. Float32[B L S].
-
-        Conditioned on sigma without clipping, like the published models. For the absorbing process it is meaningful at
-        masked positions only.
-        """
-        sigma = sigma.astype(jnp.float32)
-        hidden, condition = self.hidden(params, x, sigma, lengths=lengths, given=given)
-        return self._meaning.log_score(self.logits(params, hidden, condition[:, None]), x, sigma[:, None])
-
-    def hidden(
-        self,
-        params: dict,
-        x: jax.Array,
-        sigma: jax.Array,
-        keys: jax.Array | None = None,
-        lengths: jax.Array | None = None,
-        given: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Hidden states, Float32[B L W], and the embedding of sigma, Float32[B C]. Arguments: as of `stats`.
-
-        Conditioned on sigma without clipping.
-        """
+    def _checked(self, given: jax.Array | None) -> jax.Array | None:
         if given is not None and not self.given_embedding:
             raise ValueError(
                 "this network has no embedding of given tokens; train one with network.given_embedding=True"
             )
-        h = _apply(self.embedding, params["trunk"], x, given)
-        condition = _apply(self.noise_embedding, params["trunk"], sigma)
-        return _apply(self.trunk, params["trunk"], h, condition, keys, lengths), condition
-
-    def logits(self, params: dict, hidden: jax.Array, condition: jax.Array) -> jax.Array:
-        """The head, at any sites. Float[... P W], Float[... P C] or Float[... 1 C] -> Float32[... P S]."""
-        return _apply(self.head, params["head"], hidden, condition)
+        return given
 
     def _clipped(self, sigma):
         return jnp.clip(sigma.astype(jnp.float32), *self.sigma_range)
 
 
-def _apply(module: nn.Module, params: dict, *inputs) -> jax.Array:
+def apply(module: nn.Module, params: dict, *inputs) -> jax.Array:
     """The module with the parameters that it names, of a tree that may hold others."""
     return cast(jax.Array, module.apply({"params": params}, *inputs))
-
-
-def _masked_of_pairs(masked: jax.Array):
-    """Gather and scatter between all positions and the L + 1 masked ones of each pair of rows.
-
-    masked: Bool[B L]. Returns gather: [B L ...] -> [B/2 L+1 ...], and its inverse scatter, 0 elsewhere. A pair with
-    fewer masks is filled up with positions that are not masked.
-    """
-    # Pair by pair under `vmap`, so that no device needs the pairs of another.
-    batch, length = masked.shape
-    indices = jnp.argsort(~masked.reshape(batch // 2, 2 * length), axis=-1, stable=True)[:, : length + 1]
-
-    def gather(values):
-        return jax.vmap(lambda row, at: row[at])(values.reshape(batch // 2, 2 * length, *values.shape[2:]), indices)
-
-    def scatter(values):  # [... B/2 L+1], with or without a leading axis
-        def one(row, at):
-            return jnp.zeros((*row.shape[:-1], 2 * length), row.dtype).at[..., at].set(row)
-
-        return jax.vmap(one, (-2, 0), -2)(values, indices).reshape(*values.shape[:-2], batch, length)
-
-    return gather, scatter

@@ -16,7 +16,7 @@ class CrossEntropy(TokenObjective):
     bound, follows in closed form. It weighs the levels differently: see `cross_entropy_loss`.
     """
 
-    def losses(self, params, tokens, levels, keys, free, inputs):
+    def losses(self, params, tokens, levels, keys, free, inputs, key):
         sigma, posterior = self.schedule.sigma(levels), self.network.posterior(params, **inputs)
         loss = cross_entropy_loss(self.network.process, posterior, keys, tokens, sigma, free, MAX_WEIGHT)
-        return loss, sigma
+        return {"loss": loss}, sigma

@@ -29,7 +29,7 @@ class RunEstimate:
     """
 
     parameters: int
-    inner_parameters: int  # without the embedding and the head's matrix
+    inner_parameters: int  # without the embedding and the head's outputs
     rows: int  # of one step
     block_length: int
     steps: int
@@ -98,11 +98,10 @@ def estimate(config: ConfigDict, vocab_size: int, devices: int) -> RunEstimate:
         for part in ("params", "ema", "optimizer")
     }
     parameters = network.num_parameters()
-    outer = network.process.num_states * (2 * network.trunk.width + 1)  # embedding, and the head's matrix and bias
     rows = training.batch_size // training.accumulation // (sizes[0] * sizes[1])
     return RunEstimate(
         parameters=parameters,
-        inner_parameters=parameters - outer,
+        inner_parameters=parameters - network.outer_parameters,
         rows=training.batch_size,
         block_length=length,
         steps=training.steps,
@@ -129,9 +128,11 @@ def step_flops(objective: Objective, rows: int, length: int, recomputed: bool = 
     attention = trunk.layers * rows * length * 4 * length * width  # scores and values
     maps = trunk.layers * rows * (length * 24 * width**2 + 12 * cond_dim * width)  # qkv, out, up, down; modulation
     conditioning = 2 * rows * cond_dim * (FREQUENCIES + cond_dim)
-    head = 2 * sites * width * (padded(network.process.num_states) + 2 * cond_dim)
+    outer = 2 * sites * (network.outer_products + 2 * width * cond_dim)
     recomputation = {"none": 0, "dots": attention, "full": attention + maps}[trunk.remat]
-    return 3 * (attention + maps + conditioning + head) + (recomputation if recomputed else 0)
+    forward = attention + maps + conditioning + outer
+    memory = forward // 2 if network.self_conditioned else 0  # of every other step, without its gradient
+    return 3 * forward + memory + (recomputation if recomputed else 0)
 
 
 def activation_bytes(objective: Objective, rows: int, length: int, model: int = 1) -> int:
@@ -148,8 +149,9 @@ def activation_bytes(objective: Objective, rows: int, length: int, model: int = 
     maps = tokens * (2 + 7 / model) * size * width
     saved = {"none": layer, "dots": tokens * 4 * width + int(maps), "full": tokens * 4 * width}[trunk.remat]
     layers = trunk.layers * saved + (layer if trunk.remat != "none" else 0)
-    # The head: its inputs, in float32, and three arrays of the size of the logits.
-    head = sites * (4 * (3 * width + network.cond_dim) + 3 * 4 * padded(network.process.num_states) // model)
+    # The head: its inputs, in float32, and arrays of the size of the logits.
+    logits = network.wide_arrays * 4 * padded(network.columns)
+    head = sites * (4 * (3 * width + network.cond_dim) + logits // model)
     return layers + head
 
 

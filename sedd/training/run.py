@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sedd import config as configs
+from sedd.config_checks import GAUSSIAN
 from sedd.data.batches import check_block_length, row_lengths
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.data.layout import Layout
@@ -18,7 +20,7 @@ from sedd.diffusion.keyed_random import root_key
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.network.attention import check_platform
-from sedd.runtime import folders, parallel, processes, storage, trees
+from sedd.runtime import disk, folders, parallel, processes, storage, trees
 from sedd.trained import Trained
 from sedd.training.checkpoint import steps_saved
 from sedd.training.objective import Objective
@@ -68,12 +70,31 @@ def resolve(config: ConfigDict, workdir: str | Path, weights: dict | None = None
     _, schedule, network = configs.build(config, corpus.vocab_size)
     check_platform(config.network.attention, jax.devices()[0].platform)
     mesh, objective = parallel.make_mesh(config), make_objective(config, network, schedule)
-    if weights is not None and not steps_saved(folder / "checkpoints"):
+    begun = bool(steps_saved(folder / "checkpoints"))
+    if weights is None and not begun and config.process.name == GAUSSIAN and config.codec.table.endswith(".npy"):
+        weights, init_from = _with_table(config, objective, corpus.vocab_size), config.codec.table
+    if weights is not None and not begun:
         like = jax.eval_shape(objective.init, root_key(0))
         weights = trees.fitted(weights, like, f"{init_from or 'the weights to start from'} cannot start this run")
     if config.metrics.tensorboard:
         check_installed()
     return Run(folder, config, corpus, layout, schedule, objective, mesh, weights, init_from)
+
+
+def _with_table(config: ConfigDict, objective: Objective, vocab_size: int) -> dict:
+    """Returns initial parameters with the table of `codec.table`. UserError unless it has a row for each token."""
+    file, due = config.codec.table, (vocab_size, config.codec.width)
+    try:
+        table = np.load(disk.absolute(file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"config: codec.table={file} is no array that can be read ({error})") from None
+    if table.shape != due:
+        raise UserError(f"config: codec.table={file} has the shape {table.shape}; rows for all tokens have {due}")
+    params = jax.device_get(jax.jit(objective.init)(root_key(config.training.seed)))
+    rows = np.array(params["codec"]["table"])
+    rows[:vocab_size] = table
+    params["codec"]["table"] = rows
+    return params
 
 
 def _corpus_and_layout(config: ConfigDict) -> tuple[Corpus, Layout]:

@@ -22,15 +22,15 @@ class ScoreEntropy(TokenObjective):
 
     noise_sampling: str = "time"
 
-    def losses(self, params, tokens, levels, keys, free, inputs):
+    def losses(self, params, tokens, levels, keys, free, inputs, key):
         stats, process = self.network.stats(params, **inputs, masked_pairs=self._is_paired), self.network.process
         if not self._is_paired:
             loss = denoising_loss(process, self.schedule, stats, keys, tokens, levels, free)
-            return loss, self.schedule.sigma(levels)
+            return {"loss": loss}, self.schedule.sigma(levels)
         lengths = inputs["lengths"]
         loss = count_loss(cast(Absorbing, process), stats, keys, tokens, levels, free, lengths)
         n = jnp.maximum(tokens.shape[1] if lengths is None else lengths, 1)
-        return loss, -jnp.log1p(-(levels.astype(jnp.float32) - 0.5) / n.astype(jnp.float32))
+        return {"loss": loss}, -jnp.log1p(-(levels.astype(jnp.float32) - 0.5) / n.astype(jnp.float32))
 
     def levels(self, rows, key, lengths):
         return self.counts(rows, key, lengths) if self._is_paired else self.times(rows, key)

@@ -7,6 +7,7 @@ independent of devices and accumulation.
 
 import abc
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -75,18 +76,26 @@ class TokenObjective(abc.ABC):
         free, given = self.free_and_given(rows, key, tokens.shape[1], lengths)
         levels = self.levels(rows, key, tokens.shape[1] if lengths is None else lengths)
         inputs = dict(keys=dropout, lengths=lengths, given=given)
-        loss, sigma = self.losses(params, tokens, levels, noise, free, inputs)
+        terms, sigma = self.losses(params, tokens, levels, noise, free, inputs, key)
+        terms = {name: jnp.sum(term, axis=-1) for name, term in terms.items()}
         count = jnp.full(len(rows), tokens.shape[1]) if free is None else jnp.sum(free, axis=-1)
-        return Losses(jnp.sum(loss, axis=-1), count, sigma, {})
+        return Losses(functools.reduce(jnp.add, terms.values()), count, sigma, terms if len(terms) > 1 else {})
 
     @abc.abstractmethod
     def losses(
-        self, params: dict, tokens: jax.Array, levels: jax.Array, keys: jax.Array, free: jax.Array | None, inputs: dict
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns the loss of each token, Float[B L], and the noise level of each row, Float[B].
+        self,
+        params: dict,
+        tokens: jax.Array,
+        levels: jax.Array,
+        keys: jax.Array,
+        free: jax.Array | None,
+        inputs: dict,
+        key: jax.Array,
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Returns the terms of the loss of each token by name, Float[B L], and the noise level of each row, Float[B].
 
         tokens: Int[B L]; levels: [B], of `levels`; keys: Key[B], of the corruption; free: Bool[B L], as of
-        `free_and_given`; inputs: the arguments keys, lengths and given of `Network.stats`.
+        `free_and_given`; inputs: the arguments keys, lengths and given of the network's `stats`; key: of the step.
         """
 
     def levels(self, rows: jax.Array, key: jax.Array, lengths: jax.Array | int) -> jax.Array:

@@ -34,6 +34,7 @@ class Process(abc.ABC):
     """A forward process and the closed forms of its reversal. vocab_size: V, the number of clean tokens."""
 
     vocab_size: int
+    over_latents = False  # what diffuses is tokens
 
     def __post_init__(self):
         if self.vocab_size < 2:

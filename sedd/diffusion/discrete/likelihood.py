@@ -11,43 +11,21 @@ averaged over all noise levels that mask the same number (Ou et al., arXiv 2406.
 draws have less variance.
 """
 
-import abc
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
+from sedd.diffusion.bounds import Bound, BoundTerms, Draws, in_halves, in_stratum
 from sedd.diffusion.discrete.loss import count_loss, denoising_loss
 from sedd.diffusion.discrete.process import Absorbing, Process
-from sedd.diffusion.discrete.score import StatsFn
+from sedd.diffusion.discrete.score import ScoreStats, StatsFn
 from sedd.diffusion.schedule import Schedule
 
 MIN_HIGH = 12.0  # least upper limit of sigma without a mask: there the prior is below 1e-5 nats a token
-
-
-class BoundTerms(NamedTuple):
-    """The three terms of the bound. Each Float[B], nats a row."""
-
-    prior: jax.Array
-    diffusion: jax.Array
-    reconstruction: jax.Array
-
-
-class Draws(NamedTuple):
-    """M draws of the random terms of each row's bound, in nats a row, stratified over the noise levels.
-
-    Each half of the draws covers all noise levels with independent noise: the difference of the halves' means estimates
-    the error of the overall mean. Statistics with a leading axis keep it here, before B.
-    """
-
-    level: jax.Array  # Float[M B], the corruption probability 1 - alpha; by mask count, k / n before rounding
-    width: jax.Array  # Float[M B], M times the interval of 1 - alpha that the draw represents; 1 where levels are even
-    diffusion: jax.Array  # Float[M ... B]
-    reconstruction: jax.Array  # Float[M ... B]
 
 
 def sigma_bound(
@@ -87,52 +65,20 @@ def sigma_bound(
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound(abc.ABC):
-    """A bound on the negative log-likelihood as evaluation asks for it: its draws, its prior, and what it bounds.
-
-    Frozen and hashable, so that it can be a static argument of jit.
-    """
+class TokenBound(Bound):
+    """A bound of a jump process."""
 
     process: Process
 
-    @property
-    @abc.abstractmethod
-    def likelihood_of(self) -> str:
-        """The generative distribution whose likelihood is bounded, in words."""
+    def blank(self, num_rows):
+        def stats(x, *_):
+            return ScoreStats(*[jnp.zeros(x.shape)] * 3)
 
-    @property
-    def prior(self) -> float:
-        """The prior term, nats a token."""
-        return 0.0
-
-    def takes_pairs(self, num_draws: int) -> bool:
-        """True if `draws` calls its StatsFn with antithetic pairs of rows, so that a head can have a static size."""
-        return False
-
-    @abc.abstractmethod
-    def draws(
-        self,
-        stats_fn: StatsFn,
-        keys: jax.Array,
-        x0: jax.Array,
-        num_draws: int,
-        free: jax.Array | None = None,
-        lengths: jax.Array | None = None,
-        rows: jax.Array | None = None,
-    ) -> Draws:
-        """Draws of the other terms of each row, with M = `num_draws`.
-
-        keys: Key[B]; x0: Int[B L]; free: Bool[B L], False where a token is given or unknown, and not scored; lengths:
-        Int[B], the valid lengths if the network is conditioned on them; rows: Int[B], the rows' global indices.
-        """
-
-    def drawn_nats(self, draws: Draws) -> jax.Array:
-        """The sum of the drawn terms, nats a row. Float[M ... B]."""
-        return draws.diffusion + draws.reconstruction
+        return stats, jnp.zeros((num_rows, 1), jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskCountBound(Bound):
+class MaskCountBound(TokenBound):
     """The bound on decoding in random order: the cross-entropy at stratified mask counts, for a process with a mask.
 
     If the number of strata of a half is even, its draws come in antithetic pairs: k and n + 1 - k of a row's n free
@@ -148,9 +94,6 @@ class MaskCountBound(Bound):
     def takes_pairs(self, num_draws):
         return num_draws % 4 == 0
 
-    def drawn_nats(self, draws):
-        return draws.diffusion  # the reconstruction is 0
-
     def draws(self, stats_fn, keys, x0, num_draws, free=None, lengths=None, rows=None):
         process = cast(Absorbing, self.process)
         free = jnp.ones(x0.shape, bool) if free is None else free
@@ -158,25 +101,29 @@ class MaskCountBound(Bound):
         pairs = self.takes_pairs(num_draws)
 
         def at(keys, stratum, strata):
-            u = _within(stratum, strata, keyed_random.fold(keys, 0))
+            u = in_stratum(stratum, strata, keyed_random.fold(keys, 0))
             k = jnp.minimum(1 + (u * n.astype(u.dtype)).astype(jnp.int32), n)
             rows = (keyed_random.fold(keys, 1), x0, k, free, lengths)
             if not pairs:
-                loss = count_loss(process, stats_fn, *rows).sum(-1)
-                return Draws(u[None], jnp.ones((1, len(n))), loss[None], jnp.zeros_like(loss)[None])
+                loss = count_loss(process, stats_fn, *rows).sum(-1)[None]
+                return _of_counts(u[None], loss)
             rows = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), rows)
             mirrored = jnp.arange(2 * len(n)) % 2 == 1
             k_of_pairs = jnp.where(mirrored, jnp.repeat(n, 2) + 1 - rows[2], rows[2])
             loss = count_loss(process, stats_fn, *rows[:2], k_of_pairs, *rows[3:], mirrored).sum(-1)
             loss = jnp.moveaxis(loss.reshape(*loss.shape[:-1], -1, 2), -1, 0)
-            level = jnp.stack([u, 1 - u])
-            return Draws(level, jnp.ones_like(level), loss, jnp.zeros_like(loss))
+            return _of_counts(jnp.stack([u, 1 - u]), loss)
 
-        return _in_halves(at, keys, num_draws, 2 if pairs else 1)
+        return in_halves(at, keys, num_draws, 2 if pairs else 1)
+
+
+def _of_counts(level: jax.Array, loss: jax.Array) -> Draws:
+    """Draws at even levels, without prior and reconstruction."""
+    return Draws(level, jnp.ones_like(level), jnp.zeros_like(level), loss, jnp.zeros_like(loss))
 
 
 @dataclasses.dataclass(frozen=True)
-class NoiseLevelBound(Bound):
+class NoiseLevelBound(TokenBound):
     """The bound by noise levels from sigma `high` down to `low`: draws of `sigma_bound`, in equal strata of u."""
 
     low: float = 0.0
@@ -186,23 +133,19 @@ class NoiseLevelBound(Bound):
     def likelihood_of(self):
         return f"the reverse process from sigma {self.high:g} to {self.low:g}, and one step from there"
 
-    @property
-    def prior(self):
-        return self.process.prior_divergence(self.high)
-
     def draws(self, stats_fn, keys, x0, num_draws, free=None, lengths=None, rows=None):
         def at(keys, stratum, strata):
-            u = _within(stratum, strata, keyed_random.fold(keys, 0))
+            u = in_stratum(stratum, strata, keyed_random.fold(keys, 0))
             bound = sigma_bound(self.process, stats_fn, keyed_random.fold(keys, 1), x0, u, self.low, self.high, free)
             sigma, weight = _noise_at(self.process, u, self.low, self.high)
-            terms = (-jnp.expm1(-sigma), weight * jnp.exp(-sigma), bound.diffusion, bound.reconstruction)
+            terms = (-jnp.expm1(-sigma), weight * jnp.exp(-sigma), *bound)
             return Draws(*(leaf[None] for leaf in terms))
 
-        return _in_halves(at, keys, num_draws, 1)
+        return in_halves(at, keys, num_draws, 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class TimeLoss(Bound):
+class TimeLoss(TokenBound):
     """The denoising loss at times in [eps, 1], as papers report it: not a bound, but close to one.
 
     It is the integral over [eps, 1] divided by 1 - eps. The integral over [0, eps], the prior and the reconstruction
@@ -225,14 +168,15 @@ class TimeLoss(Bound):
         assert rows is not None  # their strata depend on them
 
         def at(keys, *_):
-            u = _within(self.stratum(rows), self.strata, keyed_random.fold(keys, 0))
+            u = in_stratum(self.stratum(rows), self.strata, keyed_random.fold(keys, 0))
             t = self.eps + (1 - self.eps) * u
             loss = denoising_loss(self.process, self.schedule, stats_fn, keyed_random.fold(keys, 1), x0, t).sum(-1)
             sigma, rate = self.schedule.sigma(t), self.schedule.rate(t)
             level, width = -jnp.expm1(-sigma), (1 - self.eps) * rate * jnp.exp(-sigma)  # width: d(1 - alpha) / du
-            return Draws(*(leaf[None] for leaf in (level, width, loss, jnp.zeros_like(loss))))
+            zeros = jnp.zeros_like(loss)
+            return Draws(*(leaf[None] for leaf in (level, width, jnp.zeros_like(level), loss, zeros)))
 
-        return _in_halves(at, keys, num_draws, 1)
+        return in_halves(at, keys, num_draws, 1)
 
 
 def bound_of(process: Process, schedule: Schedule) -> Bound:
@@ -240,19 +184,6 @@ def bound_of(process: Process, schedule: Schedule) -> Bound:
     if process.mask_id is not None:
         return MaskCountBound(process)
     return NoiseLevelBound(process, float(schedule.sigma(0.0)), max(float(schedule.sigma(1.0)), MIN_HIGH))
-
-
-def _in_halves(at: Callable[..., Draws], keys: jax.Array, num_draws: int, draws_per_call: int) -> Draws:
-    """Maps at(keys, stratum, strata) over the strata of both halves; of a single half if num_draws is odd."""
-    halves = 2 if num_draws % 2 == 0 else 1
-    strata = num_draws // halves
-
-    def one(number):
-        half, stratum = number // (strata // draws_per_call), number % (strata // draws_per_call)
-        return at(keyed_random.fold(keyed_random.fold(keys, half), stratum), stratum, strata)
-
-    draws = jax.lax.map(one, jnp.arange(num_draws // draws_per_call))
-    return jax.tree.map(lambda leaf: leaf.reshape(num_draws, *leaf.shape[2:]), draws)
 
 
 def _noise_at(process: Process, u: jax.Array, low: float, high: float) -> tuple[jax.Array, jax.Array]:
@@ -273,9 +204,3 @@ def _noise_at(process: Process, u: jax.Array, low: float, high: float) -> tuple[
     corruption, alpha = linear**power, -jnp.expm1(power * jnp.log1p(-complement))
     sigma = jnp.where(corruption < 0.5, -jnp.log1p(-corruption), -jnp.log(alpha))
     return sigma, power * linear ** (power - 1) * span / alpha
-
-
-def _within(stratum: jax.Array, strata: int, keys: jax.Array) -> jax.Array:
-    """Uniform on a stratum of [0, 1), one number a key, in the default dtype. Int[] or Int[B], Key[B] -> Float[B]."""
-    dtype = jnp.result_type(float)
-    return (jnp.asarray(stratum, dtype) + keyed_random.uniform(keys, dtype)) / strata

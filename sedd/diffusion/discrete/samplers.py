@@ -23,6 +23,11 @@ class TokenSampler(Sampler):
 
     process: Process
 
+    def __post_init__(self):
+        if not isinstance(self.process, Process):
+            raise ValueError(f"{type(self).__name__} is for jump processes of tokens, not {self.process}")
+        super().__post_init__()
+
     def start(self, keys, given):
         return self.process.prior(keys, given.shape[-1])
 

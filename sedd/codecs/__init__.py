@@ -1,0 +1,1 @@
+"""Tokens and what diffuses instead of them: embeddings of a learned table."""

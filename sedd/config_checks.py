@@ -1,0 +1,205 @@
+"""What a config may hold: the values of each setting, and the combinations of settings that make sense."""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from sedd.codecs.embeddings import LEARNED, RANDOM, ROUNDINGS
+from sedd.diffusion.discrete.process import Absorbing, Process, Uniform
+from sedd.diffusion.schedule import Cosine, Geometric, LinearBeta, LogLinear, LogSNR, Power, Schedule, Sqrt, Tan
+from sedd.errors import UserError
+from sedd.network.adapters import CONDITIONING
+from sedd.network.attention import ATTENTION, check_sizes
+from sedd.network.latent_predictions import DENOISER, MEANS
+from sedd.network.predictions import PREDICTIONS
+from sedd.network.trunk import REMAT
+from sedd.recipes import DEFAULT, RECIPES, resolved
+from sedd.seeds import check_seed
+
+PROCESSES: dict[str, type[Process]] = {"absorbing": Absorbing, "uniform": Uniform}  # over tokens
+GAUSSIAN = "gaussian"
+SCHEDULES: dict[str, Callable[[ConfigDict], Schedule]] = {
+    "loglinear": lambda config: LogLinear(config.eps),
+    "geometric": lambda config: Geometric(config.sigma_min, config.sigma_max),
+    "power": lambda config: Power(config.low, config.high, config.power),
+    "sqrt": lambda config: Sqrt(config.low, config.high),
+    "tan": lambda config: Tan(config.d, config.start, config.end),
+    "cosine": lambda config: Cosine(config.start, config.end),
+    "linear_beta": lambda config: LinearBeta(config.beta_min, config.beta_max),
+    "log_snr": lambda config: LogSNR.between(config.low, config.high),
+}
+OF_LATENTS = ("soft_tokens", "self_conditioning", "evidence_snr")  # settings of a network of latents
+MIN_LOW, MIN_HIGH, MAX_HIGH = 1e-3, 4.0, 40.0  # limits of sigma(0) and sigma(1) for Gaussian noise
+_CHOICES = {
+    "process.name": (*PROCESSES, GAUSSIAN),
+    "codec.rounding": ROUNDINGS,
+    "schedule.name": tuple(SCHEDULES),
+    "network.prediction": tuple(dict.fromkeys((*PREDICTIONS, DENOISER, *MEANS))),
+    "network.conditioning": tuple(CONDITIONING),
+    "network.dtype": ("float32", "bfloat16"),
+    "network.remat": tuple(REMAT),
+    "network.attention": tuple(ATTENTION),
+    "training.loss": ("bound", "cross_entropy", "regression"),
+    "training.noise_sampling": ("time", "mask_count"),
+    "optimizer.name": ("adamw", "muon"),
+    "optimizer.decay": ("constant", "linear"),
+}
+_POSITIVE = {
+    "codec": ("width",),
+    "network": ("width", "layers", "heads", "cond_dim", "embedding_std"),
+    "data": ("block_length",),
+    "training": ("steps", "batch_size", "accumulation"),
+    "optimizer": ("learning_rate", "adam_learning_rate", "warmup_steps", "clip_norm"),
+    "checkpoint": ("every", "keep"),
+    "evaluation": ("draws",),
+}
+_NOT_NEGATIVE = (
+    "network.evidence_snr",
+    "training.max_skipped_steps",
+    "optimizer.weight_decay",
+    "checkpoint.keep_every",
+    "evaluation.every",
+    "evaluation.samples",
+    "metrics.profile",
+)
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+    """Returns the config, `resolved`. UserError for an invalid value or combination of values."""
+    if config.process.name in RECIPES:
+        config = resolved(config)
+    _validate_values(config)
+    try:
+        schedule = SCHEDULES[config.schedule.name](config.schedule)
+    except ValueError as error:
+        raise UserError(f"config: {error}") from None
+    _validate_sizes(config)
+    if config.process.name == GAUSSIAN:
+        _validate_latents(config, schedule)
+    else:
+        _validate_tokens(config)
+    return config
+
+
+def _validate_values(config: ConfigDict):
+    """UserError for a value that its setting cannot have."""
+
+    def get(key):
+        group, name = key.split(".")
+        return config[group][name]
+
+    for key, choices in _CHOICES.items():
+        if get(key) not in choices:
+            raise UserError(f"config: {key} must be one of {', '.join(choices)}, not {get(key)}")
+    for group, members in config.items():
+        for name, value in members.items():
+            if type(value) in (int, float) and name != "seed" and not abs(value) < 2**31:
+                raise UserError(f"config: {group}.{name} must be less than 2**31, not {value}")
+    for group, names in _POSITIVE.items():
+        for name in names:
+            if config[group][name] <= 0:
+                raise UserError(f"config: {group}.{name} must be positive, not {config[group][name]}")
+    for key in _NOT_NEGATIVE:
+        if get(key) < 0:
+            raise UserError(f"config: {key} must not be negative, and is {get(key)}")
+    for key in ("network.dropout", "training.ema_decay"):
+        if not 0 <= get(key) < 1:
+            raise UserError(f"config: {key} must lie in [0, 1), not {get(key)}")
+    check_seed(config.training.seed, "config: training.seed")
+    if not 0 < config.training.min_time < 1:
+        raise UserError(f"config: training.min_time must lie in (0, 1), not {config.training.min_time}")
+
+
+def _validate_sizes(config: ConfigDict):
+    """UserError for settings, of any process, that do not go together."""
+    training, network = config.training, config.network
+    if config.checkpoint.keep_best and not config.evaluation.every:
+        raise UserError("config: checkpoint.keep_best needs validation bounds; set evaluation.every")
+    if training.batch_size % training.accumulation:
+        raise UserError("config: training.batch_size must be a multiple of training.accumulation")
+    if network.width % (2 * network.heads):
+        raise UserError("config: network.width must be a multiple of twice network.heads")
+    try:
+        check_sizes(network.attention, network.dtype, network.width // network.heads, config.data.block_length)
+    except ValueError as error:
+        raise UserError(f"config: {error}, or choose xla") from None
+
+
+def _validate_tokens(config: ConfigDict):
+    """UserError for a combination without sense of settings of a jump process."""
+    training, network, uniform = config.training, config.network, config.process.name == "uniform"
+    if network.given_embedding and not uniform:
+        raise UserError(
+            "config: network.given_embedding is for process.name=uniform; the absorbing process needs none, since a "
+            "given token is one that is not masked"
+        )
+    if network.prediction not in PREDICTIONS:
+        raise UserError(f"config: network.prediction={network.prediction} is for process.name=gaussian")
+    prediction = PREDICTIONS[network.prediction]
+    if training.loss == "regression":
+        raise UserError("config: training.loss=regression is for process.name=gaussian; choose bound")
+    if not uniform and not prediction.with_mask:
+        raise UserError(
+            f"config: network.prediction={network.prediction} is for process.name=uniform; of a masked token the "
+            "denoiser is the posterior"
+        )
+    if training.loss == "cross_entropy":
+        if prediction.unnormalised:
+            raise UserError(
+                f"config: training.loss=cross_entropy needs normalised predictions, which {network.prediction} has "
+                "not; choose training.loss=bound"
+            )
+        if training.noise_sampling != "time":
+            raise UserError("config: training.loss=cross_entropy needs training.noise_sampling=time")
+    if training.noise_sampling == "mask_count":
+        if config.process.name != "absorbing":
+            raise UserError("config: training.noise_sampling=mask_count is for process.name=absorbing; choose time")
+        if training.batch_size // training.accumulation % 2:
+            raise UserError(
+                "config: training.noise_sampling=mask_count needs an even number of rows in each microbatch"
+            )
+    defaults = ConfigDict(DEFAULT)
+    for group, names in (("codec", tuple(config.codec)), ("network", OF_LATENTS)):
+        for name in names:
+            if config[group][name] != defaults[group][name]:
+                raise UserError(f"config: {group}.{name} is for process.name=gaussian, which has embeddings of tokens")
+
+
+def _validate_latents(config: ConfigDict, schedule: Schedule):
+    """UserError for a combination without sense of settings of Gaussian diffusion."""
+    training, network, codec = config.training, config.network, config.codec
+    predicts_tokens = network.prediction == DENOISER
+    if not predicts_tokens and network.prediction not in MEANS:
+        raise UserError(
+            f"config: network.prediction={network.prediction} is for tokens; process.name=gaussian has "
+            f"{', '.join((DENOISER, *MEANS))}"
+        )
+    if training.noise_sampling != "time":
+        raise UserError("config: process.name=gaussian needs training.noise_sampling=time")
+    if training.loss == "cross_entropy" and not predicts_tokens:
+        raise UserError(
+            f"config: training.loss=cross_entropy needs network.prediction={DENOISER}; with {network.prediction} "
+            "choose regression or bound"
+        )
+    if training.loss == "regression" and predicts_tokens:
+        raise UserError("config: training.loss=regression needs network.prediction=x0, eps or v; choose cross_entropy")
+    if network.evidence_snr and not predicts_tokens:
+        raise UserError(f"config: network.evidence_snr needs network.prediction={DENOISER}")
+    if codec.table not in (LEARNED, RANDOM) and not codec.table.endswith(".npy"):
+        raise UserError(f"config: codec.table must be learned, random or the path of an .npy file, not {codec.table}")
+    if codec.table == LEARNED and not codec.normalised and training.loss != "regression":
+        raise UserError(
+            "config: a learned table with codec.normalised=False is for training.loss=regression, whose rounding holds "
+            "it; another loss makes its rows grow without limit"
+        )
+    low, high = float(schedule.sigma(0.0)), float(schedule.sigma(1.0))
+    if not MIN_HIGH <= high <= MAX_HIGH:
+        raise UserError(
+            f"config: schedule.name={config.schedule.name} ends at sigma {high:.3g}; Gaussian noise starts sampling "
+            f"from N(0, I), which needs {MIN_HIGH:g} to {MAX_HIGH:g}"
+        )
+    if low < MIN_LOW and training.loss != "cross_entropy":
+        raise UserError(
+            f"config: schedule.name={config.schedule.name} begins at sigma {low:.3g}; training.loss={training.loss} "
+            f"scores tokens there, and needs at least {MIN_LOW:g}"
+        )

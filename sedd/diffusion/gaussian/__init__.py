@@ -1,0 +1,1 @@
+"""Gaussian diffusion: noisy latents of tokens, their reversal and bounds."""

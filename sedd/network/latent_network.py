@@ -1,0 +1,242 @@
+"""The network of noisy latents of tokens: with parameters it is a Denoiser or a MeanDenoiser, and a LatentStatsFn."""
+
+import dataclasses
+import math
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from sedd.diffusion import keyed_random
+from sedd.diffusion.denoiser import Latent, MeanDenoiser, mean_from
+from sedd.diffusion.gaussian.guidance import rounded
+from sedd.diffusion.gaussian.likelihood import bound_of
+from sedd.diffusion.gaussian.loss import LatentStats, LatentStatsFn
+from sedd.diffusion.gaussian.process import Gaussian
+from sedd.diffusion.schedule import log_snr
+from sedd.network.adapters import TokenHead, padded
+from sedd.network.latent_adapters import LatentEmbedding, LatentHead
+from sedd.network.latent_predictions import DENOISER, MEANS
+from sedd.network.network import Network, apply
+
+
+class Codec(Protocol):
+    """What such a network asks of the embeddings of tokens; parameters are those under "codec"."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def num_padding(self) -> int: ...
+
+    @property
+    def has_bias(self) -> bool: ...
+
+    def init(self, key: jax.Array) -> dict: ...
+
+    def rows(self, params: dict) -> jax.Array: ...
+
+    def encode(self, params: dict, tokens: jax.Array) -> jax.Array: ...
+
+    def log_tokens(self, params: dict, z: jax.Array, sigma: jax.Array) -> jax.Array: ...
+
+    def tokens(self, params: dict, z0: jax.Array) -> jax.Array: ...
+
+    def products(self, params: dict, z: jax.Array) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentNetwork(Network):
+    """A network over the embeddings of tokens; prediction: "denoiser", the tokens, or a key of MEANS, their latents.
+
+    codec: the embeddings, as `sedd.codecs.embeddings.Embeddings`. soft_tokens: the network also takes the distribution
+    of each token by its own latent, embedded as the tokens of other networks are. self_conditioning: it takes its last
+    answer (Chen et al., arXiv 2208.04202). evidence_snr: the logits of a "denoiser" get the evidence of the position's
+    own latent, in the share SNR / (SNR + evidence_snr); 0: none.
+    """
+
+    process: Gaussian
+    codec: Codec = dataclasses.field(kw_only=True)
+    soft_tokens: bool = True
+    self_conditioning: bool = False
+    evidence_snr: float = 0.0
+
+    @staticmethod
+    def predictions():
+        return (DENOISER, *MEANS)
+
+    @property
+    def vocab_size(self):
+        return self.codec.vocab_size
+
+    @property
+    def has_logits(self):
+        return self.prediction == DENOISER
+
+    @property
+    def self_conditioned(self):
+        return self.self_conditioning
+
+    @property
+    def columns(self):
+        return self.vocab_size
+
+    @property
+    def wide_arrays(self):
+        return 3 * self.has_logits + 2 * self.soft_tokens
+
+    @property
+    def outer_parameters(self):
+        of_table = self.vocab_size * (self.process.width + self.codec.has_bias)
+        of_embedding = self.trunk.width * (
+            self.process.width * (1 + self.self_conditioning) + 1 + self.vocab_size * self.soft_tokens
+        )
+        return of_table + of_embedding + self._num_outputs * (self.trunk.width + 1)
+
+    @property
+    def outer_products(self):
+        latents = self.process.width * (1 + self.self_conditioning)
+        soft = self.vocab_size * self.soft_tokens * (self.process.width + self.trunk.width)
+        outputs = padded(self.vocab_size) if self.has_logits else self.process.width
+        return (latents + outputs) * self.trunk.width + soft
+
+    @property
+    def _num_outputs(self) -> int:
+        return self.vocab_size if self.has_logits else self.process.width
+
+    @property
+    def embedding(self) -> LatentEmbedding:
+        states = self.vocab_size if self.soft_tokens else 0
+        return LatentEmbedding(
+            self.trunk.width, states, self.embedding_std, self.self_conditioning, self.given_embedding
+        )
+
+    @property
+    def head(self) -> TokenHead | LatentHead:
+        return TokenHead(self.vocab_size) if self.has_logits else LatentHead(self.process.width)
+
+    @property
+    def num_padding(self):
+        rows = padded(self.vocab_size) - self.vocab_size
+        of_head = (self.trunk.width + 1) * self.has_logits
+        return self.codec.num_padding + rows * (self.trunk.width * self.soft_tokens + of_head)
+
+    def init(self, key):
+        z, sigma = jnp.zeros((1, 2, self.process.width), jnp.float32), jnp.ones(1, jnp.float32)
+        soft = jnp.zeros((1, 2, self.vocab_size), jnp.float32)
+        h, condition = jnp.zeros((1, 2, self.trunk.width), jnp.float32), jnp.zeros((1, self.cond_dim), jnp.float32)
+        for_trunk, for_head, for_codec = jax.random.split(keyed_random.threefry(key), 3)
+        trunk = {
+            **self.embedding.init(for_trunk, z, soft, z)["params"],
+            **self.noise_embedding.init(for_trunk, sigma)["params"],
+            **self.trunk.init(for_trunk, h, condition)["params"],
+        }
+        head = self.head.init(for_head, h, condition[:, None])["params"]
+        return {"codec": self.codec.init(for_codec), "trunk": trunk, "head": head}
+
+    def clean(self, params, tokens):
+        return self.codec.encode(params["codec"], tokens)
+
+    def shown(self, params, x):
+        return self.codec.tokens(params["codec"], x.estimate)
+
+    def denoiser(self, params, lengths=None, given=None):
+        if not self.has_logits:
+            return self.mean_denoiser(params, lengths=lengths, given=given)
+
+        def denoise(x, sigma, positions=None):
+            log_clean = self._log_clean(params, x, sigma, None, lengths, given)
+            return log_clean if positions is None else jnp.take_along_axis(log_clean, positions[..., None], axis=1)
+
+        return denoise
+
+    def for_sampler(self, params, denoiser, round_below=0.0):
+        rows = self.codec.rows(params["codec"])
+        mean = mean_from(denoiser, rows) if self.has_logits else denoiser
+        return rounded(mean, rows, round_below) if round_below else mean
+
+    def mean_denoiser(
+        self,
+        params: dict,
+        keys: jax.Array | None = None,
+        lengths: jax.Array | None = None,
+        given: jax.Array | None = None,
+    ) -> MeanDenoiser:
+        """Returns the MeanDenoiser of these parameters. Arguments as of `stats`."""
+
+        def mean(x, sigma):
+            if self.has_logits:
+                return jnp.exp(self._log_clean(params, x, sigma, keys, lengths, given)) @ self.codec.rows(
+                    params["codec"]
+                )
+            output = self._output(params, x, self._clipped(sigma), keys, lengths, given)
+            return MEANS[self.prediction](output, x.z, sigma.astype(jnp.float32)[:, None, None])
+
+        return mean
+
+    def stats(
+        self,
+        params: dict,
+        tokens: jax.Array,
+        keys: jax.Array | None = None,
+        lengths: jax.Array | None = None,
+        given: jax.Array | None = None,
+    ) -> LatentStatsFn:
+        """Returns the LatentStatsFn of these parameters, in one call of the network, with the memory of its argument.
+
+        tokens: Int[B L], those of z0; keys: Key[B] for dropout; lengths: Int[B]; given: Bool[B L]. A network that
+        predicts latents rounds each by itself.
+        """
+
+        def stats(x, sigma, z0):
+            if self.has_logits:
+                log_clean = self._log_clean(params, x, sigma, keys, lengths, given)
+                mean = jnp.exp(log_clean) @ self.codec.rows(params["codec"])
+            else:
+                mean = self.mean_denoiser(params, keys, lengths, given)(x, sigma)
+                log_clean = self.codec.log_tokens(params["codec"], x.z, sigma.astype(jnp.float32)[:, None])
+            error = jnp.sum((z0 - mean) ** 2, axis=-1)
+            return LatentStats(error, jnp.take_along_axis(log_clean, tokens[..., None], axis=-1)[..., 0])
+
+        return stats
+
+    def bound(self, schedule):
+        return bound_of(self.process, schedule)
+
+    def bound_stats(self, params, tokens, lengths=None, given=None, masked_pairs=False):
+        stats = self.stats(params, tokens, None, lengths, given)
+        if not self.self_conditioning:
+            return stats
+        mean = self.mean_denoiser(params, None, lengths, given)
+        return lambda x, sigma, z0: stats(with_memory(x, mean(x, sigma), given), sigma, z0)
+
+    def _log_clean(self, params, x, sigma, *inputs) -> jax.Array:
+        """The distribution of the tokens, Float32[B L V]."""
+        logits = self._output(params, x, self._clipped(sigma), *inputs)
+        if self.evidence_snr:
+            sigma = sigma.astype(jnp.float32)[:, None]
+            share = jax.nn.sigmoid(log_snr(sigma) - math.log(self.evidence_snr))
+            logits = logits + share[..., None] * self._evidence(params, x.z, sigma)
+        return jax.nn.log_softmax(logits, axis=-1)
+
+    def _evidence(self, params, z, sigma) -> jax.Array:
+        """What each latent by itself says of its token. Float[B L D], Float[B 1] -> Float32[B L V]."""
+        return self.process.log_evidence(z, self.codec.rows(params["codec"]), sigma)
+
+    def _output(self, params, x, sigma, keys=None, lengths=None, given=None) -> jax.Array:
+        """The outputs of the head, conditioned on sigma without clipping. Float32[B L V] or Float32[B L D]."""
+        given, soft = self._checked(given), None
+        if self.soft_tokens:
+            soft = jax.nn.softmax(self._evidence(params, x.z, sigma[:, None]), axis=-1)
+            if given is not None:
+                own = jax.nn.one_hot(self.codec.tokens(params["codec"], x.z), self.vocab_size, dtype=soft.dtype)
+                soft = jnp.where(given[..., None], own, soft)
+        h = apply(self.embedding, params["trunk"], x.z, soft, x.estimate, given)
+        condition = apply(self.noise_embedding, params["trunk"], sigma)
+        hidden = apply(self.trunk, params["trunk"], h, condition, keys, lengths)
+        return apply(self.head, params["head"], hidden, condition[:, None])
+
+
+def with_memory(x: Latent, estimate: jax.Array, given: jax.Array | None) -> Latent:
+    """The state with an estimate as its memory; that of given latents is the latent itself. given: Bool[B L]."""
+    return x._replace(estimate=estimate if given is None else jnp.where(given[..., None], x.z, estimate))

@@ -1,0 +1,222 @@
+"""The network of noisy tokens: with parameters it is a Denoiser and a StatsFn.
+
+The head's logits are a prediction of the process, whose meaning is that of `sedd.network.predictions`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sedd.diffusion import keyed_random
+from sedd.diffusion.denoiser import Denoiser
+from sedd.diffusion.discrete.likelihood import bound_of
+from sedd.diffusion.discrete.process import Process
+from sedd.diffusion.discrete.score import PosteriorFn, StatsFn
+from sedd.network.adapters import TokenEmbedding, TokenHead, padded
+from sedd.network.network import Network, apply
+from sedd.network.predictions import PREDICTIONS, Prediction
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenNetwork(Network):
+    """A network that predicts the scores or the clean tokens of a jump process; prediction: a key of PREDICTIONS.
+
+    given_embedding is for the uniform process only, where a token does not show whether it is corrupted; under the
+    absorbing process any token but the mask is clean.
+    """
+
+    process: Process
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.given_embedding and self.process.mask_id is not None:
+            raise ValueError(
+                "network.given_embedding is for the uniform process; the absorbing process does not need it"
+            )
+        if self.process.mask_id is not None and not self._meaning.with_mask:
+            raise ValueError(
+                f"network.prediction={self.prediction} is for the uniform process; of a masked token denoiser is the "
+                "posterior"
+            )
+
+    @staticmethod
+    def predictions():
+        return tuple(PREDICTIONS)
+
+    @property
+    def vocab_size(self):
+        return self.process.vocab_size
+
+    @property
+    def columns(self):
+        return self.process.num_states
+
+    @property
+    def outer_parameters(self):
+        return self.columns * (2 * self.trunk.width + 1)
+
+    @property
+    def outer_products(self):
+        return padded(self.columns) * self.trunk.width
+
+    @property
+    def num_padding(self):
+        return (padded(self.columns) - self.columns) * (2 * self.trunk.width + 1)
+
+    @property
+    def embedding(self) -> TokenEmbedding:
+        return TokenEmbedding(self.process.num_states, self.trunk.width, self.embedding_std, self.given_embedding)
+
+    @property
+    def head(self) -> TokenHead:
+        return TokenHead(self.process.num_states)
+
+    @property
+    def has_unnormalised_scores(self):
+        return self._meaning.unnormalised
+
+    @property
+    def _meaning(self) -> Prediction:
+        return PREDICTIONS[self.prediction](self.process)
+
+    def init(self, key):
+        tokens, sigma = jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.float32)
+        h, condition = jnp.zeros((1, 2, self.trunk.width), jnp.float32), jnp.zeros((1, self.cond_dim), jnp.float32)
+        for_trunk, for_head = jax.random.split(keyed_random.threefry(key))
+        trunk = {
+            **self.embedding.init(for_trunk, tokens)["params"],
+            **self.noise_embedding.init(for_trunk, sigma)["params"],
+            **self.trunk.init(for_trunk, h, condition)["params"],
+        }
+        return {"trunk": trunk, "head": self.head.init(for_head, h, condition[:, None])["params"]}
+
+    def denoiser(self, params: dict, lengths: jax.Array | None = None, given: jax.Array | None = None) -> Denoiser:
+        def denoise(x, sigma, positions=None):
+            clipped_sigma = self._clipped(sigma)
+            hidden, condition = self.hidden(params, x, clipped_sigma, lengths=lengths, given=given)
+            if positions is not None:
+                hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+                x = jnp.take_along_axis(x, positions, axis=1)
+            logits = self.logits(params, hidden, condition[:, None])
+            return self._meaning.log_clean(logits, x, clipped_sigma[:, None])
+
+        return denoise
+
+    def stats(
+        self,
+        params: dict,
+        keys: jax.Array | None = None,
+        lengths: jax.Array | None = None,
+        given: jax.Array | None = None,
+        masked_pairs: bool = False,
+        tightened: bool = False,
+    ) -> StatsFn:
+        """Returns the StatsFn of these parameters. keys: Key[B] for dropout; lengths: Int[B]; given: Bool[B L].
+
+        masked_pairs: the head runs at masked positions only, without those that are masked in x0 too. Rows 2i and
+        2i + 1 together may hold at most L + 1 of them, as antithetic mask counts do. At other positions the statistics
+        are 0; Absorbing does not use them. tightened: for an unnormalised score only; the statistics get a leading axis
+        of size two, for the score as it is and for `process.tightened` of it.
+        """
+
+        def stats(x, sigma, x0):
+            sigma, clipped_sigma = sigma.astype(jnp.float32), self._clipped(sigma)
+            hidden, condition = self.hidden(params, x, clipped_sigma, keys, lengths, given)
+            sites = (hidden, jnp.broadcast_to(condition[:, None], (*x.shape, self.cond_dim)), x, x0)
+            sites = (*sites, *(jnp.broadcast_to(level[:, None], x.shape) for level in (sigma, clipped_sigma)))
+            if not masked_pairs:
+                return at_sites(*sites)
+            gather, scatter = _masked_of_pairs((x == self.process.mask_id) & (x0 != self.process.mask_id))
+            return jax.tree.map(scatter, at_sites(*map(gather, sites)))
+
+        def at_sites(hidden, condition, *sites):
+            return self._meaning.stats(self.logits(params, hidden, condition), *sites, tightened)
+
+        return stats
+
+    def bound(self, schedule):
+        return bound_of(self.process, schedule)
+
+    def bound_stats(self, params, tokens, lengths=None, given=None, masked_pairs=False):
+        tightened = self.has_unnormalised_scores
+        return self.stats(params, lengths=lengths, given=given, masked_pairs=masked_pairs, tightened=tightened)
+
+    def posterior(
+        self,
+        params: dict,
+        keys: jax.Array | None = None,
+        lengths: jax.Array | None = None,
+        given: jax.Array | None = None,
+    ) -> PosteriorFn:
+        """Returns the PosteriorFn of these parameters. Arguments: as of `stats`."""
+
+        def posterior(x, sigma, x0):
+            clipped_sigma = self._clipped(sigma)
+            hidden, condition = self.hidden(params, x, clipped_sigma, keys, lengths, given)
+            logits = self.logits(params, hidden, condition[:, None])
+            log_posterior = self._meaning.log_posterior(logits, x, clipped_sigma[:, None])
+            return jnp.take_along_axis(log_posterior, x0[..., None], axis=-1)[..., 0]
+
+        return posterior
+
+    def log_score(
+        self,
+        params: dict,
+        x: jax.Array,
+        sigma: jax.Array,
+        lengths: jax.Array | None = None,
+        given: jax.Array | None = None,
+    ) -> jax.Array:
+        """The log concrete score of all states, the mask included; 0 at the current token. Float32[B L S].
+
+        Conditioned on sigma without clipping, like the published models. For the absorbing process it is meaningful at
+        masked positions only.
+        """
+        sigma = sigma.astype(jnp.float32)
+        hidden, condition = self.hidden(params, x, sigma, lengths=lengths, given=given)
+        return self._meaning.log_score(self.logits(params, hidden, condition[:, None]), x, sigma[:, None])
+
+    def hidden(
+        self,
+        params: dict,
+        x: jax.Array,
+        sigma: jax.Array,
+        keys: jax.Array | None = None,
+        lengths: jax.Array | None = None,
+        given: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Hidden states, Float32[B L W], and the embedding of sigma, Float32[B C]. Arguments: as of `stats`.
+
+        Conditioned on sigma without clipping.
+        """
+        given = self._checked(given)
+        h = apply(self.embedding, params["trunk"], x, given)
+        condition = apply(self.noise_embedding, params["trunk"], sigma)
+        return apply(self.trunk, params["trunk"], h, condition, keys, lengths), condition
+
+    def logits(self, params: dict, hidden: jax.Array, condition: jax.Array) -> jax.Array:
+        """The head, at any sites. Float[... P W], Float[... P C] or Float[... 1 C] -> Float32[... P S]."""
+        return apply(self.head, params["head"], hidden, condition)
+
+
+def _masked_of_pairs(masked: jax.Array):
+    """Gather and scatter between all positions and the L + 1 masked ones of each pair of rows.
+
+    masked: Bool[B L]. Returns gather: [B L ...] -> [B/2 L+1 ...], and its inverse scatter, 0 elsewhere. A pair with
+    fewer masks is filled up with positions that are not masked.
+    """
+    # Pair by pair under `vmap`, so that no device needs the pairs of another.
+    batch, length = masked.shape
+    indices = jnp.argsort(~masked.reshape(batch // 2, 2 * length), axis=-1, stable=True)[:, : length + 1]
+
+    def gather(values):
+        return jax.vmap(lambda row, at: row[at])(values.reshape(batch // 2, 2 * length, *values.shape[2:]), indices)
+
+    def scatter(values):  # [... B/2 L+1], with or without a leading axis
+        def one(row, at):
+            return jnp.zeros((*row.shape[:-1], 2 * length), row.dtype).at[..., at].set(row)
+
+        return jax.vmap(one, (-2, 0), -2)(values, indices).reshape(*values.shape[:-2], batch, length)
+
+    return gather, scatter

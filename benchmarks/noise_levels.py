@@ -2,11 +2,11 @@
 
     python benchmarks/noise_levels.py --model=runs/mine
 
-Takes rows of the training split of the model's corpus and corrupts them at several noise levels. The score entropy is
-that of a unit of corruption probability, as times of the log-linear schedule weigh it; the cross-entropy that of the
-posterior. For each loss: nats per token, their standard deviation over rows, the root mean square of the gradient norms
-of single rows, and the norm of the mean gradient. The losses of a row are summed over its tokens, as in training, so
-that the norms are in the unit of `optimizer.clip_norm`.
+Takes rows of the training split of the model's corpus and corrupts them at several noise levels. The bound's loss, the
+score entropy or the squared error of latents, is that of a unit of corruption probability, as times of the log-linear
+schedule weigh it; the cross-entropy that of the posterior. For each loss: nats per token, their standard deviation over
+rows, the root mean square of the gradient norms of single rows, and the norm of the mean gradient. The losses of a row
+are summed over its tokens, as in training, so that the norms are in the unit of `optimizer.clip_norm`.
 """
 
 import argparse
@@ -20,7 +20,8 @@ import optax
 import sedd
 from sedd.data.batches import batches
 from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.loss import cross_entropy_loss, denoising_loss
+from sedd.diffusion.discrete import loss as discrete
+from sedd.diffusion.gaussian import loss as gaussian
 
 SCHEDULE = sedd.LogLinear(1e-6)
 
@@ -35,7 +36,9 @@ def main():
     batch = next(batches(sedd.open_corpus(model.config.data.corpus), model.block_length, args.rows, 0))
     tokens, lengths = jax.tree.map(jnp.asarray, batch)
     lengths = jnp.full(args.rows, tokens.shape[1]) if lengths is None else lengths
-    losses = ["score entropy", "cross-entropy"][: 1 if model.network.has_unnormalised_scores else 2]
+    bound = "squared error" if model.network.process.over_latents else "score entropy"
+    normalised = model.network.has_logits and not model.network.has_unnormalised_scores
+    losses = [bound, "cross-entropy"] if normalised else [bound]
     print(" " * 9 + "".join(f"{name:>19}, nats a token | gradient norms" for name in losses))
     print("1 - alpha" + len(losses) * "              mean       spread | of a row, of all")
     for level in map(float, args.levels.split(",")):
@@ -59,11 +62,17 @@ def _statistics(network, name, uses_lengths, params, tokens, lengths, level):
     def loss(params, row):
         key, x0, length = jax.tree.map(lambda leaf: leaf[None], row)
         free, lengths = jnp.arange(x0.shape[1])[None] < length[:, None], length if uses_lengths else None
+        at, time = sigma[None], SCHEDULE.time(sigma)[None]
+        if network.process.over_latents:
+            z0, stats = network.clean(params, x0), network.stats(params, x0, lengths=lengths)
+            if name == "cross-entropy":
+                return gaussian.cross_entropy_loss(network.process, stats, key, z0, at, free).sum()
+            return gaussian.denoising_loss(network.process, SCHEDULE, stats, key, z0, time, free).sum()
         if name == "cross-entropy":
             posterior = network.posterior(params, lengths=lengths)
-            return cross_entropy_loss(network.process, posterior, key, x0, sigma[None], free).sum()
-        stats, time = network.stats(params, lengths=lengths), SCHEDULE.time(sigma)
-        return denoising_loss(network.process, SCHEDULE, stats, key, x0, time[None], free).sum()
+            return discrete.cross_entropy_loss(network.process, posterior, key, x0, at, free).sum()
+        stats = network.stats(params, lengths=lengths)
+        return discrete.denoising_loss(network.process, SCHEDULE, stats, key, x0, time, free).sum()
 
     def add(total, row):
         value, gradient = jax.value_and_grad(loss)(params, row)

@@ -30,7 +30,7 @@ DEFAULT = {
     "codec": {  # gaussian: the embeddings
         "width": 16,
         "table": "learned",  # or not trained: "random", as initialised, or FILE.npy, an array of a row for each token
-        "normalised": True,  # rows of unit mean square; else free rows, which loss=regression holds
+        "normalised": True,  # rows of one norm at any width; else free rows, which loss=regression holds
         "rounding": "evidence",  # of latents to tokens: by density, or by a "head" as published
     },
     "schedule": {

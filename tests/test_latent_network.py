@@ -141,12 +141,12 @@ def test_padding_after_the_end_of_a_row_changes_nothing():
 
 @pytest.mark.parametrize("rounding", ["evidence", "head"])
 def test_embeddings_round_to_their_tokens(rounding):
-    """Rows have unit mean square; at little noise a latent's token is certain."""
+    """Rows have one norm; at little noise a latent's token is certain."""
     codec = Embeddings(V, D, rounding=rounding)
     params = codec.init(jax.random.key(0))
     rows = codec.rows(params)
     assert rows.shape == (V, D) and codec.num_padding == (128 - V) * (D + (rounding == "head"))
-    np.testing.assert_allclose(jnp.mean(rows**2, -1), 1, rtol=1e-5)
+    np.testing.assert_allclose(jnp.sum(rows**2, -1), 16, rtol=1e-5)
     np.testing.assert_array_equal(codec.tokens(params, codec.encode(params, TOKENS)), TOKENS)
     log_tokens = codec.log_tokens(params, codec.encode(params, TOKENS) * 0.995, jnp.full((B, L), 0.01))
     np.testing.assert_allclose(jnp.exp(log_tokens).sum(-1), 1, rtol=1e-5)

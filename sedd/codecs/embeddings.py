@@ -11,6 +11,7 @@ from sedd.network.adapters import padded
 
 LEARNED, RANDOM = "learned", "random"
 EVIDENCE, HEAD = ROUNDINGS = ("evidence", "head")
+NORM = 4.0  # of a normalised row: that of 16 coordinates of unit size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +19,10 @@ class Embeddings:
     """A table with a row for each token, and the rounding of latents to tokens. Frozen and hashable.
 
     vocab_size: V; width: D. table: "learned" with the network; or not trained, "random" as initialised, or the path of
-    the array it was initialised from. normalised: rows have unit mean square, so that no row can outgrow the noise;
-    free rows are held by a loss that rounds. rounding: of a latent to a distribution over tokens, by "evidence", the
-    density of the noisy latent around each row, or by a "head" as published: the inner products with the rows and a
-    learned bias.
+    the array it was initialised from. normalised: rows have the norm 4, so that no row can outgrow the noise, and a
+    noise level means the same at any width; free rows are held by a loss that rounds. rounding: of a latent to a
+    distribution over tokens, by "evidence", the density of the noisy latent around each row, or by a "head" as
+    published: the inner products with the rows and a learned bias.
     """
 
     vocab_size: int
@@ -59,7 +60,7 @@ class Embeddings:
         """The table. Float32[V D]."""
         table = params["table"][: self.vocab_size]
         table = table if self.table == LEARNED else jax.lax.stop_gradient(table)
-        return table * jax.lax.rsqrt(jnp.mean(table**2, axis=-1, keepdims=True)) if self.normalised else table
+        return NORM * table * jax.lax.rsqrt(jnp.sum(table**2, axis=-1, keepdims=True)) if self.normalised else table
 
     def encode(self, params: dict, tokens: jax.Array) -> jax.Array:
         """The clean latents of tokens. Int[B L] -> Float32[B L D]."""

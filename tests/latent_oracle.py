@@ -50,7 +50,7 @@ class Embedded:
         return jax.nn.log_softmax(log_p + sum(evidence[:, i][:, words[:, i]] for i in range(words.shape[1])), axis=-1)
 
     def denoiser(self, given=False):
-        """The exact Denoiser, log p(x0_i = v | z), that knows which latents are given."""
+        """The exact Denoiser, log p(x0_i = v | z), conditioned on which latents are given."""
 
         def denoiser(x, sigma, positions=None):
             p = jnp.exp(self.log_posterior(x.z, sigma, given))
@@ -59,7 +59,7 @@ class Embedded:
         return denoiser
 
     def mean(self, given=False):
-        """The exact MeanDenoiser, E[z0 | z], that knows which latents are given."""
+        """The exact MeanDenoiser, E[z0 | z], conditioned on which latents are given."""
         return lambda x, sigma: mean_from(self.denoiser(given), jnp.asarray(self.table, x.z.dtype))(x, sigma)
 
 

@@ -109,18 +109,18 @@ def test_draws_of_the_bound_average_to_its_terms(exact, independent):
 
 
 def test_given_latents_are_clean_and_not_scored(exact):
-    """The bound of one token given the other is its conditional likelihood. Control: a denoiser that does not know
-    which latent is given has a larger one."""
+    """The bound of one token given the other is its conditional likelihood. Control: a denoiser that is not
+    conditioned on which latent is given has a larger one."""
     tokens, free = exact.joint.draw(6000), np.array([True, False])
     table, bound = jnp.asarray(LINE, jnp.float32), LatentBound(exact.process, LOW, HIGH)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def nats(knows):
-        stats = stats_from(exact.denoiser(~free if knows else False), table, jnp.asarray(tokens))
+    def nats(conditioned):
+        stats = stats_from(exact.denoiser(~free if conditioned else False), table, jnp.asarray(tokens))
         keys = row_keys(jax.random.key(1), jnp.arange(len(tokens)))
         return bound.nats(bound.draws(stats, keys, table[tokens], 8, jnp.broadcast_to(free, tokens.shape))).mean(0)
 
-    gaps = [np.asarray(nats(knows)) - exact.joint.nll(tokens, free) for knows in (True, False)]
+    gaps = [np.asarray(nats(conditioned)) - exact.joint.nll(tokens, free) for conditioned in (True, False)]
     assert abs(standard_errors(gaps[0])) < 4.5 < standard_errors(gaps[1] - gaps[0])
 
 

@@ -38,7 +38,7 @@ def conditioned(corpus):
 
 
 def test_bound_of_uniform_text_is_log_vocab_size(corpus):
-    """With its own evidence a network that knows no context is exact for uniform independent tokens.
+    """With its own evidence a network without any context is exact for uniform independent tokens.
 
     Control: without the evidence its bound is larger.
     """

@@ -73,12 +73,12 @@ def test_samplers_converge_to_the_distribution_at_first_order(exact, name):
     assert distances(exact, name, Embedded(exact.joint.independent(), LINE).mean(), (32,)) > 0.1
 
 
-def test_drawing_all_noise_anew_keeps_a_bias(exact):
+def test_drawing_all_noise_again_keeps_a_bias(exact):
     """The paper's form of the step, with any number of steps: .15 here."""
     assert np.all(np.abs(distances(exact, "renoised", exact.mean(), (8, 32)) - 0.155) < 0.02)
 
 
-def test_infilling_needs_a_denoiser_that_knows_what_is_given():
+def test_infilling_needs_a_denoiser_conditioned_on_the_given_tokens():
     """Then it converges to the conditional distribution. Clean embeddings written back, as published, stay .06 off."""
     embedded = Embedded(MarkovChain.random().joint(3), LINE)
     tokens, free = np.array([0, 2, 0]), np.array([True, False, True])
@@ -160,7 +160,7 @@ def test_the_jitted_loop_samples_the_distribution(eta):
 
 
 def test_uneven_prompts_get_their_conditional_distributions():
-    """Rows with different positions given, in one batch. Control: a mean that does not know what is given."""
+    """Rows with different positions given, in one batch. Control: a mean not conditioned on what is given."""
     embedded = Embedded(MarkovChain.random().joint(3), LINE)
     tokens = np.array([[0, 2, 0], [1, 0, 1], [2, 2, 2]])
     free = np.array([[True, False, True], [False, True, False], [False, True, True]])

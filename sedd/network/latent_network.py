@@ -220,7 +220,7 @@ class LatentNetwork(Network):
         return jax.nn.log_softmax(logits, axis=-1)
 
     def _evidence(self, params, z, sigma) -> jax.Array:
-        """What each latent by itself says of its token. Float[B L D], Float[B 1] -> Float32[B L V]."""
+        """The log evidence of each latent for its own token. Float[B L D], Float[B 1] -> Float32[B L V]."""
         return self.process.log_evidence(z, self.codec.rows(params["codec"]), sigma)
 
     def _output(self, params, x, sigma, keys=None, lengths=None, given=None) -> jax.Array:

@@ -1,6 +1,6 @@
 """What changes a MeanDenoiser: rounding to embeddings, and guidance by a classifier or by a conditional network.
 
-Each makes a MeanDenoiser of a MeanDenoiser, and no sampler knows of it; but for Diffusion-LM's published control, a
+Each returns a MeanDenoiser made from a MeanDenoiser, which any sampler takes; Diffusion-LM's published control is a
 corrector.
 """
 

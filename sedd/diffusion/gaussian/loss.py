@@ -2,8 +2,8 @@
 
     LatentStatsFn: (x: Latent, sigma: Float[B], z0: Float[B L D]) -> LatentStats of Float[B L]
 
-The clean latents z0 are those of tokens, which the function knows: it is made for one batch of them. x has no memory:
-where a network is conditioned on its own last answer (self-conditioning), the function calls it twice.
+The function is made for the tokens of one batch, and z0 are their clean latents. x has no memory: where a network is
+conditioned on its own last answer (self-conditioning), the function calls it twice.
 All losses return a number for each position.
 """
 

@@ -89,7 +89,7 @@ class Gaussian:
     def log_evidence(self, z: jax.Array, table: jax.Array, sigma: jax.Array) -> jax.Array:
         """log q(z | z0 = table[v]) up to a constant in v, at noise sigma > 0. Float[... D], Float[V D] -> Float[... V].
 
-        It is what a position's own latent says of its token.
+        The evidence of a position's own latent for its token.
         """
         sigma = sigma[..., None]
         squares = jnp.reshape(jnp.sum(table**2, axis=-1), (*[1] * (z.ndim - 1), -1))

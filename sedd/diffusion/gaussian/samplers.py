@@ -64,7 +64,7 @@ class DDIM(GaussianSampler):
 
 @dataclasses.dataclass(frozen=True)
 class Renoised(GaussianSampler):
-    """Draws all noise anew: z_next from q(z_next | z0 = E[z0 | z]), as Diffusion-LM's paper writes its step.
+    """Draws all noise again: z_next from q(z_next | z0 = E[z0 | z]), as Diffusion-LM's paper writes its step.
 
     It keeps a bias at any number of steps, since E[z0 | z] is no draw of z0 (arXiv 2205.14217, section 4.2).
     """

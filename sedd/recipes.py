@@ -28,7 +28,7 @@ RECIPES = {  # the values of the settings that are None, by process; measured in
 DEFAULT = {
     "process": {"name": "absorbing"},  # or "uniform"; or "gaussian", over embeddings of the tokens
     "codec": {  # gaussian: the embeddings
-        "width": 16,
+        "width": 8,
         "table": "learned",  # or not trained: "random", as initialised, or FILE.npy, an array of a row for each token
         "normalised": True,  # rows of one norm at any width; else free rows, which loss=regression holds
         "rounding": "evidence",  # of latents to tokens: by density, or by a "head" as published

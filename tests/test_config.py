@@ -45,7 +45,7 @@ GAUSSIAN = "process.name=gaussian"
         ("process.name=masking", "one of absorbing, uniform"),
         ("network.prediction=mean", "one of denoiser, posterior, score"),
         ("network.prediction=x0", "x0 is for process.name=gaussian"),
-        ("codec.width=8", "codec.width is for process.name=gaussian"),
+        ("codec.width=4", "codec.width is for process.name=gaussian"),
         ("training.loss=regression", "regression is for process.name=gaussian"),
         ([GAUSSIAN, "network.prediction=score"], "score is for tokens; process.name=gaussian has denoiser, x0, eps, v"),
         ([GAUSSIAN, "network.prediction=x0"], "with x0 choose regression or bound"),

@@ -12,8 +12,9 @@ Launch     python tpu_launch/launch.py up --name=e2e-gaussian --zone=us-central1
                --push=data/e2e -- sedd train --config=experiments/e2e_gaussian.py \
                --workdir=gs://BUCKET/runs/e2e_gaussian
 Hardware   two CPU cores.
-Time       ten minutes, estimated from 60 measured steps.
-Result     no published number is comparable; what it learns beside the other processes is in docs/continuous.md.
+Time       ten minutes: 577 seconds, measured on the two smaller files of the data.
+Result     2.108 ± .048 nats per token on held-out text of those two files; no published number is comparable. What the
+           process learns beside the others is in docs/continuous.md.
 """
 
 from sedd import config as configs
@@ -25,6 +26,6 @@ def get_config():
     config.process.name = "gaussian"
     config.data.update(corpus="data/e2e", block_length=64, vocab_size=1001)
     config.network.given_embedding = True
-    config.training.steps = 1500
+    config.training.update(steps=1400, batch_size=32)
     config.optimizer.clip_norm = 64.0
     return config

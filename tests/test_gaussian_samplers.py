@@ -194,6 +194,8 @@ def test_samplers_are_for_their_process():
         DDIM(Absorbing(5), Sqrt(), 4)
     with pytest.raises(ValueError, match="jump processes of tokens"):
         Tweedie(Gaussian(2), Sqrt(), 4)
+    with pytest.raises(ValueError, match="GradientSteps moves latents: it needs Gaussian noise"):
+        Corrected(Tweedie(Absorbing(5), Sqrt(), 4), GradientSteps(lambda z, sigma: z))
     with pytest.raises(ValueError, match="eta"):
         DDIM(Gaussian(2), Sqrt(), 4, eta=1.5)
     with pytest.raises(ValueError, match="at least one step"):

@@ -8,7 +8,7 @@ leading axis of steps, drawn before the first step; each step takes one entry of
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,18 @@ _PRIOR, _PLAN, _STEPS = 0, 1, 2  # folded into the rows' keys; step k folds in _
 
 @dataclasses.dataclass(frozen=True)
 class Sampler(abc.ABC):
-    """A sampler: frozen and hashable, so that it can be a static argument of jit. process: any, the one it reverses."""
+    """A sampler: frozen and hashable, so that it can be a static argument of jit. process: the one it reverses.
+
+    ValueError if the process is not of the type that `reverses` names.
+    """
 
     process: Any
+    reverses: ClassVar[tuple[type, str]] = (object, "any process")  # a type of processes, and what they are in words
 
-    def __post_init__(self):  # noqa: B027, not abstract: subclasses extend it
-        """ValueError for invalid fields."""
+    def __post_init__(self):
+        kind, name = self.reverses
+        if not isinstance(self.process, kind):
+            raise ValueError(f"{type(self).__name__} is for {name}, not {self.process}")
 
     @abc.abstractmethod
     def start(self, keys: jax.Array, given: Clean) -> State:

@@ -22,11 +22,7 @@ class TokenSampler(Sampler):
     """A sampler whose state is tokens, Int[B L]."""
 
     process: Process
-
-    def __post_init__(self):
-        if not isinstance(self.process, Process):
-            raise ValueError(f"{type(self).__name__} is for jump processes of tokens, not {self.process}")
-        super().__post_init__()
+    reverses = (Process, "jump processes of tokens")
 
     def start(self, keys, given):
         return self.process.prior(keys, given.shape[-1])

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion.denoiser import MeanDenoiser
+from sedd.diffusion.gaussian.process import Gaussian
 from sedd.diffusion.sampling import Corrector
 
 
@@ -79,6 +80,10 @@ class GradientSteps(Corrector):
     rate: float = 0.1
     fluency: float = 0.01
     steps: int = 3
+
+    def check(self, process):
+        if not isinstance(process, Gaussian):
+            raise ValueError(f"GradientSteps moves latents: it needs Gaussian noise, not {process}")
 
     def correct(self, process, keys, denoiser, x, sigma, entry):
         noise = jnp.full(x.z.shape[0], sigma, x.z.dtype)

@@ -20,11 +20,7 @@ class GaussianSampler(Grid):
     """A grid sampler of latents by a MeanDenoiser, whose last answer stays in the state (self-conditioning)."""
 
     process: Gaussian
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not isinstance(self.process, Gaussian):
-            raise ValueError(f"{type(self).__name__} is for Gaussian noise of latents, not {self.process}")
+    reverses = (Gaussian, "Gaussian noise of latents")
 
     def start(self, keys, given):
         z = self.process.prior(keys, given.shape[-2], given.dtype)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.denoiser import Latent, MeanDenoiser, mean_from
+from sedd.diffusion.denoiser import Denoiser, Latent, MeanDenoiser, mean_from
 from sedd.diffusion.gaussian.guidance import rounded
 from sedd.diffusion.gaussian.likelihood import bound_of
-from sedd.diffusion.gaussian.loss import LatentStats, LatentStatsFn
+from sedd.diffusion.gaussian.loss import LatentStatsFn, statistics, stats_from
 from sedd.diffusion.gaussian.process import Gaussian
 from sedd.diffusion.schedule import log_snr
 from sedd.network.adapters import TokenHead, padded
@@ -143,12 +143,7 @@ class LatentNetwork(Network):
     def denoiser(self, params, lengths=None, given=None):
         if not self.has_logits:
             return self.mean_denoiser(params, lengths=lengths, given=given)
-
-        def denoise(x, sigma, positions=None):
-            log_clean = self._log_clean(params, x, sigma, None, lengths, given)
-            return log_clean if positions is None else jnp.take_along_axis(log_clean, positions[..., None], axis=1)
-
-        return denoise
+        return self._token_denoiser(params, None, lengths, given)
 
     def for_sampler(self, params, denoiser, round_below=0.0):
         rows = self.codec.rows(params["codec"])
@@ -164,11 +159,11 @@ class LatentNetwork(Network):
     ) -> MeanDenoiser:
         """Returns the MeanDenoiser of these parameters. Arguments as of `stats`."""
 
+        if self.has_logits:
+            denoiser = self._token_denoiser(params, keys, lengths, given)
+            return mean_from(denoiser, self.codec.rows(params["codec"]))
+
         def mean(x, sigma):
-            if self.has_logits:
-                return jnp.exp(self._log_clean(params, x, sigma, keys, lengths, given)) @ self.codec.rows(
-                    params["codec"]
-                )
             output = self._output(params, x, self._clipped(sigma), keys, lengths, given)
             return MEANS[self.prediction](output, x.z, sigma.astype(jnp.float32)[:, None, None])
 
@@ -188,15 +183,14 @@ class LatentNetwork(Network):
         predicts latents rounds each by itself.
         """
 
+        if self.has_logits:
+            denoiser = self._token_denoiser(params, keys, lengths, given)
+            return stats_from(denoiser, self.codec.rows(params["codec"]), tokens)
+        mean = self.mean_denoiser(params, keys, lengths, given)
+
         def stats(x, sigma, z0):
-            if self.has_logits:
-                log_clean = self._log_clean(params, x, sigma, keys, lengths, given)
-                mean = jnp.exp(log_clean) @ self.codec.rows(params["codec"])
-            else:
-                mean = self.mean_denoiser(params, keys, lengths, given)(x, sigma)
-                log_clean = self.codec.log_tokens(params["codec"], x.z, sigma.astype(jnp.float32)[:, None])
-            error = jnp.sum((z0 - mean) ** 2, axis=-1)
-            return LatentStats(error, jnp.take_along_axis(log_clean, tokens[..., None], axis=-1)[..., 0])
+            log_clean = self.codec.log_tokens(params["codec"], x.z, sigma.astype(jnp.float32)[:, None])
+            return statistics(mean(x, sigma), log_clean, z0, tokens)
 
         return stats
 
@@ -209,6 +203,15 @@ class LatentNetwork(Network):
             return stats
         mean = self.mean_denoiser(params, None, lengths, given)
         return lambda x, sigma, z0: stats(with_memory(x, mean(x, sigma), given), sigma, z0)
+
+    def _token_denoiser(self, params, *inputs) -> Denoiser:
+        """The Denoiser of a network with logits. inputs: keys, lengths and given, as of `stats`."""
+
+        def denoise(x, sigma, positions=None):
+            log_clean = self._log_clean(params, x, sigma, *inputs)
+            return log_clean if positions is None else jnp.take_along_axis(log_clean, positions[..., None], axis=1)
+
+        return denoise
 
     def _log_clean(self, params, x, sigma, *inputs) -> jax.Array:
         """The distribution of the tokens, Float32[B L V]."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.denoiser import Denoiser, Latent, mean_from
+from sedd.diffusion.denoiser import Denoiser, Latent
 from sedd.diffusion.gaussian.process import Gaussian
 from sedd.diffusion.schedule import Schedule
 
@@ -33,10 +33,15 @@ def stats_from(denoiser: Denoiser, table: jax.Array, tokens: jax.Array) -> Laten
 
     def stats(x, sigma, z0):
         log_clean = denoiser(x, sigma, None)
-        error = jnp.sum((z0 - mean_from(lambda *_: log_clean, table)(x, sigma)) ** 2, axis=-1)
-        return LatentStats(error, jnp.take_along_axis(log_clean, tokens[..., None], axis=-1)[..., 0])
+        return statistics(jnp.exp(log_clean) @ table, log_clean, z0, tokens)
 
     return stats
+
+
+def statistics(mean: jax.Array, log_clean: jax.Array, z0: jax.Array, tokens: jax.Array) -> LatentStats:
+    """The statistics of an answer. mean, z0: Float[B L D]; log_clean: Float[B L V], normalised; tokens: Int[B L]."""
+    error = jnp.sum((z0 - mean) ** 2, axis=-1)
+    return LatentStats(error, jnp.take_along_axis(log_clean, tokens[..., None], axis=-1)[..., 0])
 
 
 def noised(

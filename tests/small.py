@@ -1,9 +1,11 @@
 """A corpus and a network that are small enough to train in a test; and unusual global settings of JAX."""
 
 import contextlib
+import dataclasses
 import types
 
 import jax
+import numpy as np
 
 import sedd
 from sedd import config as configs
@@ -76,6 +78,12 @@ def model_of(config, tokenizer, make_params, layout=Layout()):
         layout=layout,
         block_length=config.data.block_length,
     )
+
+
+def shaken(model):
+    """The model with perturbed parameters, so that all of them count and its distribution is not uniform."""
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * np.cos(np.arange(leaf.size)).reshape(leaf.shape), model.params)
+    return dataclasses.replace(model, params=params)
 
 
 def trained_of(network, schedule, params, block_length, tokenizer=None, layout=Layout()):

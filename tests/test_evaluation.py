@@ -1,6 +1,5 @@
 """The perplexity job: its number against known values, its errors, resuming, and the baselines."""
 
-import dataclasses
 import json
 import math
 
@@ -8,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from oracle import MarkovChain
-from small import small_corpus, untrained_model
+from small import shaken, small_corpus, untrained_model
 
 import sedd
 from sedd.data.sources import open_source
@@ -27,12 +26,6 @@ from sedd.runtime.parallel import data_mesh
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return small_corpus(tmp_path_factory.mktemp("small"))
-
-
-def shaken(model):
-    """The model with perturbed parameters, so that its distribution is not uniform."""
-    params = jax.tree.map(lambda leaf: leaf + 0.1 * np.cos(np.arange(leaf.size)).reshape(leaf.shape), model.params)
-    return dataclasses.replace(model, params=params)
 
 
 PROCESSES = {

@@ -1,12 +1,11 @@
 """Models of Gaussian diffusion, from training to likelihoods: what holds for the other processes holds for them."""
 
-import dataclasses
 import math
 
 import jax
 import numpy as np
 import pytest
-from small import small_config, small_corpus, untrained_model
+from small import shaken, small_config, small_corpus, untrained_model
 
 import sedd
 from sedd.training.fit import fit
@@ -19,12 +18,6 @@ REGRESSION = (*GAUSSIAN, "network.prediction=x0", "training.loss=regression", "c
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return small_corpus(tmp_path_factory.mktemp("small"))
-
-
-def shaken(model):
-    """The model with perturbed parameters, so that all of them count."""
-    params = jax.tree.map(lambda leaf: leaf + 0.1 * np.cos(np.arange(leaf.size)).reshape(leaf.shape), model.params)
-    return dataclasses.replace(model, params=params)
 
 
 @pytest.fixture(scope="module")

@@ -28,10 +28,7 @@ FORMAT = 2  # of config.json of runs and exported models; version 0.1.0 wrote fo
 BEFORE = {"network.conditioning": "sigma", "training.loss": "bound"}  # of a config.json without these keys
 # Settings of any network; with OF_LATENTS those that are not of the trunk.
 _OF_NETWORK = ("prediction", "conditioning", "cond_dim", "embedding_std", "given_embedding")
-_OPTIONAL = {
-    "data.vocab_size": int,
-    **dict.fromkeys(RECIPES["absorbing"], str),
-}
+_OPTIONAL = {"data.vocab_size": int, **dict.fromkeys(RECIPES["absorbing"], str)}
 
 
 def default() -> ConfigDict:

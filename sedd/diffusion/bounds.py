@@ -39,7 +39,7 @@ class Draws(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bound(abc.ABC):
-    """A bound on the negative log-likelihood as evaluation asks for it: its draws, its prior, and what it bounds.
+    """A bound on the negative log-likelihood as evaluation asks for it: its draws, and what it bounds.
 
     Frozen and hashable, so that it can be a static argument of jit.
     """

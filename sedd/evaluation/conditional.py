@@ -92,7 +92,7 @@ def _estimator_with_mask(answers: Rows, method: str, num_draws: int) -> str:
 
 
 def _estimator_without_mask(trained: Trained, answers: Rows, method: str) -> str:
-    """Returns the estimator that a method is for a uniform model: "levels". UserError if it has no likelihood."""
+    """Returns the estimator that a method is for a process without a mask: "levels". UserError without a likelihood."""
     if not trained.network.given_embedding and not np.array_equal(answers.free, answers.within):
         raise UserError(
             "this model treats given tokens as noisy, since it was trained without flags of them, so it has no "
@@ -174,10 +174,8 @@ def _bounds(trained: Trained, answers: Rows, estimator: str, num_draws: int, see
 def _replicates(network, bound, params, key, tokens, free, lengths, replicates):
     """One replicate of the bound of each row, nats. replicates: Int[B], their indices -> Float[B]."""
     given = (jnp.arange(tokens.shape[1]) < lengths[:, None]) & ~free if network.given_embedding else None
-    stats, clean = (
-        bound_stats(network, bound, _REPLICATE, params, tokens, lengths, given),
-        network.clean(params, tokens),
-    )
+    stats = bound_stats(network, bound, _REPLICATE, params, tokens, lengths, given)
+    clean = network.clean(params, tokens)
     draws = bound.draws(stats, keyed_random.row_keys(key, replicates), clean, _REPLICATE, free, lengths)
     nats = bound.nats(draws)
     return (nats[:, -1] if network.has_unnormalised_scores else nats).mean(axis=0)  # tightened, as other methods

@@ -128,8 +128,8 @@ def _check_options(trained: Trained, options: SamplingOptions):
         raise UserError("round_below is for models with Gaussian noise, which have latents to round; leave it out")
     if options.round_below and network.self_conditioned:
         raise UserError(
-            "round_below does not go with a model that was trained with network.self_conditioning: rounded answers are "
-            "not what it remembers; leave it out"
+            "round_below does not go with a model that was trained with network.self_conditioning: its last "
+            "answer is an input, in training never rounded; leave it out"
         )
 
 

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sedd import config as configs
-from sedd.config_checks import GAUSSIAN
 from sedd.data.batches import check_block_length, row_lengths
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.data.layout import Layout
@@ -71,7 +70,7 @@ def resolve(config: ConfigDict, workdir: str | Path, weights: dict | None = None
     check_platform(config.network.attention, jax.devices()[0].platform)
     mesh, objective = parallel.make_mesh(config), make_objective(config, network, schedule)
     begun = bool(steps_saved(folder / "checkpoints"))
-    if weights is None and not begun and config.process.name == GAUSSIAN and config.codec.table.endswith(".npy"):
+    if weights is None and not begun and config.codec.table.endswith(".npy"):
         weights, init_from = _with_table(config, objective, corpus.vocab_size), config.codec.table
     if weights is not None and not begun:
         like = jax.eval_shape(objective.init, root_key(0))

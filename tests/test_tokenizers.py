@@ -361,7 +361,7 @@ def test_an_invalid_spec_gives_a_one_line_error(spec, message, damaged):
 
 
 def test_pretrained_data_is_the_data_of_the_backend(pretrained, damaged):
-    assert [pretrained_data(spec) for spec in SPECS] == [None, None, None] and len(FORMS) == 6
+    assert [pretrained_data(spec) for spec in SPECS] == [None, None, None] and len(FORMS) == 7
     for spec in pretrained.values():
         assert pretrained_data(spec) == make_tokenizer(spec, [], True).backend.data
     with pytest.raises(UserError, match="not a tokenizer.json"):  # before any text is read

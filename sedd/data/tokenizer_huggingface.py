@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import BoundedSemaphore
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,16 @@ class HuggingFace:
             if getattr(tokenizer.model, sampling, None) is not None:
                 setattr(tokenizer.model, sampling, None)
         return tokenizer
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """The content of `data` as the library writes it, with its ids of added tokens."""
+        return json.loads(self._tokenizer.to_str())
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The ids by the text of the token."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
 
     @cached_property
     def size(self) -> int:

@@ -19,6 +19,7 @@ from sedd.data.tokenizer_bytes import Bytes
 from sedd.data.tokenizer_characters import Characters
 from sedd.data.tokenizer_huggingface import HuggingFace, gpt2_data
 from sedd.data.tokenizer_sentencepiece import SentencePiece
+from sedd.data.tokenizer_wordpieces import prune_wordpieces
 from sedd.errors import UserError
 from sedd.runtime.disk import absolute, write_bytes_atomic, write_text_atomic
 
@@ -89,8 +90,13 @@ TRAINED = {"bytes": "bytes", "characters": "characters", "sentencepiece": "sente
 PRETRAINED: dict[str, tuple[str, str, Callable[[Path], bytes]]] = {
     "sentencepiece": ("sentencepiece:FILE", "sentencepiece", _file),
     "huggingface": ("huggingface:FILE", "huggingface", _file),
+    "wordpieces": ("wordpieces:FILE", "huggingface", _file),
     "gpt2": ("gpt2:FOLDER", "huggingface", gpt2_data),
 }
+
+# Pretrained tokenizers that keep only what the training texts use: the function of the `data` and these texts.
+PRUNED: dict[str, Callable[[bytes, Iterable[str]], bytes]] = {"wordpieces": prune_wordpieces}
+
 FORMS = (*TRAINED.values(), *(form for form, _, _ in PRETRAINED.values()))
 
 
@@ -240,12 +246,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def make_tokenizer(spec: str, texts: Iterable[str], end_of_text: bool, held_out: Iterable[str] = ()) -> Tokenizer:
-    """Returns the tokenizer of a spec, pretrained or trained on the training texts.
+    """Returns the tokenizer of a spec: pretrained, pruned to the training texts, or trained on them.
 
     spec: one of `FORMS`: `bytes`, `characters`, `sentencepiece:8000` (trained here) or `sentencepiece:path/to.model`,
     `huggingface:path/to/tokenizer.json`, `gpt2:folder` (pretrained; their own rules may lose spaces or normalise
-    characters).
-    texts: the training texts, or pieces of them; read only to train a tokenizer.
+    characters), `wordpieces:path/to/tokenizer.json` (pretrained, with only the pieces that the training texts use).
+    texts: the training texts, or pieces of them; read only to train or prune a tokenizer.
     end_of_text: True to have an id that ends a text.
     held_out: the other texts; used only to add their characters to the alphabet of `characters`.
 
@@ -254,6 +260,7 @@ def make_tokenizer(spec: str, texts: Iterable[str], end_of_text: bool, held_out:
     kind, _, option = spec.partition(":")
     data = pretrained_data(spec)
     if data is not None:
+        data = PRUNED[kind](data, texts) if kind in PRUNED else data
         kind = PRETRAINED[kind][1]
         return Tokenizer(kind, TOKENIZERS[kind](data), end_of_text)
     backend = cast(type[TrainableBackend], TOKENIZERS[kind])  # as all of `TRAINED` are
@@ -265,14 +272,15 @@ def pretrained_tokenizer(spec: str) -> Tokenizer:
 
     UserError if the spec is invalid or needs training text, or its file is missing or damaged.
     """
-    if pretrained_data(spec) is None and spec != "bytes":
-        forms = ", ".join(["bytes", *(form for form, _, _ in PRETRAINED.values())])
+    needs_text = pretrained_data(spec) is None or spec.partition(":")[0] in PRUNED
+    if needs_text and spec != "bytes":
+        forms = ", ".join(["bytes", *(form for kind, (form, _, _) in PRETRAINED.items() if kind not in PRUNED)])
         raise UserError(f"the tokenizer {spec} is trained on text; name a pretrained one: {forms}")
     return make_tokenizer(spec, (), end_of_text=True)
 
 
 def pretrained_data(spec: str) -> bytes | None:
-    """Returns the `data` of a pretrained tokenizer, None for a tokenizer that is trained on text.
+    """Returns the `data` of a pretrained tokenizer, before it is pruned; None for a tokenizer that is trained on text.
 
     UserError if the spec is invalid, or its file is missing or damaged.
     """
@@ -281,10 +289,22 @@ def pretrained_data(spec: str) -> bytes | None:
         return None
     if kind not in PRETRAINED or not option:
         raise UserError(f"unknown tokenizer {spec!r}; write {', '.join(FORMS)}")
-    _, kind, read = PRETRAINED[kind]
+    _, backend, read = PRETRAINED[kind]
     data = read(Path(option))
     try:
-        TOKENIZERS[kind](data).size  # noqa: B018, it loads the vocabulary
+        TOKENIZERS[backend](data).size  # noqa: B018, it loads the vocabulary
+        if kind in PRUNED:
+            PRUNED[kind](data, ())  # an error comes before any text is read
     except UserError as error:
         raise UserError(f"{option}: {error}") from error
     return data
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns the ids of a pretrained tokenizer by the text of the token. UserError for another kind."""
+    if not isinstance(tokenizer.backend, HuggingFace):
+        raise UserError(
+            f"an encoder needs a corpus of its own tokens, not of {tokenizer.kind}; prepare it with the encoder's "
+            "tokenizer.json, as huggingface:FILE or wordpieces:FILE"
+        )
+    return tokenizer.backend.vocabulary

@@ -4,8 +4,10 @@ Parameters, residual stream, norms and logits are float32; the linear maps and t
 `dtype`. Dropout masks are drawn from the key of each example, so that they do not depend on how a batch is sharded.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -15,6 +17,15 @@ from jax.ad_checkpoint import checkpoint_name
 from sedd.diffusion import keyed_random
 from sedd.network.sharding import constrain_sharding
 from sedd.runtime.parallel import BATCH_AXES, MODEL_AXIS
+
+ACTIVATIONS: dict[
+    str, Callable[[jax.Array], jax.Array]
+] = {  # of pretrained encoders, by the names of their config.json
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": functools.partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
 
 
 def _torch_uniform(fan_in: int):
@@ -97,6 +108,12 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None, number: int | jax
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keyed_random.fold(keys, number))
     return jnp.where(keep, x / (1 - rate), 0.0)
+
+
+def one_line(module: nn.Module) -> str:
+    """A module as text, as results record it; that of linen has a line for each attribute."""
+    names = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
+    return f"{type(module).__name__}({', '.join(f'{name}={getattr(module, name)!r}' for name in names)})"
 
 
 def frequencies(count: int) -> jax.Array:

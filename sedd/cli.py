@@ -212,6 +212,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate.add_argument(
         "--draws", type=_integer, help="noise levels per block (that of the protocol, else of the config)"
     )
+    text = "of Gaussian noise: the sigma at which the bound passes to the tokens (that of the config)"
+    evaluate.add_argument("--low", type=float, help=text)
     evaluate.add_argument("--seed", type=_integer, help="seed of the noise (0)")
     evaluate.add_argument(
         "--batch_size", type=_integer, help="blocks per batch over all devices; does not change the result"
@@ -258,6 +260,8 @@ def _add_model(parser, required=True):
     text = "run directory, exported model or published SEDD checkpoint"
     parser.add_argument("--model", action=_Once, required=required, help=text)
     parser.add_argument("--tokenizer", help="for a model without one: gpt2:FOLDER or another of `sedd prepare`")
+    text = "folder of a model's frozen encoder (where it was when the model was trained)"
+    parser.add_argument("--encoder", action=_Once, metavar="FOLDER", help=text)
 
 
 def _add_sampling_and_output(parser):

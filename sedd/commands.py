@@ -104,12 +104,14 @@ def evaluate(args, _):
     if args.against and len(protocols) > 1:
         raise UserError("--against takes one protocol")
     _join()
-    models = [load(path) for path in (args.model, args.against) if path]
+    models = [load(args.model, encoder=args.encoder), *([load(args.against)] if args.against else [])]
     if args.tokenizer:
         without = [model for model in models if model.tokenizer is None] or models
         models = [with_tokenizer(model, args.tokenizer) if model in without else model for model in models]
     text = sources.open_source(args.source) if args.source else _corpus(args, models[0])
-    settings = {name: getattr(args, name) for name in ("split", "draws", "batch_size")} | {"seed": args.seed or 0}
+    settings = {name: getattr(args, name) for name in ("split", "draws", "low", "batch_size")} | {
+        "seed": args.seed or 0
+    }
     if args.against:
         comparison = models[0].compare(models[1], text, protocol=protocols[0], out=args.out, **settings)
         print(comparison.to_json() if args.json else comparison)
@@ -159,7 +161,7 @@ def _eval_samples(args):
     """Prints the quality of the samples in a file."""
     from sedd.evaluation.quality import quality, read_samples
 
-    for name in ("against", "data", "source", "split", "protocol", "draws", "seed", "batch_size", "out"):
+    for name in ("against", "data", "source", "split", "protocol", "draws", "low", "seed", "batch_size", "out"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name} goes with --model; the samples in a file need only --judge and --tokenizer")
     tokenizer = args.tokenizer and tokenizers.pretrained_tokenizer(args.tokenizer)
@@ -199,7 +201,7 @@ def sweep(args, _):
     except ValueError:
         raise UserError(f"--steps takes numbers, as in 8,16,32, not {args.steps!r}") from None
     _join()
-    model = load(args.model, args.tokenizer)
+    model = load(args.model, args.tokenizer, args.encoder)
     scorer = _scorer(args.judge) if args.judge else model.tokenizer and _bound_scorer(model, args.model)
     samplers = [name.strip() for name in args.samplers.split(",")]
     options = SamplingOptions(**{name: getattr(args, name) for name in ("temperature", "top_p", "seed", "batch_size")})
@@ -243,7 +245,7 @@ def _generate(args, method, num_templates: int):
     if html and (html.is_dir() or not html.parent.is_dir() or not os.access(html.parent, os.W_OK)):
         raise UserError(f"--html={args.html} cannot be written; name a file in an existing folder")
     _join()
-    model = load(args.model, args.tokenizer)
+    model = load(args.model, args.tokenizer, args.encoder)
     vocabulary = model.tokenizer, model.process.mask_id
     names = ("num_samples", "length", *FLAGS)
     settings = {name: getattr(args, name) for name in names} | {"trace": html is not None}

@@ -7,28 +7,33 @@ import ast
 import difflib
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from sedd.codecs.decoder import TRANSFORMER, Decoder
 from sedd.codecs.embeddings import Embeddings
-from sedd.config_checks import GAUSSIAN, OF_LATENTS, PROCESSES, SCHEDULES, validate
-from sedd.diffusion.discrete.process import Process
+from sedd.codecs.encoder import Encoder
+from sedd.codecs.pretrained_encoder import read_module
+from sedd.config_checks import OF_LATENTS, OF_MASKED, PROCESSES, SCHEDULES, validate
+from sedd.diffusion.discrete.process import Absorbing, Process
 from sedd.diffusion.gaussian.process import Gaussian
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
+from sedd.network.bert import Bert
 from sedd.network.latent_network import LatentNetwork
+from sedd.network.masked_lm import ARCHITECTURES, DIT, MLP, SPECIAL, MaskedLanguageModel
 from sedd.network.network import Network
 from sedd.network.token_network import TokenNetwork
 from sedd.network.trunk import Trunk
-from sedd.recipes import DEFAULT, RECIPES, resolved
+from sedd.recipes import DEFAULT, EMBEDDINGS, ENCODER, GAUSSIAN, OPTIONAL, resolved
 
 FORMAT = 2  # of config.json of runs and exported models; version 0.1.0 wrote format 1 without the key
 BEFORE = {"network.conditioning": "sigma", "training.loss": "bound"}  # of a config.json without these keys
 # Settings of any network; with OF_LATENTS those that are not of the trunk.
 _OF_NETWORK = ("prediction", "conditioning", "cond_dim", "embedding_std", "given_embedding")
-_OPTIONAL = {"data.vocab_size": int, **dict.fromkeys(RECIPES["absorbing"], str)}
 
 
 def default() -> ConfigDict:
@@ -112,14 +117,14 @@ def _set(config: ConfigDict, key: str, value: Any):
         nearest = difflib.get_close_matches(key, flat, n=1, cutoff=0.0)[0]
         raise UserError(f"config: there is no {key}; the nearest is {nearest}")
     group, name = key.split(".")
-    kind = _OPTIONAL.get(key, type(config[group][name]))
+    kind = OPTIONAL.get(key, type(config[group][name]))
     if kind is float and type(value) is int:
         value = float(value)
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)  # 1e5
-    if kind is str and value is None and key not in _OPTIONAL:
+    if kind is str and value is None and key not in OPTIONAL:
         value = "none"  # a choice by that name, which `_parsed` reads as None
-    if type(value) is not kind and not (value is None and key in _OPTIONAL):
+    if type(value) is not kind and not (value is None and key in OPTIONAL):
         raise UserError(f"config: {key} must be of type {kind.__name__}, not {value!r}")
     config[group][name] = value
 
@@ -146,18 +151,54 @@ def read_description(file: epath.Path) -> dict[str, Any]:
     return about
 
 
+def _embeddings(config: ConfigDict, vocab_size: int) -> Embeddings:
+    codec = config.codec
+    return Embeddings(vocab_size, codec.width, codec.table, codec.normalised, codec.rounding)
+
+
+def _encoder(config: ConfigDict, vocab_size: int) -> Encoder:
+    codec, network = config.codec, config.network
+    layers = codec.decoder_layers if codec.decoder == TRANSFORMER else 0
+    decoder = Decoder(vocab_size, network.width, layers, network.heads, network.dtype)
+    encoder = read_module(codec.encoder)
+    return Encoder(encoder, vocab_size, codec.width or encoder.width, decoder, codec.static)
+
+
+CODECS: dict[str, Callable[[ConfigDict, int], Embeddings | Encoder]] = {EMBEDDINGS: _embeddings, ENCODER: _encoder}
+
+
+def _masked_lm(
+    process: Absorbing, of_network: dict, of_trunk: dict, architecture: str, mask_token: int, start_token: int
+) -> MaskedLanguageModel:
+    sizes = {name: of_trunk[name] for name in ("width", "layers", "heads", "dropout", "dtype", "remat", "attention")}
+    trunk = Bert(process.vocab_size, mlp_width=MLP * sizes["width"], **sizes, **ARCHITECTURES[architecture])
+    mask, start = SPECIAL[architecture]
+    return MaskedLanguageModel(
+        process=process,
+        prediction=of_network["prediction"],
+        trunk=trunk,
+        sigma_range=of_network["sigma_range"],
+        mask_token=mask if mask_token < 0 else mask_token,
+        start_token=start if start_token < 0 else start_token,
+    )
+
+
 def build(config: ConfigDict, vocab_size: int) -> tuple[Process | Gaussian, Schedule, Network]:
     """Returns the process, schedule and network of a config, for a vocabulary of V tokens."""
     config = resolved(config)
     schedule, of_trunk = SCHEDULES[config.schedule.name](config.schedule), config.network.to_dict()
     of_network = {name: of_trunk.pop(name) for name in _OF_NETWORK}
     of_latents = {name: of_trunk.pop(name) for name in OF_LATENTS}
+    of_masked = {name: of_trunk.pop(name) for name in OF_MASKED}
     of_network["trunk"] = Trunk(**of_trunk)
     of_network["sigma_range"] = (float(schedule.sigma(config.training.min_time)), float(schedule.sigma(1.0)))
     network: Network
     if config.process.name == GAUSSIAN:
-        codec = Embeddings(vocab_size, **config.codec.to_dict())
+        codec = CODECS[config.codec.name](config, vocab_size)
+        of_latents["bound_low"] = config.evaluation.low
         network = LatentNetwork(process=codec.process, codec=codec, **of_network, **of_latents)
+    elif config.network.architecture != DIT:
+        network = _masked_lm(Absorbing(vocab_size), of_network, of_trunk, **of_masked)
     else:
         network = TokenNetwork(process=PROCESSES[config.process.name](vocab_size), **of_network)
     return network.process, schedule, network

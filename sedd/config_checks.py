@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from sedd.codecs.decoder import CORRUPTIONS, DECODERS
 from sedd.codecs.embeddings import LEARNED, RANDOM, ROUNDINGS
 from sedd.diffusion.discrete.process import Absorbing, Process, Uniform
 from sedd.diffusion.schedule import Cosine, Geometric, LinearBeta, LogLinear, LogSNR, Power, Schedule, Sqrt, Tan
@@ -11,13 +12,13 @@ from sedd.errors import UserError
 from sedd.network.adapters import CONDITIONING
 from sedd.network.attention import ATTENTION, check_sizes
 from sedd.network.latent_predictions import DENOISER, MEANS
+from sedd.network.masked_lm import ARCHITECTURES, DIT
 from sedd.network.predictions import PREDICTIONS
 from sedd.network.trunk import REMAT
-from sedd.recipes import DEFAULT, RECIPES, resolved
+from sedd.recipes import DEFAULT, EMBEDDINGS, ENCODER, GAUSSIAN, kind_of, resolved
 from sedd.seeds import check_seed
 
 PROCESSES: dict[str, type[Process]] = {"absorbing": Absorbing, "uniform": Uniform}  # over tokens
-GAUSSIAN = "gaussian"
 SCHEDULES: dict[str, Callable[[ConfigDict], Schedule]] = {
     "loglinear": lambda config: LogLinear(config.eps),
     "geometric": lambda config: Geometric(config.sigma_min, config.sigma_max),
@@ -28,24 +29,35 @@ SCHEDULES: dict[str, Callable[[ConfigDict], Schedule]] = {
     "linear_beta": lambda config: LinearBeta(config.beta_min, config.beta_max),
     "log_snr": lambda config: LogSNR.between(config.low, config.high),
 }
-OF_LATENTS = ("soft_tokens", "self_conditioning", "evidence_snr")  # settings of a network of latents
+# Settings of a network of latents, and those of `codec` that only embeddings or only an encoder has.
+OF_MASKED = ("architecture", "mask_token", "start_token")
+OF_LATENTS = ("soft_tokens", "self_conditioning", "estimate_layers", "evidence_snr")
+_OF_EMBEDDINGS = ("table", "normalised", "rounding")
+_OF_ENCODER = (
+    *("encoder", "digest", "static", "decoder", "decoder_layers"),
+    *("corruption", "corruption_start", "corruption_end"),
+)
 MIN_LOW, MIN_HIGH, MAX_HIGH = 1e-3, 4.0, 40.0  # limits of sigma(0) and sigma(1) for Gaussian noise
 _CHOICES = {
     "process.name": (*PROCESSES, GAUSSIAN),
+    "network.architecture": (DIT, *ARCHITECTURES),
+    "codec.name": (EMBEDDINGS, ENCODER),
     "codec.rounding": ROUNDINGS,
+    "codec.decoder": DECODERS,
+    "codec.corruption": tuple(CORRUPTIONS),
     "schedule.name": tuple(SCHEDULES),
     "network.prediction": tuple(dict.fromkeys((*PREDICTIONS, DENOISER, *MEANS))),
     "network.conditioning": tuple(CONDITIONING),
     "network.dtype": ("float32", "bfloat16"),
     "network.remat": tuple(REMAT),
     "network.attention": tuple(ATTENTION),
-    "training.loss": ("bound", "cross_entropy", "regression"),
+    "training.loss": ("bound", "cross_entropy", "regression", "denoising", "decoder"),
     "training.noise_sampling": ("time", "mask_count"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.decay": ("constant", "linear"),
 }
 _POSITIVE = {
-    "codec": ("width",),
+    "codec": ("decoder_layers",),
     "network": ("width", "layers", "heads", "cond_dim", "embedding_std"),
     "data": ("block_length",),
     "training": ("steps", "batch_size", "accumulation"),
@@ -55,6 +67,7 @@ _POSITIVE = {
 }
 _NOT_NEGATIVE = (
     "network.evidence_snr",
+    "evaluation.low",
     "training.max_skipped_steps",
     "optimizer.weight_decay",
     "checkpoint.keep_every",
@@ -66,7 +79,7 @@ _NOT_NEGATIVE = (
 
 def validate(config: ConfigDict) -> ConfigDict:
     """Returns the config, `resolved`. UserError for an invalid value or combination of values."""
-    if config.process.name in RECIPES:
+    if config.process.name in _CHOICES["process.name"]:
         config = resolved(config)
     _validate_values(config)
     try:
@@ -74,6 +87,7 @@ def validate(config: ConfigDict) -> ConfigDict:
     except ValueError as error:
         raise UserError(f"config: {error}") from None
     _validate_sizes(config)
+    _validate_architecture(config)
     if config.process.name == GAUSSIAN:
         _validate_latents(config, schedule)
     else:
@@ -117,12 +131,35 @@ def _validate_sizes(config: ConfigDict):
         raise UserError("config: checkpoint.keep_best needs validation bounds; set evaluation.every")
     if training.batch_size % training.accumulation:
         raise UserError("config: training.batch_size must be a multiple of training.accumulation")
+    if network.long_skips and network.scan:
+        raise UserError("config: network.long_skips needs network.scan=False: scanned layers have no mirror images")
+    if network.estimate_layers and not network.self_conditioning:
+        raise UserError("config: network.estimate_layers needs network.self_conditioning=True")
     if network.width % (2 * network.heads):
         raise UserError("config: network.width must be a multiple of twice network.heads")
     try:
         check_sizes(network.attention, network.dtype, network.width // network.heads, config.data.block_length)
     except ValueError as error:
         raise UserError(f"config: {error}, or choose xla") from None
+
+
+def _validate_architecture(config: ConfigDict):
+    """UserError for settings that the architecture does not have."""
+    network, masked = config.network, " or ".join(ARCHITECTURES)
+    if network.architecture == DIT:
+        _check_unset(config, ("network.mask_token", "network.start_token"), f"network.architecture={masked}")
+        return
+    kind = f"config: network.architecture={network.architecture}"
+    if config.process.name != "absorbing" or network.prediction != "denoiser":
+        raise UserError(f"{kind} needs process.name=absorbing and network.prediction=denoiser")
+    for_dit = ("cond_dim", "embedding_std", "scan", "long_skips")
+    _check_unset(config, tuple(f"network.{name}" for name in for_dit), f"network.architecture={DIT}")
+    if network.attention == "splash":
+        raise UserError(f"{kind} has an attention mask, which network.attention=splash does not take; choose xla")
+    constants = ARCHITECTURES[network.architecture]
+    longest = constants["positions"] - constants["position_offset"] - 1
+    if config.data.block_length > longest:
+        raise UserError(f"{kind} takes rows of at most {longest} tokens after the start token; lower data.block_length")
 
 
 def _validate_tokens(config: ConfigDict):
@@ -136,8 +173,8 @@ def _validate_tokens(config: ConfigDict):
     if network.prediction not in PREDICTIONS:
         raise UserError(f"config: network.prediction={network.prediction} is for process.name=gaussian")
     prediction = PREDICTIONS[network.prediction]
-    if training.loss == "regression":
-        raise UserError("config: training.loss=regression is for process.name=gaussian; choose bound")
+    if training.loss not in ("bound", "cross_entropy"):
+        raise UserError(f"config: training.loss={training.loss} is for process.name=gaussian; choose bound")
     if not uniform and not prediction.with_mask:
         raise UserError(
             f"config: network.prediction={network.prediction} is for process.name=uniform; of a masked token the "
@@ -158,24 +195,50 @@ def _validate_tokens(config: ConfigDict):
             raise UserError(
                 "config: training.noise_sampling=mask_count needs an even number of rows in each microbatch"
             )
-    defaults = ConfigDict(DEFAULT)
-    for group, names in (("codec", tuple(config.codec)), ("network", OF_LATENTS)):
-        for name in names:
-            if config[group][name] != defaults[group][name]:
-                raise UserError(f"config: {group}.{name} is for process.name=gaussian, which has embeddings of tokens")
+    keys = [f"codec.{name}" for name in config.codec] + [f"network.{name}" for name in OF_LATENTS]
+    _check_unset(config, (*keys, "evaluation.low"), "process.name=gaussian, which has latents of tokens")
+
+
+def _check_unset(config: ConfigDict, keys: tuple[str, ...], of_what: str):
+    """UserError if one of the settings, which are of other models only, is not at its default."""
+    for key in keys:
+        group, name = key.split(".")
+        if config[group][name] != DEFAULT[group][name]:
+            raise UserError(f"config: {key} is for {of_what}")
 
 
 def _validate_latents(config: ConfigDict, schedule: Schedule):
     """UserError for a combination without sense of settings of Gaussian diffusion."""
-    training, network, codec = config.training, config.network, config.codec
-    predicts_tokens = network.prediction == DENOISER
-    if not predicts_tokens and network.prediction not in MEANS:
+    if config.training.noise_sampling != "time":
+        raise UserError("config: process.name=gaussian needs training.noise_sampling=time")
+    if config.network.prediction not in (DENOISER, *MEANS):
         raise UserError(
-            f"config: network.prediction={network.prediction} is for tokens; process.name=gaussian has "
+            f"config: network.prediction={config.network.prediction} is for tokens; process.name=gaussian has "
             f"{', '.join((DENOISER, *MEANS))}"
         )
-    if training.noise_sampling != "time":
-        raise UserError("config: process.name=gaussian needs training.noise_sampling=time")
+    low, high = float(schedule.sigma(0.0)), float(schedule.sigma(1.0))
+    if not MIN_HIGH <= high <= MAX_HIGH:
+        raise UserError(
+            f"config: schedule.name={config.schedule.name} ends at sigma {high:.3g}; Gaussian noise starts sampling "
+            f"from N(0, I), which needs {MIN_HIGH:g} to {MAX_HIGH:g}"
+        )
+    if config.evaluation.low >= high:
+        raise UserError(f"config: evaluation.low must be below the schedule's highest sigma, {high:.3g}")
+    if kind_of(config) == ENCODER:
+        _validate_encoder(config)
+    else:
+        _validate_embeddings(config, low)
+
+
+def _validate_embeddings(config: ConfigDict, low: float):
+    """UserError for a combination without sense of settings of embeddings. low: the schedule's least sigma."""
+    training, network, codec = config.training, config.network, config.codec
+    predicts_tokens = network.prediction == DENOISER
+    _check_unset(config, tuple(f"codec.{name}" for name in _OF_ENCODER), "codec.name=encoder")
+    if codec.width < 1:
+        raise UserError(f"config: codec.width must be positive, not {codec.width}")
+    if training.loss not in ("bound", "cross_entropy", "regression"):
+        raise UserError(f"config: training.loss={training.loss} is for codec.name=encoder; choose cross_entropy")
     if training.loss == "cross_entropy" and not predicts_tokens:
         raise UserError(
             f"config: training.loss=cross_entropy needs network.prediction={DENOISER}; with {network.prediction} "
@@ -192,14 +255,35 @@ def _validate_latents(config: ConfigDict, schedule: Schedule):
             "config: a learned table with codec.normalised=False is for training.loss=regression, whose rounding holds "
             "it; another loss makes its rows grow without limit"
         )
-    low, high = float(schedule.sigma(0.0)), float(schedule.sigma(1.0))
-    if not MIN_HIGH <= high <= MAX_HIGH:
-        raise UserError(
-            f"config: schedule.name={config.schedule.name} ends at sigma {high:.3g}; Gaussian noise starts sampling "
-            f"from N(0, I), which needs {MIN_HIGH:g} to {MAX_HIGH:g}"
-        )
     if low < MIN_LOW and training.loss != "cross_entropy":
         raise UserError(
             f"config: schedule.name={config.schedule.name} begins at sigma {low:.3g}; training.loss={training.loss} "
             f"scores tokens there, and needs at least {MIN_LOW:g}"
         )
+
+
+def _validate_encoder(config: ConfigDict):
+    """UserError for a combination without sense of settings of a frozen encoder."""
+    training, network, codec = config.training, config.network, config.codec
+    embeddings = (*(f"codec.{name}" for name in _OF_EMBEDDINGS), "network.evidence_snr", "network.given_embedding")
+    _check_unset(config, embeddings, "codec.name=embeddings, which has a latent for each token")
+    if network.soft_tokens or network.prediction == DENOISER:
+        setting = "soft_tokens" if network.soft_tokens else "prediction"
+        raise UserError(
+            f"config: network.{setting}={network[setting]} is for codec.name=embeddings; the states of an encoder are "
+            f"predicted as {', '.join(MEANS)}, without soft tokens"
+        )
+    if codec.encoder == "none":
+        raise UserError(
+            "config: codec.name=encoder needs codec.encoder, the folder of a BERT, RoBERTa or T5 in Hugging Face's "
+            "format, or its name on the hub"
+        )
+    if codec.width < 0:
+        raise UserError(f"config: codec.width must not be negative, and is {codec.width}")
+    if training.loss not in ("regression", "denoising", "decoder"):
+        raise UserError(
+            f"config: training.loss={training.loss} is for codec.name=embeddings; choose regression, or one of its "
+            "parts, denoising and decoder"
+        )
+    if not 0 <= codec.corruption_start <= codec.corruption_end <= 1:
+        raise UserError("config: codec.corruption_start and codec.corruption_end must be times, 0 <= start <= end <= 1")

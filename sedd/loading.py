@@ -1,4 +1,4 @@
-"""`load` reads a model from a run, an export or a published SEDD checkpoint; `train` trains or resumes a run."""
+"""`load` reads a model from a run, an export or a published checkpoint; `train` trains or resumes a run."""
 
 import dataclasses
 from pathlib import Path
@@ -11,41 +11,46 @@ from safetensors.numpy import load as load_arrays
 
 from sedd import config as configs
 from sedd import pretrained
+from sedd.codecs.frozen import FILE, Normalisation, encoder_arrays, load_npz, normalised
+from sedd.codecs.pretrained_encoder import PretrainedEncoder, read_encoder
 from sedd.data.layout import Layout
-from sedd.data.tokenizers import load_tokenizer, pretrained_tokenizer
+from sedd.data.tokenizers import Tokenizer, load_tokenizer, pretrained_tokenizer, vocabulary_of
 from sedd.diffusion.keyed_random import root_key
 from sedd.errors import UserError
 from sedd.model import Model
+from sedd.recipes import ENCODER, kind_of
 from sedd.runtime import parallel, storage
 from sedd.runtime.parallel import abstract_arrays
 from sedd.runtime.trees import fitted
 from sedd.training.checkpoint import restore_params
+from sedd.training.encoder import check_digest
 from sedd.training.fit import fit
 
 
-def load(path: str | Path, tokenizer: str | None = None) -> Model:
-    """Loads a model from a run directory, an exported model or a published SEDD checkpoint.
+def load(path: str | Path, tokenizer: str | None = None, encoder: str | None = None) -> Model:
+    """Loads a model from a run directory, an exported model or a published checkpoint: SEDD, BERT or RoBERTa.
 
     path: a folder or gs://BUCKET/FOLDER. A run loads its newest checkpoint, RUN/checkpoints/STEP that of a step.
-    tokenizer: for a model without one, such as a published checkpoint, in the form of `sedd prepare`: "gpt2:FOLDER".
+    tokenizer: for a model without one, such as a published SEDD, in the form of `sedd prepare`: "gpt2:FOLDER".
+    encoder: the folder of a frozen encoder that is no longer where the model was trained.
     The parameters are replicated on each device. With several processes all of them call it.
     UserError if there is no model, if a file is damaged, or if the tokenizer does not fit the model.
     """
-    model = _load(path)
+    model = _load(path, encoder)
     return model if tokenizer is None else with_tokenizer(model, tokenizer)
 
 
-def _load(path: str | Path) -> Model:
+def _load(path: str | Path, encoder: str | None) -> Model:
     directory, step = _run_and_step(storage.folder_of(path))
     if not directory.is_dir():
         raise UserError(f"there is no folder {path}; train a model there, or choose another folder")
     if not (directory / "config.json").is_file():
         raise UserError(f"{path} is not a model: it has no config.json")
     about = configs.read_description(directory / "config.json")
-    published = pretrained.is_published(about)
-    if published:
-        config, params = pretrained.load(directory)
-        vocab_size, tokenizer = config.data.vocab_size, None
+    published = pretrained.read(directory, about)
+    if published is not None:
+        config, params, tokenizer = published
+        vocab_size = config.data.vocab_size
     elif "config" in about:
         config, vocab_size = configs.from_dict(about["config"]), about["vocab_size"]
         config.network.attention = "xla"  # computes the same function, at any length and on any device
@@ -53,18 +58,52 @@ def _load(path: str | Path) -> Model:
         params = None  # read below, in the shapes of the network
     else:
         raise UserError(f"{directory} is not a model of sedd: its config.json has no config; choose another folder")
+    needed = _encoder(config, path, encoder)
     _, schedule, network = configs.build(config, vocab_size)
     if params is None:
         params = _params(directory, step, config, jax.eval_shape(network.init, root_key(0)))
+    frozen = {}
+    if needed is not None:
+        frozen = _frozen(directory, needed, tokenizer)
     return Model(
         config=config,
         network=network,
         params=_replicated(params),
+        frozen=_replicated(frozen),
         schedule=schedule,
         tokenizer=tokenizer,
-        layout=Layout() if published else Layout.from_json(about["layout"]),
+        layout=Layout() if published is not None else Layout.from_json(about["layout"]),
         block_length=config.data.block_length,
     )
+
+
+def _encoder(config: ConfigDict, path: str | Path, encoder: str | None) -> PretrainedEncoder | None:
+    """Reads the encoder of a model that has one. encoder: its folder, by default that of the config.
+
+    UserError that says what is needed if it cannot be read, or is another one.
+    """
+    if kind_of(config) != ENCODER:
+        if encoder is not None:
+            raise UserError(f"{path} has no encoder; leave out encoder={encoder}")
+        return None
+    config.codec.encoder = encoder or config.codec.encoder
+    try:
+        pretrained = read_encoder(config.codec.encoder)
+    except UserError as error:
+        raise UserError(
+            f"{path} needs the encoder that it was trained with ({error}); give its folder as encoder=FOLDER, on the "
+            "command line --encoder=FOLDER"
+        ) from None
+    check_digest(pretrained, config.codec)
+    return pretrained
+
+
+def _frozen(directory: epath.Path, pretrained: PretrainedEncoder, tokenizer: Tokenizer | None) -> dict:
+    """The parameters beside those that were trained, of a model with an encoder."""
+    if tokenizer is None:
+        raise UserError(f"{directory} has no tokenizer, which a model with an encoder needs; restore its folder")
+    arrays = encoder_arrays(pretrained, vocabulary_of(tokenizer), tokenizer.end_of_text)
+    return {"codec": normalised(pretrained, arrays, load_npz(directory / FILE, Normalisation))}
 
 
 def _params(directory: epath.Path, step: int | None, config: ConfigDict, like: dict) -> dict:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save as save_arrays
 
 from sedd import config as configs
+from sedd.codecs.frozen import FILE, save_normalisation
 from sedd.data.corpus import Corpus
 from sedd.data.source import Source
 from sedd.diffusion.denoiser import Denoiser, clamped
@@ -31,6 +32,8 @@ from sedd.generation import prompts
 from sedd.generation.generate import Samples, generate, sample
 from sedd.generation.options import SamplingOptions
 from sedd.generation.rows import Row, as_document, check_size
+from sedd.network.latent_network import LatentNetwork
+from sedd.network.network import Network
 from sedd.runtime import disk, folders, processes, storage
 from sedd.runtime.settings import jax_defaults
 from sedd.runtime.trees import fingerprint, named
@@ -66,7 +69,7 @@ class Model(Trained):
         if self.process.over_latents:
             raise UserError("a model of latents has no concrete score; use denoiser")
         arrays = (None if array is None else jnp.asarray(array) for array in (tokens, sigma, lengths, given))
-        return _log_score(self.network, self.params, *arrays)
+        return _log_score(self.network, self.all_params, *arrays)
 
     def denoiser(
         self, tokens: jax.Array | None = None, given: jax.Array | None = None, lengths: jax.Array | None = None
@@ -80,10 +83,10 @@ class Model(Trained):
         if (tokens is None) != (given is None):
             raise UserError("denoiser: pass both tokens and given, or neither")
         flags = jnp.asarray(given) if self.network.given_embedding and given is not None else None
-        denoiser = self.network.denoiser(self.params, lengths, flags)
+        denoiser = self.network.denoiser(self.all_params, lengths, flags)
         if given is None:
             return denoiser
-        return clamped(denoiser, self.network.clean(self.params, jnp.asarray(tokens)), ~jnp.asarray(given))
+        return clamped(denoiser, self.network.clean(self.all_params, jnp.asarray(tokens)), ~jnp.asarray(given))
 
     def sample(self, num_samples: int = 1, length: int | None = None, **options: Any) -> Samples:
         """Samples texts unconditionally.
@@ -149,8 +152,9 @@ class Model(Trained):
 
         Returns a Report: bound, perplexity, bits per byte, with standard errors. settings: split, of a corpus (that of
         the protocol, else "test"); protocol, a name in `sedd.evaluation.protocols` ("clean"); draws, noise levels per
-        block (that of the protocol, else `config.evaluation.draws`); seed, of the noise (0); batch_size, blocks per
-        batch, which does not change the result; out, a folder that keeps the scores, from which an interrupted
+        block (that of the protocol, else `config.evaluation.draws`); low, of a Gaussian model the sigma at which the
+        bound passes to the tokens (`config.evaluation.low`); seed, of the noise (0); batch_size, blocks per batch,
+        which does not change the result; out, a folder that keeps the scores, from which an interrupted
         evaluation resumes; progress, True to show it.
 
         UserError if there is no text to score, or if the corpus has another tokenizer than the model.
@@ -243,6 +247,8 @@ class Model(Trained):
             "vocab_size": self.vocab_size,
             "layout": self.layout.to_json(),
         }
+        if self.frozen:
+            save_normalisation(directory / FILE, jax.device_get(self.frozen))
         (directory / "weights.safetensors").write_bytes(save_arrays(named(jax.device_get(self.params))))
         (directory / "config.json").write_text(
             json.dumps(about, indent=2) + "\n"
@@ -254,6 +260,7 @@ class Model(Trained):
         split: str | None = None,
         protocol: str = "clean",
         draws: int | None = None,
+        low: float | None = None,
         seed: int = 0,
         batch_size: int | None = None,
         out: str | Path | None = None,
@@ -268,16 +275,25 @@ class Model(Trained):
         data = [texts_or_corpus] if isinstance(texts_or_corpus, str) else texts_or_corpus
         if split is not None and not isinstance(data, Corpus):
             raise UserError(f"there is no split {split!r}: a corpus has splits, a source or a list of texts has none")
-        trained: Trained = self
+        trained: Trained = self if low is None else dataclasses.replace(self, network=self._with_low(low))
         if isinstance(data, Corpus):
             check_compatible(data, self)
-            trained = dataclasses.replace(self, tokenizer=data.tokenizer)
+            trained = dataclasses.replace(trained, tokenizer=data.tokenizer)
         tokenizer = trained.require_tokenizer()
         rows = scoring_rows(rules, data, split or rules.split, trained)
         about = {"model": fingerprint(self.params), "tokenizer": tokenizer.fingerprint, "config": self.config.to_dict()}
         settings: dict[str, Any] = {"about": about, "folder": out and storage.folder_of(out)}
         settings |= {"batch_size": batch_size, "progress": progress}
-        return perplexity(self, rows, rules, draws, seed, **settings)
+        return perplexity(trained, rows, rules, draws, seed, **settings)
+
+    def _with_low(self, low: float) -> Network:
+        """The network whose bound passes to the tokens at noise `low`. UserError for one that cannot."""
+        if not isinstance(self.network, LatentNetwork):
+            raise UserError("low is a noise level of the bound of Gaussian models; leave it out")
+        high = float(self.schedule.sigma(1.0))
+        if not 0 < low < high:
+            raise UserError(f"low must be a sigma above 0 and below that of the schedule's end, {high:.3g}, not {low}")
+        return dataclasses.replace(self.network, bound_low=low)
 
     def _of_texts(self, templates: Sequence[str] | None, prefix: str, suffix: str, length: int | None) -> list[Row]:
         """Returns prompts from templates, or from a prefix and a suffix, formatted like documents of training."""

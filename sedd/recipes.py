@@ -1,8 +1,11 @@
-"""Every setting with its default, and the recipe of each process: the values of the settings that are None."""
+"""Every setting with its default, and the recipe of each kind of model: the values of the settings that are None."""
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
-RECIPES = {  # the values of the settings that are None, by process; measured in docs/measurements.md
+GAUSSIAN, EMBEDDINGS, ENCODER = "gaussian", "embeddings", "encoder"  # the process over latents, and its codecs
+RECIPES: dict[str, dict] = {  # by process, or for a frozen encoder its own; measured in docs/measurements.md
     "absorbing": {
         "schedule.name": "loglinear",
         "network.prediction": "denoiser",
@@ -18,20 +21,45 @@ RECIPES = {  # the values of the settings that are None, by process; measured in
         "training.noise_sampling": "time",
     },
     "gaussian": {
+        "codec.width": 8,
         "schedule.name": "power",
         "network.prediction": "denoiser",
         "network.conditioning": "log_snr",
+        "network.soft_tokens": True,
         "training.loss": "cross_entropy",
         "training.noise_sampling": "time",
     },
+    "encoder": {
+        "codec.width": 0,
+        "schedule.name": "tan",
+        "network.prediction": "x0",
+        "network.conditioning": "log_snr",
+        "network.soft_tokens": False,
+        "training.loss": "regression",
+        "training.noise_sampling": "time",
+    },
 }
-DEFAULT = {
-    "process": {"name": "absorbing"},  # or "uniform"; or "gaussian", over embeddings of the tokens
-    "codec": {  # gaussian: the embeddings
-        "width": 8,
+OPTIONAL = {key: str for recipe in RECIPES.values() for key in recipe} | {  # the types of the settings that are None
+    "codec.width": int,
+    "network.soft_tokens": bool,
+    "data.vocab_size": int,
+}
+DEFAULT: dict[str, dict[str, Any]] = {
+    "process": {"name": "absorbing"},  # or "uniform"; or "gaussian", over latents of the tokens
+    "codec": {  # gaussian: what the latents are
+        "name": "embeddings",  # of the tokens; or the states of a frozen "encoder"
+        "width": None,  # of a latent; encoder: 0, all of its coordinates, or a number of principal components
         "table": "learned",  # or not trained: "random", as initialised, or FILE.npy, an array of a row for each token
         "normalised": True,  # rows of one norm at any width; else free rows, which loss=regression holds
         "rounding": "evidence",  # of latents to tokens: by density, or by a "head" as published
+        "encoder": "none",  # encoder: the folder of a BERT, RoBERTa or T5 in Hugging Face's format, or its name there
+        "digest": "none",  # encoder: of its files; a run records it
+        "static": False,  # encoder: its embeddings of the tokens alone, without their context
+        "decoder": "transformer",  # encoder: from latents to tokens; or "mlp"
+        "decoder_layers": 3,  # encoder: of the transformer
+        "corruption": "noise",  # encoder: of what the decoder is trained on; or "additive", or "none"
+        "corruption_start": 1e-3,  # encoder: the times of the noise
+        "corruption_end": 0.15,
     },
     "schedule": {
         "name": None,
@@ -50,6 +78,9 @@ DEFAULT = {
     "network": {
         "prediction": None,  # "denoiser", "score" as in the paper; uniform: "posterior"; gaussian: "x0", "eps", "v"
         "conditioning": None,  # the noise level as "sigma", as in the paper, or as "log_snr"
+        "architecture": "dit",  # absorbing: also that of "bert" or "roberta", which is not conditioned on the noise
+        "mask_token": -1,  # bert, roberta: the id of [MASK] or <mask>; -1: that of the published models
+        "start_token": -1,  # bert, roberta: the id of [CLS] or <s>, which precedes each row; -1: likewise
         "width": 128,
         "layers": 4,
         "heads": 4,
@@ -61,8 +92,10 @@ DEFAULT = {
         "remat": "none",  # rematerialise nothing, "full" layers, or all of a layer but its "dots"
         "attention": "xla",  # or "cudnn" on GPUs, "splash" on TPUs
         "given_embedding": False,  # uniform, gaussian: embed which tokens are given, so that infilling is exact
-        "soft_tokens": True,  # gaussian: the network also takes each token's distribution by its own latent
+        "long_skips": False,  # add the inputs of the first half of the layers to those of the second
+        "soft_tokens": None,  # gaussian: the network also takes each token's distribution by its own latent
         "self_conditioning": True,  # gaussian: the network also takes its last answer
+        "estimate_layers": False,  # gaussian: it takes the last answer in front of each layer
         "evidence_snr": 0.0,  # gaussian: SNR at which half of the own latent's evidence is added to the logits; 0: none
     },
     "data": {
@@ -76,7 +109,8 @@ DEFAULT = {
         "accumulation": 1,  # microbatches per update
         "seed": 0,
         "ema_decay": 0.0,  # 0: no EMA of the parameters
-        "loss": None,  # the "bound", the "cross_entropy" of the posterior; or gaussian: "regression", of Diffusion-LM
+        "loss": None,  # the "bound", the "cross_entropy" of the posterior; gaussian: "regression", as published;
+        # encoder: its parts alone, "denoising" and "decoder"
         "noise_sampling": None,  # absorbing: "mask_count", in antithetic pairs; or "time", as in the paper
         "min_time": 1e-3,  # noise_sampling=time: the smallest time
         "max_skipped_steps": 0,  # skipped updates with a non-finite loss or gradient; one more stops the run
@@ -102,6 +136,7 @@ DEFAULT = {
     "evaluation": {
         "every": 0,  # steps between validation bounds and samples during training; 0: none
         "draws": 16,  # noise levels per block
+        "low": 0.0,  # gaussian: the noise sigma at which the bound passes to the tokens; 0: a default
         "samples": 2,  # texts sampled each time during training
     },
     "metrics": {
@@ -111,10 +146,15 @@ DEFAULT = {
 }
 
 
+def kind_of(config: ConfigDict) -> str:
+    """Returns the key in RECIPES of the kind of model that a config describes."""
+    return ENCODER if (config.process.name, config.codec.name) == (GAUSSIAN, ENCODER) else config.process.name
+
+
 def resolved(config: ConfigDict) -> ConfigDict:
-    """Returns a copy in which the settings that are None have the values of the process' recipe."""
+    """Returns a copy in which the settings that are None have the values of the recipe."""
     config = ConfigDict(config.to_dict()).lock()
-    for key, value in RECIPES[config.process.name].items():
+    for key, value in RECIPES[kind_of(config)].items():
         group, name = key.split(".")
         if config[group][name] is None:
             config[group][name] = value

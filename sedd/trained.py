@@ -9,18 +9,21 @@ from sedd.diffusion.gaussian.process import Gaussian
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.network.network import Network
+from sedd.runtime.trees import merged
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Trained:
     """A network with its parameters, during training or after it.
 
-    schedule: of the noise; tokenizer: None if unknown; layout: that of the training corpus, packed or padded;
-    block_length: tokens in one call of the network.
+    params: those that were trained; frozen: others of the network, such as a pretrained encoder, which are neither
+    trained nor saved, {} if there are none; schedule: of the noise; tokenizer: None if unknown; layout: that of the
+    training corpus, packed or padded; block_length: tokens in one call of the network.
     """
 
     network: Network
     params: dict
+    frozen: dict = dataclasses.field(default_factory=dict)
     schedule: Schedule
     tokenizer: Tokenizer | None
     layout: Layout
@@ -30,6 +33,15 @@ class Trained:
     def process(self) -> Process | Gaussian:
         """The process of the network."""
         return self.network.process
+
+    @property
+    def all_params(self) -> dict:
+        """The parameters with which the network is called: those that were trained, and those that are frozen."""
+        return merged(self.params, self.frozen)
+
+    def placed(self, params: dict) -> "Trained":
+        """Returns the model with `all_params` as placed on devices."""
+        return dataclasses.replace(self, params=params, frozen={})
 
     @property
     def vocab_size(self) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from sedd.trained import Trained
 from sedd.training.objectives import make_objective
 from sedd.training.optimizer import make_optimizer
 
+ENCODERS = Path(__file__).parent / "encoders"  # small ones of random parameters
 NETWORK = ("network.width=16", "network.layers=2", "network.heads=2", "network.cond_dim=8")
 ADAMW = ("optimizer.name=adamw", "optimizer.learning_rate=0.01", "optimizer.warmup_steps=2")  # compiles twice as fast
 SETTINGS = (*NETWORK, *ADAMW, "data.block_length=16", "training.batch_size=8", "training.steps=6")
@@ -115,3 +117,18 @@ def parts(config, corpus, devices=None):
 def name_of(value):
     """The name of a function, or the value itself as text: an id of a test, which must not contain an address."""
     return getattr(value, "__name__", str(value))
+
+
+def encoder_corpus(folder, name="bert"):
+    """Prepares eighty short documents, padded, with the tokenizer of an encoder of tests/encoders."""
+    words = ["the", "cat", "bad", "a", "b", "c", "d", "e"]
+    texts = [" ".join(words[(number * step) % 8] for step in range(1, 3 + number % 8)) for number in range(80)]
+    source = write_files(folder / "texts", texts)
+    tokenizer = f"huggingface:{ENCODERS / name}/tokenizer.json"
+    return prepare(source, tokenizer, folder / "corpus", mode="padded", padding="scored")
+
+
+def encoder_config(corpus, *settings, name="bert"):
+    """The config of a small network over the states of an encoder of tests/encoders."""
+    of_encoder = ("process.name=gaussian", "codec.name=encoder", f"codec.encoder={ENCODERS / name}")
+    return small_config(corpus, *of_encoder, "codec.decoder_layers=1", *settings)

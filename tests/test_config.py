@@ -8,7 +8,7 @@ from etils import epath
 
 from sedd import config as configs
 from sedd.errors import UserError
-from sedd.recipes import RECIPES
+from sedd.recipes import RECIPES, kind_of
 
 
 def test_overrides_take_the_type_of_the_default():
@@ -22,6 +22,7 @@ def test_overrides_take_the_type_of_the_default():
 
 
 GAUSSIAN = "process.name=gaussian"
+ENCODER = (GAUSSIAN, "codec.name=encoder", "codec.encoder=folder")
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,25 @@ GAUSSIAN = "process.name=gaussian"
         ([GAUSSIAN, "schedule.name=loglinear", "training.loss=bound"], "begins at sigma 0; .* needs at least 0.001"),
         ([GAUSSIAN, "schedule.low=2"], "Power: needs 0 < low < high < 1"),
         (["process.name=uniform", "training.loss=bound", "training.noise_sampling=mask_count"], "choose time"),
+        ("codec.static=true", "codec.static is for process.name=gaussian"),
+        ("evaluation.low=0.1", "evaluation.low is for process.name=gaussian"),
+        ("training.loss=decoder", "decoder is for process.name=gaussian"),
+        ("network.estimate_layers=true", "estimate_layers is for process.name=gaussian"),
+        (["network.long_skips=true", "network.scan=true"], "long_skips needs network.scan=False"),
+        ([GAUSSIAN, "codec.decoder=mlp"], "codec.decoder is for codec.name=encoder"),
+        ([GAUSSIAN, "training.loss=denoising"], "denoising is for codec.name=encoder"),
+        ([GAUSSIAN, "codec.width=0"], "codec.width must be positive"),
+        ([GAUSSIAN, "evaluation.low=10"], "below the schedule's highest sigma, 9.21"),
+        ([GAUSSIAN, "network.estimate_layers=true", "network.self_conditioning=false"], "needs network.self_cond"),
+        ([GAUSSIAN, "codec.name=encoder"], "needs codec.encoder, the folder of a BERT"),
+        ([*ENCODER, "codec.table=random"], "codec.table is for codec.name=embeddings"),
+        ([*ENCODER, "network.given_embedding=true"], "given_embedding is for codec.name=embeddings"),
+        ([*ENCODER, "network.soft_tokens=true"], "soft_tokens=True is for codec.name=embeddings"),
+        ([*ENCODER, "network.prediction=denoiser"], "prediction=denoiser is for codec.name=embeddings"),
+        ([*ENCODER, "training.loss=bound"], "choose regression, or one of its parts, denoising and decoder"),
+        ([*ENCODER, "codec.corruption=dropout"], "codec.corruption must be one of noise, additive, none"),
+        ([*ENCODER, "codec.corruption_end=1.5"], "must be times"),
+        ([*ENCODER, "codec.width=-1"], "codec.width must not be negative"),
         ("network.given_embedding=1", "must be of type bool"),
         (
             "network.given_embedding=true",
@@ -81,7 +101,9 @@ def test_invalid_settings_are_one_line(setting, message):
 def test_settings_that_are_none_follow_the_process():
     """In any order and after a file; what is set stays set, and a resolved config is complete."""
     config = configs.override(configs.default(), ["training.steps=5"])
-    recipes = {name: configs.resolved(configs.override(config, [f"process.name={name}"])) for name in RECIPES}
+    kinds = {name: [f"process.name={name}"] for name in RECIPES} | {"encoder": ENCODER}
+    recipes = {name: configs.resolved(configs.override(config, kinds[name])) for name in RECIPES}
+    assert {kind_of(recipe) for recipe in recipes.values()} == RECIPES.keys()
     assert recipes["absorbing"].network.prediction == "denoiser" and recipes["absorbing"].training.loss == "bound"
     uniform = recipes["uniform"]
     assert (uniform.network.prediction, uniform.network.conditioning) == ("posterior", "log_snr")

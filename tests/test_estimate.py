@@ -121,7 +121,7 @@ def test_estimated_memory_is_within_a_factor_of_two(settings):
     config = config_of("optimizer.name=adamw", *settings)
     _, (init, step, _) = parts(config)
     tokens = jax.ShapeDtypeStruct((config.training.batch_size, config.data.block_length), jnp.int32)
-    lowered = step.lower(jax.eval_shape(init), Batch(tokens, None))
+    lowered = step.lower(jax.eval_shape(init), Batch(tokens, None), {})
     memory = lowered.compile().memory_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     assert 0.5 < estimate(config, VOCABULARY, 1).total_bytes / total < 2

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from latent_oracle import LINE, PLANE, Embedded, density, grid
+from latent_oracle import LINE, PLANE, Embedded, Encoded, density, grid
 from oracle import Joint, MarkovChain, index, standard_errors
 
 from sedd.diffusion.denoiser import Latent
 from sedd.diffusion.gaussian.likelihood import LatentBound, noise_at
-from sedd.diffusion.gaussian.loss import cross_entropy_loss, denoising_loss, stats_from
+from sedd.diffusion.gaussian.loss import cross_entropy_loss, denoising_loss, statistics, stats_from
 from sedd.diffusion.keyed_random import row_keys
 from sedd.diffusion.schedule import LogSNR, Sqrt
 
@@ -34,7 +34,7 @@ def squared_errors(model, sigma):
     """The mean over z of |z0 - E[z0 | z]|^2, summed over positions, for each w. Float[W]."""
     z, area = grid()
     mean = model.mean()(Latent(z[..., None], jnp.zeros_like(z)[..., None]), jnp.full(len(z), sigma))[..., 0]
-    square = jnp.sum((model.table[model.words][:, None, :, 0] - mean) ** 2, axis=-1)
+    square = jnp.sum((model.codes[:, None, :, 0] - mean) ** 2, axis=-1)
     return jnp.sum(density(model, sigma) * square, axis=-1) * area
 
 
@@ -53,6 +53,52 @@ def ends(model):
     prior = jnp.sum(at_high * (jnp.log(at_high) - jnp.log(p @ at_high)), axis=-1) * area
     log_posterior = jnp.log(p)[:, None] + jnp.log(at_low + 1e-300) - jnp.log(p @ at_low + 1e-300)
     return prior, -jnp.sum(at_low * log_posterior, axis=-1) * area
+
+
+def test_the_bound_of_encodings_is_the_likelihood_of_each_text(exact):
+    """By quadrature, where the latents of a text depend on all of its tokens: a mixture of Gaussians."""
+    with jax.enable_x64(True):
+        encoded = Encoded.of(exact.joint, LINE)
+        prior, reconstruction = ends(encoded)
+        total = prior + diffusion(encoded) + reconstruction
+        np.testing.assert_allclose(total, -np.log(exact.joint.p.ravel()), atol=1e-7)
+
+
+def test_draws_of_the_bound_of_encodings_are_no_less_than_the_likelihood(exact):
+    """With an exact decoder of each token by itself, the excess is what the tokens share given the latents at `low`.
+
+    Controls: the denoiser and decoder of independent tokens, and half of the diffusion term, which is no bound.
+    """
+    encoded = Encoded.of(exact.joint, LINE)
+    other = Encoded(exact.joint.independent(), encoded.codes)
+    tokens = exact.joint.draw(4000)
+    z0 = jnp.asarray(encoded.codes, jnp.float32)[index(tokens, 3)]
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def draws(model, low):
+        def stats(x, sigma, z0):
+            return statistics(model.mean()(x, sigma), model.log_tokens(x.z, sigma), z0, jnp.asarray(tokens))
+
+        return LatentBound(model.process, low, HIGH).draws(stats, row_keys(jax.random.key(4), jnp.arange(4000)), z0, 8)
+
+    def excess(model, low, share=1.0):
+        out = draws(model, low)
+        return np.asarray((out.prior + share * out.diffusion + out.reconstruction).mean(0)) - exact.joint.nll(tokens)
+
+    def shared(low):
+        z, area = grid()
+        of_words, of_tokens = (
+            f(z[..., None], jnp.full(len(z), low)) for f in (encoded.log_posterior, encoded.log_tokens)
+        )
+        apart = of_tokens[:, 0][:, encoded.words[:, 0]] + of_tokens[:, 1][:, encoded.words[:, 1]]
+        at_low = density(encoded, low) * exact.joint.p.ravel()[:, None]
+        return jnp.sum(at_low * jnp.where(at_low > 0, (of_words - apart).T, 0.0)) * area
+
+    with jax.enable_x64(True):
+        due = float(shared(0.4))
+    assert due > 0.05 and abs(standard_errors(excess(encoded, 0.4) - due)) < 3
+    assert abs(standard_errors(excess(encoded, 0.02))) < 3
+    assert standard_errors(excess(other, 0.02)) > 4.5 and standard_errors(excess(encoded, 0.02, 0.5)) < -4.5
 
 
 def test_the_bound_of_the_exact_denoiser_is_the_likelihood_of_each_text(exact, independent):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from latent_oracle import LINE, PLANE, Embedded, sampler_distribution
+from latent_oracle import LINE, PLANE, Embedded, Encoded, sampler_distribution
 from oracle import Joint, MarkovChain, index, p_value, total_variation
 
 from sedd.diffusion.discrete.process import Absorbing
@@ -71,6 +71,15 @@ def test_samplers_converge_to_the_distribution_at_first_order(exact, name):
     found = distances(exact, name, exact.mean(), (8, 16, 32))
     assert np.all(found[:-1] / found[1:] > 1.6) and found[-1] < 0.025, found
     assert distances(exact, name, Embedded(exact.joint.independent(), LINE).mean(), (32,)) > 0.1
+
+
+@pytest.mark.parametrize("name", ["ancestral", pytest.param("euler", marks=pytest.mark.slow)])
+def test_samplers_of_encodings_converge_to_the_distribution_at_first_order(exact, name):
+    """Of latents that depend on all tokens of a text. Control: the mean of independent tokens."""
+    encoded = Encoded.of(exact.joint, LINE)
+    found = distances(encoded, name, encoded.mean(), (8, 16, 32))
+    assert np.all(found[:-1] / found[1:] > 1.5) and found[-1] < 0.03, found
+    assert distances(encoded, name, Encoded(exact.joint.independent(), encoded.codes).mean(), (32,)) > 0.1
 
 
 def test_drawing_all_noise_again_keeps_a_bias(exact):

@@ -226,9 +226,9 @@ def test_named_sampler_is_made_or_refused_for_each_process(name, process):
     of_all = {"euler", "tweedie"}
     of_tokens = of_all | {"trapezoidal", "gibbs", "renoise"}
     usable = {
-        "Absorbing": set(SAMPLERS) - {"barker", "ddim", "flow", "renoised"},
+        "Absorbing": set(SAMPLERS) - {"barker", "ddim", "flow", "renoised", "tencdm"},
         "Uniform": of_tokens | {"barker"},
-        "Gaussian": of_all | {"ddim", "flow", "renoised"},
+        "Gaussian": of_all | {"ddim", "flow", "renoised", "tencdm"},
     }
     if name not in usable[type(process).__name__]:
         with pytest.raises(

@@ -218,7 +218,7 @@ def test_loss_with_given_tokens_is_the_same_on_any_devices(corpus):
     for k in range(3):
         params, tokens = jax.device_get(state.params), batch(corpus, 16, 8, 0, k).tokens
         loss, free, given = on_one_device(params, tokens, jax.random.fold_in(jax.random.key(config.training.seed), k))
-        state, metrics = step(state, jax.device_put(Batch(tokens, lengths), parallel.batch_sharding(mesh)))
+        state, metrics = step(state, jax.device_put(Batch(tokens, lengths), parallel.batch_sharding(mesh)), {})
         np.testing.assert_allclose(metrics["loss"], np.sum(loss) / np.sum(free), rtol=1e-5)
         assert np.any(given) and np.sum(free) + np.sum(given) == lengths.sum() > 1.05 * np.sum(free)
     assert np.all(jax.device_get(state.params)["trunk"]["given"] != start.params["trunk"]["given"])

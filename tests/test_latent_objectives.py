@@ -123,7 +123,7 @@ def test_training_lowers_the_loss(corpus, kind):
     tokens = np.asarray(jax.random.randint(jax.random.key(9), (B, L), 0, 4))
     state, losses = init(), []
     for _ in range(60):
-        state, metrics = step(state, Batch(tokens, None))
+        state, metrics = step(state, Batch(tokens, None), {})
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5]), losses
 

@@ -238,7 +238,8 @@ def test_networks_with_equal_hyperparameters_are_equal():
     assert other != NETWORK and width(other) == 16 and len(traces) == 2
     assert repr(network) == repr(NETWORK) != repr(other) and "\n" not in repr(network)
     trunk = (
-        "Trunk(width=16, layers=3, heads=2, dropout=0.0, dtype='float32', scan=False, remat='none', attention='xla')"
+        "Trunk(width=16, layers=3, heads=2, dropout=0.0, dtype='float32', scan=False, remat='none', attention='xla', "
+        "long_skips=False)"
     )
     assert f"prediction='denoiser', trunk={trunk}, sigma_range=" in repr(network)
 

@@ -52,7 +52,7 @@ def trained(corpus, accumulation, tokens, steps):
     init, step, _ = make_step(config, Mean(), make_optimizer(config.optimizer, steps), mesh)
     state, records = init(), []
     for _ in range(steps):
-        state, metrics = step(state, Batch(tokens, None))
+        state, metrics = step(state, Batch(tokens, None), {})
         records.append(jax.device_get(metrics))
     return jax.device_get(state), records
 

@@ -49,7 +49,7 @@ def compiled(config, corpus, devices):
     objective, optimizer, mesh = parts(config, corpus, devices)
     init, step, shardings = make_step(config, objective, optimizer, mesh)
     tokens = jax.ShapeDtypeStruct((ROWS, config.data.block_length), jnp.int32)
-    return step.lower(jax.eval_shape(init), Batch(tokens, None)).compile(), mesh, shardings
+    return step.lower(jax.eval_shape(init), Batch(tokens, None), {}).compile(), mesh, shardings
 
 
 STARTS = {}  # by recipe
@@ -76,7 +76,7 @@ def losses(recipe, corpus, devices, accumulation=1, mesh=None, steps=10, order=s
         put = jax.device_put(Batch(rows.tokens[order], rows.lengths), parallel.batch_sharding(mesh))
         assert len(put.tokens.sharding.device_set) == devices
         ids.append(np.asarray(put.tokens))
-        state, metrics = step(state, put)
+        state, metrics = step(state, put, {})
         values.append(float(metrics["loss"]))
     return np.array(values), np.array(ids)
 
@@ -188,7 +188,7 @@ def test_padded_rows_on_devices_and_in_microbatches(corpus):
     rows = Batch(batch(corpus, 16, ROWS, 0, 0).tokens, lengths)
     state = jax.device_put(start(default_config, corpus), shardings)
     rows = jax.device_put(rows, parallel.batch_sharding(mesh))
-    _, metrics = step(state, rows)
+    _, metrics = step(state, rows, {})
     np.testing.assert_allclose(metrics["loss"], np.log(corpus.vocab_size), rtol=1e-4)
 
 

@@ -228,7 +228,7 @@ def test_latents_are_float32_under_any_settings(corpus, loss, jax_settings):
     _, schedule, network = configs.build(config, V)
     objective, bound = make_objective(config, network, schedule), network.bound(schedule)
     context = SamplerContext(network.process, schedule, 3, L)
-    samplers = [named_sampler(name, context) for name in ("tweedie", "euler", "ddim", "flow", "renoised")]
+    samplers = [named_sampler(name, context) for name in ("tweedie", "euler", "ddim", "flow", "renoised", "tencdm")]
     tokens, lengths = jnp.ones((B, L), jnp.int32), jnp.array([3, 8, 5, 8])
     free = jnp.arange(L)[None] < lengths[:, None]
 

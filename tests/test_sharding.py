@@ -43,7 +43,7 @@ def compiled(base, sizes, *settings, vocabulary=VOCABULARY):
     mesh = parallel.make_mesh(config, jax.devices()[: math.prod(sizes)])
     init, step, _ = make_step(config, objective, make_optimizer(config.optimizer, config.training.steps), mesh)
     tokens = jax.ShapeDtypeStruct((config.training.batch_size, config.data.block_length), jnp.int32)
-    return step.lower(jax.eval_shape(init), Batch(tokens, None)).compile()
+    return step.lower(jax.eval_shape(init), Batch(tokens, None), {}).compile()
 
 
 def exchanged(step):

@@ -327,14 +327,14 @@ def test_nonfinite_step_changes_only_the_step_number(corpus):
     bad = poisoned(2)(config, objective.network, objective.schedule)
     init, step, _ = make_step(config, bad, optimizer, mesh)
     tokens = batch(corpus, 16, 8, 0, 0)
-    first, metrics = step(init(), tokens)
+    first, metrics = step(init(), tokens, {})
     before = jax.device_get(first)
     assert np.isfinite(metrics["loss"])
-    second, metrics = step(first, tokens)
+    second, metrics = step(first, tokens, {})
     assert not np.isfinite(metrics["loss"]) and int(second.step) == 2
     for name in ("params", "ema", "optimizer"):
         jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(jax.device_get(second), name))
-    third, _ = step(second, tokens)
+    third, _ = step(second, tokens, {})
     assert not np.array_equal(third.params["trunk"]["embedding"], before.params["trunk"]["embedding"])
 
 

@@ -30,6 +30,8 @@ class Embeddings:
     table: str = LEARNED
     normalised: bool = True
     rounding: str = EVIDENCE
+    positionwise = True  # a latent depends on its own token only
+    wide_arrays = 0  # the rounding is not trained
 
     def __post_init__(self):
         if self.rounding not in ROUNDINGS:
@@ -44,6 +46,15 @@ class Embeddings:
     def num_padding(self) -> int:
         """The number of parameters that pad the vocabulary."""
         return (padded(self.vocab_size) - self.vocab_size) * (self.width + self.has_bias)
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters, without padding."""
+        return self.vocab_size * (self.width + self.has_bias)
+
+    def multiply_adds(self, length: int) -> tuple[int, int]:
+        """Multiply-adds at a position of rows of `length` tokens, of networks that are trained or frozen: none."""
+        return 0, 0
 
     @property
     def has_bias(self) -> bool:

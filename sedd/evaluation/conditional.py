@@ -109,7 +109,7 @@ def _exact(trained: Trained, answers: Rows) -> list[LogLikelihood]:
     logs = []
     for tokens, free, length in zip(*answers):
         row = (tokens, np.flatnonzero(free), length if trained.uses_lengths else None)
-        logs.append(float(_over_subsets(trained.network, trained.params, *row)))
+        logs.append(float(_over_subsets(trained.network, trained.all_params, *row)))
     return [LogLikelihood(nats, None, "exact", False) for nats in logs]
 
 
@@ -122,7 +122,7 @@ def _over_subsets(network, params, tokens, positions, length):
 def _adaptive(trained: Trained, answers: Rows, picker: str) -> list[LogLikelihood]:
     """The likelihood of decoding the most certain position first."""
     sampler = Adaptive(cast(Absorbing, trained.process), _PICKERS[picker])
-    run = functools.partial(_along_choices, trained.network, sampler, trained.params)
+    run = functools.partial(_along_choices, trained.network, sampler, trained.all_params)
     logs = _in_groups(run, trained.rows_at_once, *_arrays(trained, answers))
     return [LogLikelihood(float(nats), None, picker, False) for nats in logs]
 
@@ -135,7 +135,7 @@ def _along_choices(network, sampler, params, tokens, free, lengths):
 def _orders(trained: Trained, answers: Rows, num_orders: int, seed: int) -> list[LogLikelihood]:
     """The importance-weighted bound of random orders."""
     arrays = (keyed_random.root_key(seed), *_arrays(trained, answers))
-    logs = np.asarray(_along_orders(trained.network, num_orders, trained.params, *arrays), np.float64)
+    logs = np.asarray(_along_orders(trained.network, num_orders, trained.all_params, *arrays), np.float64)
     return [LogLikelihood(*_importance(row), "orders", True) for row in logs]
 
 
@@ -164,7 +164,7 @@ def _importance(logs: np.ndarray) -> tuple[float, float]:
 def _bounds(trained: Trained, answers: Rows, estimator: str, num_draws: int, seed: int) -> list[LogLikelihood]:
     """The bound of the process: the mean of independent replicates, with the same noise for all answers."""
     bound, count = trained.network.bound(trained.schedule), num_draws // _REPLICATE
-    run = functools.partial(_replicates, trained.network, bound, trained.params, keyed_random.root_key(seed))
+    run = functools.partial(_replicates, trained.network, bound, trained.all_params, keyed_random.root_key(seed))
     rows = [None if array is None else np.repeat(array, count, axis=0) for array in _arrays(trained, answers)]
     nats = _in_groups(run, trained.rows_at_once, *rows, np.tile(np.arange(count), len(answers.tokens)))
     return [_mean(row, estimator) for row in nats.astype(np.float64).reshape(-1, count)]

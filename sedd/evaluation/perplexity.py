@@ -9,7 +9,6 @@ model's exact marginal, and better than at its own length by .12 nats a token at
 blocks of 128 (docs/measurements.md). A network that was trained on padded documents gets their lengths instead.
 """
 
-import dataclasses
 import functools
 import importlib.metadata
 import platform
@@ -65,8 +64,8 @@ def perplexity(
     job = {} if folder is None else _job(trained, scored, about, protocol, num_draws, seed)
     if mesh is None:
         mesh = parallel.data_mesh()
-        params = parallel.put(trained.params, parallel.shardings(mesh, trained.params))
-        trained = dataclasses.replace(trained, params=params)
+        params = trained.all_params
+        trained = trained.placed(parallel.put(params, parallel.shardings(mesh, params)))
     levels = functools.partial(levels_of, bound, num_draws, seed)
     with (
         ResumableDraws(folder, job, record_shape(network, num_draws), len(scored.tokens), levels) as record,

@@ -47,7 +47,7 @@ def score(
     size = min(batch_size or trained.network.rows_at_once(length) * devices, num_rows)
     size = -(-size // devices) * devices
     static = (trained.network, bound, num_draws, trained.uses_lengths, mesh)
-    run = functools.partial(_records, *static, trained.params, keyed_random.root_key(seed))
+    run = functools.partial(_records, *static, trained.all_params, keyed_random.root_key(seed))
     here = parallel.local_rows(mesh, size)
     for first in range(start, num_rows, size):
         at = np.arange(first, first + size) % num_rows  # one shape for all batches; surplus rows are dropped below

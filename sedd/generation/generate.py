@@ -71,14 +71,19 @@ def generate(trained: Trained, rows: list[Row], options: SamplingOptions = Sampl
     check_size(len(rows) * (options.steps if options.trace else 1), max(len(row.tokens) for row in rows))
     _check_options(trained, options)
     batch = collate(rows, trained)
+    if not trained.network.infills and _has_given(trained, batch):
+        raise UserError(
+            "this model cannot fill in text, nor go on after a block: the encoding of a given token depends on the "
+            "tokens that are to be filled in; take a model of tokens or of their embeddings"
+        )
     sampler = sampler_for(trained, options, batch)
-    parts = parallel.num_batch_shards(trained.params)
+    parts = parallel.num_batch_shards(trained.all_params)
     size = min(len(rows), options.batch_size or parts * trained.rows_at_once)
-    params, sharding = parallel.place_for_batch(trained.params, size)
+    params, sharding = parallel.place_for_batch(trained.all_params, size)
     size += -size % (parts if size >= parts else 1)  # the same number of rows on each device
     no_bar = options.watch is not None or not processes.is_first()
     with tqdm(desc="sampling", unit="step", delay=2, total=0, disable=no_bar) as bar:
-        loop = Loop(dataclasses.replace(trained, params=params), sampler, options, sharding, bar)
+        loop = Loop(trained.placed(params), sampler, options, sharding, bar)
         starts = range(0, len(rows), size)
         groups = [loop(batch, np.arange(start, start + size), len(starts)) for start in starts]
     return _collect(trained, groups, rows, batch)
@@ -117,6 +122,11 @@ def _ignores_given(trained: Trained, batch: Rows) -> bool:
     """True if there are given tokens, also those of the previous block, that the network treats as noisy."""
     if trained.process.mask_id is not None or trained.network.given_embedding:
         return False
+    return _has_given(trained, batch)
+
+
+def _has_given(trained: Trained, batch: Rows) -> bool:
+    """True if there are given tokens, also those of the previous block."""
     return bool(np.any(~batch.free & batch.within) or batch.lengths.max() > trained.block_length)
 
 

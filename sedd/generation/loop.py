@@ -89,14 +89,14 @@ class Loop:
         start: the last arguments of `_begin`; num_runs: windows times groups, for the progress bar.
         """
         trained, options = self.trained, self.options
-        task, progress = _begin(trained.network, self.sampler, options.trace, self.sharding, trained.params, *start)
+        task, progress = _begin(trained.network, self.sampler, options.trace, self.sharding, trained.all_params, *start)
         static = (trained.network, self.sampler, trained.block_length, options.adjusts_logits, options.round_below)
         traced = (options.temperature, options.top_p), lengths if trained.layout.masks_padding else None
         stride = 1 if on_step else -(-task.steps // HOST_SYNCS)
         self.bar.total = task.steps * num_runs
         steps, done = 0, bool(progress.done)
         while not done:
-            progress = _advance(*static, self.sharding, trained.params, task, progress, steps + stride, *traced)
+            progress = _advance(*static, self.sharding, trained.all_params, task, progress, steps + stride, *traced)
             before, steps, done = steps, int(progress.steps), bool(progress.done)
             self.bar.update(steps - before)
             if on_step:
@@ -106,7 +106,7 @@ class Loop:
 
     def _shown(self, progress: Progress) -> jax.Array:
         """The tokens that the state of a window shows, Int32[B W]."""
-        return _shown(self.trained.network, self.sharding, self.trained.params, progress.x)
+        return _shown(self.trained.network, self.sharding, self.trained.all_params, progress.x)
 
 
 class _FullRows:

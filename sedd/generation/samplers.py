@@ -88,6 +88,7 @@ SAMPLERS: dict[str, Callable[[SamplerContext], Sampler]] = {
     "ddim": _on_grid(functools.partial(DDIM, eta=0.0)),
     "flow": _on_grid(functools.partial(EulerMaruyama, stochastic=False)),
     "renoised": _on_grid(Renoised),
+    "tencdm": _on_grid(functools.partial(EulerMaruyama, max_rate=40.2, last=0.01)),  # as published
 }
 PLANNED = "planned:REPORT"  # planned from the information profile in a report of `sedd eval --out`
 

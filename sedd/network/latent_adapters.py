@@ -42,6 +42,19 @@ class LatentEmbedding(nn.Module):
         return constrain_sharding(h, BATCH_AXES)
 
 
+class LayerEstimates(nn.Module):
+    """Maps the last estimate to what is added to the hidden states before each layer, by a linear map for each."""
+
+    layers: int
+    width: int
+
+    @nn.compact
+    def __call__(self, estimate: jax.Array) -> jax.Array:
+        """estimate: Float[B L D]. Returns Float32[layers B L W]."""
+        of_layers = Linear((self.layers, self.width), use_bias=False, name="estimates")(estimate)
+        return constrain_sharding(jnp.moveaxis(of_layers, -2, 0), None, BATCH_AXES)
+
+
 class LatentHead(nn.Module):
     """Maps hidden states to latents. width: D."""
 

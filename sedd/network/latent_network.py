@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +15,32 @@ from sedd.diffusion.gaussian.loss import LatentStatsFn, statistics, stats_from
 from sedd.diffusion.gaussian.process import Gaussian
 from sedd.diffusion.schedule import log_snr
 from sedd.network.adapters import TokenHead, padded
-from sedd.network.latent_adapters import LatentEmbedding, LatentHead
+from sedd.network.latent_adapters import LatentEmbedding, LatentHead, LayerEstimates
 from sedd.network.latent_predictions import DENOISER, MEANS
 from sedd.network.network import Network, apply
 
 
 class Codec(Protocol):
-    """What such a network asks of the embeddings of tokens; parameters are those under "codec"."""
+    """What such a network asks of tokens as latents; parameters are those under "codec", trained or frozen."""
 
     @property
     def vocab_size(self) -> int: ...
 
     @property
+    def positionwise(self) -> bool: ...
+
+    @property
+    def num_parameters(self) -> int: ...
+
+    @property
     def num_padding(self) -> int: ...
 
     @property
-    def has_bias(self) -> bool: ...
+    def wide_arrays(self) -> int: ...
+
+    def multiply_adds(self, length: int) -> tuple[int, int]: ...
 
     def init(self, key: jax.Array) -> dict: ...
-
-    def rows(self, params: dict) -> jax.Array: ...
 
     def encode(self, params: dict, tokens: jax.Array) -> jax.Array: ...
 
@@ -42,24 +48,33 @@ class Codec(Protocol):
 
     def tokens(self, params: dict, z0: jax.Array) -> jax.Array: ...
 
+
+class Table(Codec, Protocol):
+    """A codec with a latent for each token."""
+
+    def rows(self, params: dict) -> jax.Array: ...
+
     def products(self, params: dict, z: jax.Array) -> jax.Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentNetwork(Network):
-    """A network over the embeddings of tokens; prediction: "denoiser", the tokens, or a key of MEANS, their latents.
+    """A network over latents of tokens; prediction: "denoiser", the tokens, or a key of MEANS, their latents.
 
-    codec: the embeddings, as `sedd.codecs.embeddings.Embeddings`. soft_tokens: the network also takes the distribution
-    of each token by its own latent, embedded as the tokens of other networks are. self_conditioning: it takes its last
-    answer (Chen et al., arXiv 2208.04202). evidence_snr: the logits of a "denoiser" get the evidence of the position's
-    own latent, in the share SNR / (SNR + evidence_snr); 0: none.
+    codec: of `sedd.codecs`; a denoiser, soft tokens and rounding need a `Table`. soft_tokens: the network also takes
+    the distribution of each token by its own latent, embedded as the tokens of other networks are. self_conditioning:
+    it takes its last answer (Chen et al., arXiv 2208.04202), estimate_layers: in front of each layer. evidence_snr: the
+    logits of a "denoiser" get the evidence of the position's own latent, in the share SNR / (SNR + evidence_snr); 0:
+    none. bound_low: the noise at which the bound passes to the tokens; 0: that of `bound_of`.
     """
 
     process: Gaussian
     codec: Codec = dataclasses.field(kw_only=True)
     soft_tokens: bool = True
     self_conditioning: bool = False
+    estimate_layers: bool = False
     evidence_snr: float = 0.0
+    bound_low: float = 0.0
 
     @staticmethod
     def predictions():
@@ -83,19 +98,30 @@ class LatentNetwork(Network):
 
     @property
     def wide_arrays(self):
-        return 3 * self.has_logits + 2 * self.soft_tokens
+        return 3 * self.has_logits + 2 * self.soft_tokens + self.codec.wide_arrays
+
+    def codec_products(self, length):
+        return self.codec.multiply_adds(length)
+
+    @property
+    def infills(self):
+        return self.codec.positionwise
+
+    @property
+    def _num_estimates(self) -> int:
+        """The number of linear maps of the last answer."""
+        return (self.trunk.layers if self.estimate_layers else 1) * self.self_conditioning
 
     @property
     def outer_parameters(self):
-        of_table = self.vocab_size * (self.process.width + self.codec.has_bias)
         of_embedding = self.trunk.width * (
-            self.process.width * (1 + self.self_conditioning) + 1 + self.vocab_size * self.soft_tokens
+            self.process.width * (1 + self._num_estimates) + 1 + self.vocab_size * self.soft_tokens
         )
-        return of_table + of_embedding + self._num_outputs * (self.trunk.width + 1)
+        return self.codec.num_parameters + of_embedding + self._num_outputs * (self.trunk.width + 1)
 
     @property
     def outer_products(self):
-        latents = self.process.width * (1 + self.self_conditioning)
+        latents = self.process.width * (1 + self._num_estimates)
         soft = self.vocab_size * self.soft_tokens * (self.process.width + self.trunk.width)
         outputs = padded(self.vocab_size) if self.has_logits else self.process.width
         return (latents + outputs) * self.trunk.width + soft
@@ -107,9 +133,14 @@ class LatentNetwork(Network):
     @property
     def embedding(self) -> LatentEmbedding:
         states = self.vocab_size if self.soft_tokens else 0
-        return LatentEmbedding(
-            self.trunk.width, states, self.embedding_std, self.self_conditioning, self.given_embedding
-        )
+        takes_estimate = self.self_conditioning and not self.estimate_layers
+        return LatentEmbedding(self.trunk.width, states, self.embedding_std, takes_estimate, self.given_embedding)
+
+    @property
+    def layer_estimates(self) -> LayerEstimates | None:
+        if not (self.self_conditioning and self.estimate_layers):
+            return None
+        return LayerEstimates(self.trunk.layers, self.trunk.width)
 
     @property
     def head(self) -> TokenHead | LatentHead:
@@ -128,6 +159,7 @@ class LatentNetwork(Network):
         for_trunk, for_head, for_codec = jax.random.split(keyed_random.threefry(key), 3)
         trunk = {
             **self.embedding.init(for_trunk, z, soft, z)["params"],
+            **({} if self.layer_estimates is None else self.layer_estimates.init(for_trunk, z)["params"]),
             **self.noise_embedding.init(for_trunk, sigma)["params"],
             **self.trunk.init(for_trunk, h, condition)["params"],
         }
@@ -146,9 +178,12 @@ class LatentNetwork(Network):
         return self._token_denoiser(params, None, lengths, given)
 
     def for_sampler(self, params, denoiser, round_below=0.0):
-        rows = self.codec.rows(params["codec"])
-        mean = mean_from(denoiser, rows) if self.has_logits else denoiser
-        return rounded(mean, rows, round_below) if round_below else mean
+        mean = mean_from(denoiser, self._rows(params)) if self.has_logits else denoiser
+        return rounded(mean, self._rows(params), round_below) if round_below else mean
+
+    def _rows(self, params) -> jax.Array:
+        """The latents of all tokens, Float32[V D]."""
+        return cast(Table, self.codec).rows(params["codec"])
 
     def mean_denoiser(
         self,
@@ -161,7 +196,7 @@ class LatentNetwork(Network):
 
         if self.has_logits:
             denoiser = self._token_denoiser(params, keys, lengths, given)
-            return mean_from(denoiser, self.codec.rows(params["codec"]))
+            return mean_from(denoiser, self._rows(params))
 
         def mean(x, sigma):
             output = self._output(params, x, self._clipped(sigma), keys, lengths, given)
@@ -185,7 +220,7 @@ class LatentNetwork(Network):
 
         if self.has_logits:
             denoiser = self._token_denoiser(params, keys, lengths, given)
-            return stats_from(denoiser, self.codec.rows(params["codec"]), tokens)
+            return stats_from(denoiser, self._rows(params), tokens)
         mean = self.mean_denoiser(params, keys, lengths, given)
 
         def stats(x, sigma, z0):
@@ -195,7 +230,7 @@ class LatentNetwork(Network):
         return stats
 
     def bound(self, schedule):
-        return bound_of(self.process, schedule)
+        return bound_of(self.process, schedule, self.bound_low)
 
     def bound_stats(self, params, tokens, lengths=None, given=None, masked_pairs=False):
         stats = self.stats(params, tokens, None, lengths, given)
@@ -224,7 +259,7 @@ class LatentNetwork(Network):
 
     def _evidence(self, params, z, sigma) -> jax.Array:
         """The log evidence of each latent for its own token. Float[B L D], Float[B 1] -> Float32[B L V]."""
-        return self.process.log_evidence(z, self.codec.rows(params["codec"]), sigma)
+        return self.process.log_evidence(z, self._rows(params), sigma)
 
     def _output(self, params, x, sigma, keys=None, lengths=None, given=None) -> jax.Array:
         """The outputs of the head, conditioned on sigma without clipping. Float32[B L V] or Float32[B L D]."""
@@ -235,8 +270,9 @@ class LatentNetwork(Network):
                 own = jax.nn.one_hot(self.codec.tokens(params["codec"], x.z), self.vocab_size, dtype=soft.dtype)
                 soft = jnp.where(given[..., None], own, soft)
         h = apply(self.embedding, params["trunk"], x.z, soft, x.estimate, given)
+        added = None if self.layer_estimates is None else apply(self.layer_estimates, params["trunk"], x.estimate)
         condition = apply(self.noise_embedding, params["trunk"], sigma)
-        hidden = apply(self.trunk, params["trunk"], h, condition, keys, lengths)
+        hidden = apply(self.trunk, params["trunk"], h, condition, keys, lengths, None, None, added)
         return apply(self.head, params["head"], hidden, condition[:, None])
 
 

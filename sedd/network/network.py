@@ -19,6 +19,7 @@ from sedd.diffusion.bounds import Bound
 from sedd.diffusion.denoiser import Clean, State
 from sedd.diffusion.schedule import Schedule
 from sedd.network.adapters import CONDITIONING, NoiseEmbedding
+from sedd.network.bert import Bert
 from sedd.network.trunk import Trunk
 
 MAX_ROWS, MAX_LOGITS = 64, 2**28  # of one batch on a device in evaluation and sampling, by default
@@ -36,7 +37,7 @@ class Network(abc.ABC):
 
     process: Any
     prediction: str
-    trunk: Trunk
+    trunk: Trunk | Bert
     sigma_range: tuple[float, float]
     cond_dim: int = 128
     embedding_std: float = 0.5
@@ -90,6 +91,15 @@ class Network(abc.ABC):
     def wide_arrays(self) -> int:
         """About how many float32 arrays with `columns` numbers a position the backward pass needs."""
         return 3
+
+    def codec_products(self, length: int) -> tuple[int, int]:
+        """Multiply-adds at a position of rows of `length` tokens in networks beside the trunk: trained, and frozen."""
+        return 0, 0
+
+    @property
+    def infills(self) -> bool:
+        """True if a clean value depends on its own token only, so that some tokens can be given."""
+        return True
 
     @property
     @abc.abstractmethod

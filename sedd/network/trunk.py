@@ -4,14 +4,12 @@ Bidirectional attention with rotary positions; each layer is modulated by a cond
 from sigma (adaLN-zero; Peebles and Xie, arXiv 2212.09748).
 """
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from sedd.network.attention import attend
-from sedd.network.layers import Linear, dropout, modulate, norm, rotary
+from sedd.network.layers import Linear, dropout, modulate, norm, one_line, rotary
 
 REMAT = {  # the part of a layer that the backward pass recomputes -> the policy for what is saved
     "none": None,
@@ -55,7 +53,9 @@ class Trunk(nn.Module):
     """A stack of `layers` Blocks. Hashable, and compared by its hyperparameters.
 
     scan: the layers are scanned, else unrolled; dtype: of linear maps and attention; remat: a key of REMAT; attention:
-    a key of `attention.ATTENTION`. ValueError if the width of a head is not an even number.
+    a key of `attention.ATTENTION`; long_skips: the input of each layer of the first half is added to that of its mirror
+    image in the second, as in a U-Net (TEncDM, arXiv 2402.19097, section 4.3). ValueError if the width of a head is not
+    an even number, or for scanned layers with long skips.
     """
 
     width: int
@@ -66,8 +66,11 @@ class Trunk(nn.Module):
     scan: bool = False
     remat: str = "none"
     attention: str = "xla"
+    long_skips: bool = False
 
     def __post_init__(self):
+        if self.long_skips and self.scan:
+            raise ValueError("network.long_skips needs network.scan=False: scanned layers have no mirror images")
         if self.width % (2 * self.heads):
             raise ValueError(f"network.width ({self.width}) must be a multiple of twice network.heads ({self.heads})")
         super().__post_init__()
@@ -92,11 +95,14 @@ class Trunk(nn.Module):
                 block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=axes, length=self.layers
             )
             return layers(name="blocks", **sizes)(h, jnp.arange(self.layers), added, *shared)[0]
+        inputs = []
         for layer in range(self.layers):
+            if self.long_skips and layer >= (self.layers + 1) // 2:
+                h = h + inputs.pop()
+            elif self.long_skips and layer < self.layers // 2:
+                inputs.append(h)
             of_layer = None if added is None else added[layer]
             h, _ = block(name=f"block_{layer}", **sizes)(h, layer, of_layer, *shared)
         return h
 
-    def __repr__(self):  # one line, as results record it; linen's has a line for each attribute
-        names = [field.name for field in dataclasses.fields(self) if field.name not in ("parent", "name")]
-        return f"Trunk({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+    __repr__ = one_line

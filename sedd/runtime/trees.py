@@ -19,6 +19,12 @@ def named(tree, separator: str = "/") -> dict:
     return {name_of(path, separator): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
+def merged(tree: dict, other: dict) -> dict:
+    """Returns the nested dict with the leaves of both, which have no path in common."""
+    both = {name: merged(tree[name], other[name]) for name in tree.keys() & other.keys()}
+    return {**tree, **other, **both}
+
+
 def types(tree) -> dict[str, str]:
     """Returns the type and shape of each leaf by its path, such as float32[4, 3]. Leaves may be abstract."""
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named(tree).items()}

@@ -132,7 +132,8 @@ def step_flops(objective: Objective, rows: int, length: int, recomputed: bool = 
     recomputation = {"none": 0, "dots": attention, "full": attention + maps}[trunk.remat]
     forward = attention + maps + conditioning + outer
     memory = forward // 2 if network.self_conditioned else 0  # of every other step, without its gradient
-    return 3 * forward + memory + (recomputation if recomputed else 0)
+    trained, frozen = (2 * rows * length * products for products in network.codec_products(length))
+    return 3 * (forward + trained) + frozen + memory + (recomputation if recomputed else 0)
 
 
 def activation_bytes(objective: Objective, rows: int, length: int, model: int = 1) -> int:

@@ -53,6 +53,7 @@ def fit(config: ConfigDict, workdir: str | Path, weights: dict | None = None, in
         disk.user_errors(run.workdir, "; the last checkpoint is kept"),
         storage.Mirror(run.workdir, ("metrics.jsonl", "samples.jsonl", NONFINITE)) as mirror,
     ):
+        run = run.placed()
         optimizer = make_optimizer(run.config.optimizer, run.config.training.steps)
         init, step, shardings = make_step(run.config, run.objective, optimizer, run.mesh)
         state = checkpoints.restore(parallel.abstract_arrays(jax.eval_shape(init), shardings))
@@ -105,7 +106,7 @@ class _Loop:
             for number in range(start + 1, 1 + (start if stop else config.training.steps)):
                 with profiler.step(number):
                     batch = parallel.shard_batch(self.run.mesh, next(source), rows, batch_size)
-                    state, metrics = self.step(state, batch)
+                    state, metrics = self.step(state, batch, self.run.frozen)
                 # All processes read it one step later, so that the host does not wait for this step.
                 stop, requested = bool(requested), processes.any_of(self.stopping.is_set())
                 self.log.record(number, metrics)

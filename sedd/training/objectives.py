@@ -5,24 +5,31 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from sedd.diffusion.schedule import Schedule
-from sedd.network.latent_network import LatentNetwork
 from sedd.network.network import Network
-from sedd.network.token_network import TokenNetwork
-from sedd.recipes import resolved
+from sedd.recipes import ENCODER, kind_of, resolved
 from sedd.training.cross_entropy import CrossEntropy
+from sedd.training.encodings import Decoding, Denoising, Encodings
 from sedd.training.latents import LatentBoundLoss, LatentCrossEntropy, Regression
 from sedd.training.objective import Objective
 from sedd.training.score_entropy import ScoreEntropy
 
-OBJECTIVES: dict[type[Network], dict[str, Callable[..., Objective]]] = {
-    TokenNetwork: {"bound": ScoreEntropy, "cross_entropy": CrossEntropy},
-    LatentNetwork: {"bound": LatentBoundLoss, "cross_entropy": LatentCrossEntropy, "regression": Regression},
+_TOKENS: dict[str, Callable[..., Objective]] = {"bound": ScoreEntropy, "cross_entropy": CrossEntropy}
+OBJECTIVES: dict[str, dict[str, Callable[..., Objective]]] = {  # by the kind of model, then by `training.loss`
+    "absorbing": _TOKENS,
+    "uniform": _TOKENS,
+    "gaussian": {"bound": LatentBoundLoss, "cross_entropy": LatentCrossEntropy, "regression": Regression},
+    "encoder": {"regression": Encodings, "denoising": Denoising, "decoder": Decoding},
 }
 
 
 def make_objective(config: ConfigDict, network: Network, schedule: Schedule) -> Objective:
     """Returns the objective that the group `training` of a config describes."""
-    training = resolved(config).training
-    kind = OBJECTIVES[type(network)][training.loss]
-    other = {"noise_sampling": training.noise_sampling} if kind is ScoreEntropy else {}
-    return kind(network, schedule, training.batch_size, training.min_time, **other)
+    config = resolved(config)
+    training, codec, of_model = config.training, config.codec, kind_of(config)
+    other = {}
+    if OBJECTIVES[of_model][training.loss] is ScoreEntropy:
+        other = {"noise_sampling": training.noise_sampling}
+    elif of_model == ENCODER:
+        other = {name: codec[name] for name in ("corruption", "corruption_start", "corruption_end")}
+    make = OBJECTIVES[of_model][training.loss]
+    return make(network, schedule, training.batch_size, training.min_time, **other)

@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 
 from sedd.runtime.trees import name_of
 
+DECODER = "codec/decoder/"  # trained beside the network, from which its gradient is apart: clipped by itself
+
 
 def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
     """Returns the optimiser that `config` (the group `optimizer`) describes, for a run of `steps` steps."""
@@ -25,7 +27,18 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
             adam_b2=config.b2,
             muon_weight_dimension_numbers=_matrices,
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(optax.chain(optax.masked(clip, _outside(DECODER)), optax.masked(clip, _inside(DECODER))), update)
+
+
+def _inside(prefix: str) -> Callable[[dict], dict]:
+    """Returns the function that marks the parameters whose paths begin with `prefix`."""
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: name_of(path).startswith(prefix), params)
+
+
+def _outside(prefix: str) -> Callable[[dict], dict]:
+    """Returns the function that marks all others."""
+    return lambda params: jax.tree.map(lambda inside: not inside, _inside(prefix)(params))
 
 
 def learning_rate(config: ConfigDict, peak: float, steps: int) -> Callable[[jax.Array], jax.Array]:
@@ -50,8 +63,10 @@ def _matrices(params: dict) -> dict:
 
     def one(path, leaf):
         name = name_of(path)
-        if not name.endswith("kernel") or name == "head/out/kernel":
+        if not name.endswith("kernel") or name in ("head/out/kernel", f"{DECODER}out/kernel"):
             return None
+        if name.endswith("estimates/kernel"):  # one matrix for each layer, its middle axis
+            return optax.contrib.MuonDimensionNumbers(-3, (-1,))
         columns = 2 if name.endswith("qkv/kernel") else 1
         return optax.contrib.MuonDimensionNumbers(-columns - 1, tuple(range(-columns, 0)))
 

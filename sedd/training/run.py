@@ -4,14 +4,17 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from sedd import config as configs
+from sedd.codecs.encoder import Encoder
+from sedd.codecs.frozen import FILE, save_normalisation
 from sedd.data.batches import check_block_length, row_lengths
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.data.layout import Layout
@@ -19,8 +22,11 @@ from sedd.diffusion.keyed_random import root_key
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.network.attention import check_platform
+from sedd.network.latent_network import LatentNetwork
+from sedd.recipes import ENCODER, kind_of
 from sedd.runtime import disk, folders, parallel, processes, storage, trees
 from sedd.trained import Trained
+from sedd.training import encoder
 from sedd.training.checkpoint import steps_saved
 from sedd.training.objective import Objective
 from sedd.training.objectives import make_objective
@@ -32,7 +38,8 @@ from sedd.training.workdir import prepare_workdir
 class Run:
     """What a run consists of, but for its state.
 
-    weights: the initial parameters, None for random ones; init_from: their origin.
+    weights: the initial parameters, None for random ones; init_from: their origin; frozen: the parameters that nothing
+    trains.
     """
 
     workdir: epath.Path
@@ -44,12 +51,19 @@ class Run:
     mesh: Mesh
     weights: dict | None
     init_from: str | None
+    frozen: dict
+
+    def placed(self) -> "Run":
+        """Returns the run with its frozen parameters on all devices."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return dataclasses.replace(self, frozen=parallel.put(self.frozen, jax.tree.map(lambda _: whole, self.frozen)))
 
     def trained(self, params: dict) -> Trained:
         """Returns the model with these parameters, to be evaluated."""
         return Trained(
             network=self.objective.network,
             params=params,
+            frozen=self.frozen,
             schedule=self.schedule,
             tokenizer=self.corpus.tokenizer,
             layout=self.layout,
@@ -66,6 +80,7 @@ def resolve(config: ConfigDict, workdir: str | Path, weights: dict | None = None
     """Resolves the arguments of `fit`. UserError if config, corpus, mesh or weights do not fit each other."""
     folder, config = storage.folder_of(workdir), configs.validate(config)
     corpus, layout = _corpus_and_layout(config)
+    pretrained = encoder.read_for(config, corpus) if kind_of(config) == ENCODER else None
     _, schedule, network = configs.build(config, corpus.vocab_size)
     check_platform(config.network.attention, jax.devices()[0].platform)
     mesh, objective = parallel.make_mesh(config), make_objective(config, network, schedule)
@@ -77,7 +92,12 @@ def resolve(config: ConfigDict, workdir: str | Path, weights: dict | None = None
         weights = trees.fitted(weights, like, f"{init_from or 'the weights to start from'} cannot start this run")
     if config.metrics.tensorboard:
         check_installed()
-    return Run(folder, config, corpus, layout, schedule, objective, mesh, weights, init_from)
+    frozen = {}
+    if pretrained is not None:
+        frozen = encoder.frozen_params(
+            config, corpus, cast(Encoder, cast(LatentNetwork, network).codec), pretrained, folder
+        )
+    return Run(folder, config, corpus, layout, schedule, objective, mesh, weights, init_from, frozen)
 
 
 def _with_table(config: ConfigDict, objective: Objective, vocab_size: int) -> dict:
@@ -133,4 +153,7 @@ def acquired(run: Run) -> Iterator[None]:
             if processes.is_first():
                 stack.enter_context(folders.locked(run.workdir))
                 prepare_workdir(run.workdir, run.config, run.corpus, run.layout, run.init_from)
+                if run.frozen:
+                    with storage.user_errors(run.workdir):
+                        save_normalisation(run.workdir / FILE, run.frozen)
         yield

@@ -43,13 +43,14 @@ def init_state(
 
 def make_step(
     config: ConfigDict, objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> tuple[Callable[..., TrainState], Callable[[TrainState, Batch], tuple[TrainState, dict]], TrainState]:
+) -> tuple[Callable[..., TrainState], Callable[[TrainState, Batch, dict], tuple[TrainState, dict]], TrainState]:
     """Returns the jitted functions `init` and `step`, and the shardings of the state.
 
-    init takes the initial parameters, or nothing. step takes the state, which is donated, and the global batch; it
-    returns the new state and the metrics: loss and terms (nats per scored token), gradient_norm (of the loss summed
-    over positions, averaged over rows), learning_rate, tokens (valid ones), losses (`Losses` of each row) and gradients
-    (the norm of each by its path). If loss or gradient_norm is not finite, only the step number changes.
+    init takes the initial parameters, or nothing. step takes the state, which is donated, the global batch, and the
+    parameters that nothing trains (as of `Trained.frozen`); it returns the new state and the metrics: loss and terms
+    (nats per scored token), gradient_norm (of the loss summed over positions, averaged over rows), learning_rate,
+    tokens (valid ones), losses (`Losses` of each row) and gradients (the norm of each by its path). If loss or
+    gradient_norm is not finite, only the step number changes.
     """
     training = config.training
     rate = learning_rate(config.optimizer, config.optimizer.learning_rate, training.steps)
@@ -57,25 +58,26 @@ def make_step(
     def init(params=None):
         return init_state(config, objective, optimizer, params)
 
-    def step(state, batch):
+    def step(state, batch, frozen):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for the sharding constraints of the network
             key = keyed_random.fold(keyed_random.root_key(training.seed), state.step)
-            loss, losses, gradient = _loss_and_gradient(objective, training, mesh, state.params, batch, key)
+            loss, losses, gradient = _loss_and_gradient(objective, training, mesh, state.params, frozen, batch, key)
             metrics = _metrics(loss, losses, gradient, batch) | {"learning_rate": rate(state.step)}
             finite = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])
             return _updated(state, gradient, optimizer, training.ema_decay, finite), metrics
 
     shardings = parallel.shardings(mesh, jax.eval_shape(init))
-    in_shardings, out_shardings = (shardings, parallel.batch_sharding(mesh)), (shardings, NamedSharding(mesh, P()))
+    whole = NamedSharding(mesh, P())
+    in_shardings, out_shardings = (shardings, parallel.batch_sharding(mesh), whole), (shardings, whole)
     jitted_step = jax.jit(step, donate_argnums=0, in_shardings=in_shardings, out_shardings=out_shardings)
     return jax.jit(init, out_shardings=shardings), jitted_step, shardings
 
 
-def _loss_and_gradient(objective, training, mesh, params, batch, key) -> tuple[jax.Array, Losses, dict]:
+def _loss_and_gradient(objective, training, mesh, params, frozen, batch, key) -> tuple[jax.Array, Losses, dict]:
     """The loss, its mean over the rows; the losses of each row; and the gradient, summed over the microbatches."""
 
     def mean_loss(params, batch, rows):
-        losses = objective(params, batch, rows, key)
+        losses = objective(trees.merged(params, frozen), batch, rows, key)
         return jnp.sum(losses.loss) / training.batch_size, losses
 
     def add(total, microbatch):

@@ -21,6 +21,7 @@ _MUTABLE_KEYS = {
     "training.accumulation",
     "training.max_skipped_steps",
     "data.corpus",
+    "codec.encoder",  # its digest may not
     "network.remat",
     "network.attention",
 }
@@ -39,6 +40,8 @@ def prepare_workdir(
     path = workdir / "config.json"
     values = config.to_dict()
     values["data"]["corpus"] = os.fspath(corpus.path)
+    if os.path.isdir(config.codec.encoder):
+        values["codec"]["encoder"] = disk.absolute(config.codec.encoder)
     description = {
         "format": configs.FORMAT,
         "config": values,

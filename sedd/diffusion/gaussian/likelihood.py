@@ -86,10 +86,13 @@ class LatentBound(Bound):
         return in_halves(at, keys, num_draws, 1)
 
 
-def bound_of(process: Gaussian, schedule: Schedule) -> LatentBound:
-    """Returns the bound of a process that is trained with a schedule."""
-    low, high = (float(schedule.sigma(t)) for t in (0.0, 1.0))
-    return LatentBound(process, max(low, min(BOUND_LOW, high / 2)), high)
+def bound_of(process: Gaussian, schedule: Schedule, low: float = 0.0) -> LatentBound:
+    """Returns the bound of a process that is trained with a schedule.
+
+    low: the noise at which it passes to the tokens; 0: BOUND_LOW, or the schedule's lowest where that is more.
+    """
+    lowest, high = (float(schedule.sigma(t)) for t in (0.0, 1.0))
+    return LatentBound(process, low or max(lowest, min(BOUND_LOW, high / 2)), high)
 
 
 def noise_at(u: jax.Array, low: float, high: float) -> tuple[jax.Array, jax.Array]:

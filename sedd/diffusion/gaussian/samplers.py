@@ -6,6 +6,7 @@ where the answer is E[z0 | z] itself.
 
 import abc
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -75,10 +76,29 @@ class EulerMaruyama(GaussianSampler):
     """Euler's steps of the reverse SDE, or without noise those of the probability flow ODE.
 
     Of first order in rate(t) (t - t_next), which must be small: schedules that end steeply need many steps (Song et
-    al., arXiv 2011.13456; TEncDM samples so).
+    al., arXiv 2011.13456). max_rate: a limit of rate(t), which bounds the first steps of such a schedule. last: the
+    time from which a final step leads to noise 0; 0: the grid itself ends there. TEncDM (arXiv 2402.19097) samples with
+    both limits; its code returns the last step of the grid, which is near the mean that is returned here.
     """
 
     stochastic: bool = True
+    max_rate: float = math.inf
+    last: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (0 <= self.last < 1 and self.max_rate > 0):
+            raise ValueError(f"needs 0 <= last < 1 and max_rate > 0, not {self.last}, {self.max_rate}")
+
+    def times(self):
+        if not self.last:
+            return super().times()
+        return jnp.append(jnp.linspace(1.0, self.last, self.steps), 0.0)
+
+    def plan(self, keys, free):
+        t = self.times()
+        linear = jnp.minimum(self.schedule.rate(t[:-1]), self.max_rate) * (t[:-1] - t[1:])
+        return super().plan(keys, free)._replace(linear=linear)
 
     def moments(self, mean, z, entry):
         score, weight = self.process.score(mean, z, entry.sigma), 1.0 if self.stochastic else 0.5

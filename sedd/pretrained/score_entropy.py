@@ -1,6 +1,5 @@
 """Reads published SEDD checkpoints, config.json and model.safetensors, without PyTorch."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -21,9 +20,12 @@ def is_published(about: dict) -> bool:
     return {"graph", "noise", "model", "tokens"} <= about.keys()
 
 
-def load(directory: Path) -> tuple[ConfigDict, dict]:
-    """Returns the config and the parameters of a published checkpoint. UserError if it cannot be read."""
-    config = _config(json.loads((directory / "config.json").read_text()), directory)
+def load(directory: Path, about: dict) -> tuple[ConfigDict, dict, None]:
+    """Returns the config and the parameters; there is no tokenizer. UserError if the checkpoint cannot be read.
+
+    about: the contents of config.json.
+    """
+    config = _config(about, directory)
     file = directory / "model.safetensors"
     if not file.is_file():
         raise UserError(f"there is no {file}; copy it to the folder of its config.json")
@@ -32,7 +34,7 @@ def load(directory: Path) -> tuple[ConfigDict, dict]:
     except SafetensorError as error:
         raise UserError(f"{file} is damaged ({error}); copy it again") from None
     tensors.pop("rotary_emb.inv_freq", None)  # a constant
-    return config, _params(tensors, config, directory)
+    return config, _params(tensors, config, directory), None
 
 
 def _config(published: dict, directory: Path) -> ConfigDict:

@@ -248,7 +248,7 @@ class Model(Trained):
             "layout": self.layout.to_json(),
         }
         if self.frozen:
-            save_normalisation(directory / FILE, jax.device_get(self.frozen))
+            save_normalisation(directory / FILE, self.frozen)
         (directory / "weights.safetensors").write_bytes(save_arrays(named(jax.device_get(self.params))))
         (directory / "config.json").write_text(
             json.dumps(about, indent=2) + "\n"

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from safetensors.numpy import load_file, save_file
-from small import ADAMW, ENCODERS, encoder_config, encoder_corpus, shaken, small_corpus
+from small import ADAMW, ENCODERS, encoder_config, encoder_corpus, parts, shaken, small_corpus
 
 import sedd
 from sedd import config as configs
@@ -22,6 +22,7 @@ from sedd.training.encoder import read_for
 from sedd.training.fit import fit
 from sedd.training.objectives import make_objective
 from sedd.training.optimizer import make_optimizer
+from sedd.training.step import make_step
 
 STATE = 8  # coordinates of the small encoders
 
@@ -316,3 +317,21 @@ def test_invalid_use_is_one_line(corpus, model, tmp_path):
         with pytest.raises(sedd.UserError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_training_is_the_same_on_any_number_of_devices(corpus, model):
+    """Two updates on one device and on eight."""
+    config, tokens = configs.validate(encoder_config(corpus)), train_rows(corpus, count=8)
+    read_for(config, corpus)
+    frozen, ends = jax.device_get(model.frozen), []
+    for devices in (1, 8):
+        objective, optimizer, mesh = parts(config, corpus, devices)
+        init, step, _ = make_step(config, objective, optimizer, mesh)
+        state, metrics = init(), []
+        for _ in range(2):
+            state, metric = step(state, Batch(tokens, None), frozen)
+            metrics.append([float(metric["loss"]), float(metric["gradient_norm"])])
+        ends.append((metrics, jax.device_get(state.params)))
+    np.testing.assert_allclose(ends[0][0], ends[1][0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ends[0][1], ends[1][1])

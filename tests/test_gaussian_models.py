@@ -159,6 +159,9 @@ def test_a_given_table_is_read_and_not_trained(corpus, tmp_path):
     np.save(tmp_path / "table.npy", table[1:])
     with pytest.raises(sedd.UserError, match="rows for all tokens have"):
         fit(small_config(corpus, *settings), tmp_path / "other")
+    np.save(tmp_path / "table.npy", table * (np.arange(len(table)) != 3)[:, None])
+    with pytest.raises(sedd.UserError, match="row 3 of .* is 0, which cannot be normalised"):
+        fit(small_config(corpus, *settings), tmp_path / "other")
     (tmp_path / "table.npy").write_text("no array")
     with pytest.raises(sedd.UserError, match="no array that can be read"):
         fit(small_config(corpus, *settings), tmp_path / "other")

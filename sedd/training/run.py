@@ -109,6 +109,9 @@ def _with_table(config: ConfigDict, objective: Objective, vocab_size: int) -> di
         raise UserError(f"config: codec.table={file} is no array that can be read ({error})") from None
     if table.shape != due:
         raise UserError(f"config: codec.table={file} has the shape {table.shape}; rows for all tokens have {due}")
+    if config.codec.normalised and not np.all(np.any(table, axis=-1)):
+        row = np.flatnonzero(~np.any(table, axis=-1))[0]
+        raise UserError(f"config: row {row} of codec.table={file} is 0, which cannot be normalised; give it another")
     params = jax.device_get(jax.jit(objective.init)(root_key(config.training.seed)))
     rows = np.array(params["codec"]["table"])
     rows[:vocab_size] = table

@@ -2,7 +2,7 @@
 
     python benchmarks/encodings.py --model=runs/mine
 
-Prints four tables, on rows of the validation split of the model's corpus:
+Prints three tables, on rows of the validation split of the model's corpus:
 
  * at times of the schedule, the share of tokens that the decoder names right from noisy latents, and the mean squared
    error of the network's mean, without and with memory of its first answer (a fraction of the latents' variance of 1);

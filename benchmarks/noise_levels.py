@@ -33,6 +33,8 @@ def main():
     parser.add_argument("--rows", type=int, default=128)
     args = parser.parse_args()
     model = sedd.load(args.model)
+    if model.frozen:
+        parser.error("a model with an encoder has losses of its own: benchmarks/encodings.py")
     batch = next(batches(sedd.open_corpus(model.config.data.corpus), model.block_length, args.rows, 0))
     tokens, lengths = jax.tree.map(jnp.asarray, batch)
     lengths = jnp.full(args.rows, tokens.shape[1]) if lengths is None else lengths

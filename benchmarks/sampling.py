@@ -181,7 +181,7 @@ def compare(model: sedd.Model, batch: int, steps: int, repeats: int, peers: dict
         row(name, calls, seconds, None)
     blank = jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool)
     for name, (sampler, width) in ours.items():
-        run = functools.partial(_sample, model.network, model.params, root_key(0), sampler, *blank)
+        run = functools.partial(_sample, model.network, model.all_params, root_key(0), sampler, *blank)
         calls, seconds = int(run().calls), timed(run, repeats)
         row(name, calls, seconds, calls * bare_call(model, batch, length, width, repeats))
 
@@ -199,7 +199,7 @@ def bare_call(model: sedd.Model, batch: int, length: int, width: int, repeats: i
     calls = 4
     tokens = jnp.full((batch, length), model.process.mask_id, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(width), (batch, width)) if width < length else None
-    run = functools.partial(_calls, model.network, model.params, tokens, positions, calls)
+    run = functools.partial(_calls, model.network, model.all_params, tokens, positions, calls)
     run()
     return timed(run, 2 * repeats) / calls
 

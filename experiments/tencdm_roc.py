@@ -9,7 +9,8 @@ Commands   sedd prepare --train=lines:data/raw/roc/train.txt --validation=lines:
            sedd eval --model=runs/tencdm_roc --split=validation
            sedd sample --model=runs/tencdm_roc --num_samples=4 --steps=50 --sampler=tencdm
 Launch     python tpu_launch/launch.py up --name=tencdm-roc --zone=us-central1-a --type=v5litepod-16 --spot \
-               --push=data/roc_bert -- sedd train --config=experiments/tencdm_roc.py \
+               --push=data/roc_bert --push=data/bert-base-cased -- \
+               sedd train --config=experiments/tencdm_roc.py \
                --workdir=gs://BUCKET/runs/tencdm_roc
 Hardware   eight devices of 24 GB.
 Time       not run here.

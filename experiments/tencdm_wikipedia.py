@@ -7,7 +7,8 @@ Commands   sedd prepare --source='parquet:data/raw/wikipedia/*.parquet:text' --s
            sedd eval --model=runs/tencdm_wikipedia --split=validation
            sedd sample --model=runs/tencdm_wikipedia --num_samples=4 --steps=50 --sampler=tencdm
 Launch     python tpu_launch/launch.py up --name=tencdm-wikipedia --zone=us-central1-a --type=v5litepod-16 --spot \
-               --push=data/wikipedia_bert -- sedd train --config=experiments/tencdm_wikipedia.py \
+               --push=data/wikipedia_bert --push=data/bert-base-cased -- \
+               sedd train --config=experiments/tencdm_wikipedia.py \
                --workdir=gs://BUCKET/runs/tencdm_wikipedia
 Hardware   eight devices of 24 GB.
 Time       not run here; twice the tokens of tencdm_roc.py in each update.

@@ -161,6 +161,10 @@ def _encoder(config: ConfigDict, vocab_size: int) -> Encoder:
     layers = codec.decoder_layers if codec.decoder == TRANSFORMER else 0
     decoder = Decoder(vocab_size, network.width, layers, network.heads, network.dtype)
     encoder = read_module(codec.encoder)
+    if codec.width > encoder.width:
+        raise UserError(
+            f"config: codec.width={codec.width} is more than the encoder's {encoder.width} coordinates; choose less"
+        )
     return Encoder(encoder, vocab_size, codec.width or encoder.width, decoder, codec.static)
 
 

@@ -222,8 +222,8 @@ def _validate_latents(config: ConfigDict, schedule: Schedule):
             f"config: schedule.name={config.schedule.name} ends at sigma {high:.3g}; Gaussian noise starts sampling "
             f"from N(0, I), which needs {MIN_HIGH:g} to {MAX_HIGH:g}"
         )
-    if config.evaluation.low >= high:
-        raise UserError(f"config: evaluation.low must be below the schedule's highest sigma, {high:.3g}")
+    if config.evaluation.low and not MIN_LOW <= config.evaluation.low < high:
+        raise UserError(f"config: evaluation.low must be a sigma from {MIN_LOW:g} to below {high:.3g}, or 0: a default")
     if kind_of(config) == ENCODER:
         _validate_encoder(config)
     else:
@@ -285,5 +285,7 @@ def _validate_encoder(config: ConfigDict):
             f"config: training.loss={training.loss} is for codec.name=embeddings; choose regression, or one of its "
             "parts, denoising and decoder"
         )
+    if training.loss == "decoder" and config.evaluation.every:
+        raise UserError("config: training.loss=decoder trains no model that can be evaluated; set evaluation.every=0")
     if not 0 <= codec.corruption_start <= codec.corruption_end <= 1:
         raise UserError("config: codec.corruption_start and codec.corruption_end must be times, 0 <= start <= end <= 1")

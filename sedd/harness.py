@@ -49,7 +49,7 @@ except ImportError:
         sys.exit("sedd: error: the harness needs the package lm_eval: pip install 'sedd[harness]'")
     raise UserError("the harness needs the package lm_eval: pip install 'sedd[harness]'") from None
 
-OWN = ("pretrained", "tokenizer", "method", "draws", "seed", "max_gen_toks")  # the arguments of Harness
+OWN = ("pretrained", "tokenizer", "encoder", "method", "draws", "seed", "max_gen_toks")  # the arguments of Harness
 QUESTIONS_PER_UPDATE = 64  # of the progress bar
 GREEDY_TOP_P = 1e-6  # top_p that keeps only the most likely token of every distribution
 
@@ -70,8 +70,8 @@ class Greedy(Adaptive):
 class Harness(LM):
     """A Model for lm_eval: log-likelihoods of continuations and of documents, and generation.
 
-    pretrained: an argument of `sedd.load`, or a Model; tokenizer: for a model that has none, as in `sedd.load`; method,
-    draws, seed: as in `Model.log_likelihood`, where draws is also the number of noise levels a block of
+    pretrained: an argument of `sedd.load`, or a Model; tokenizer, encoder: as in `sedd.load`; method, draws,
+    seed: as in `Model.log_likelihood`, where draws is also the number of noise levels a block of
     `loglikelihood_rolling`; None selects the default. max_gen_toks: the length of a continuation where the task sets
     none. UserError for invalid arguments, and for a model without tokenizer.
 
@@ -84,6 +84,7 @@ class Harness(LM):
         self,
         pretrained: str | Path | Model | None = None,
         tokenizer: str | None = None,
+        encoder: str | None = None,
         method: str | None = None,
         draws: int | None = None,
         seed: int | None = None,
@@ -100,7 +101,7 @@ class Harness(LM):
             raise UserError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
         if not pretrained:
             raise UserError("name the model, as in --model_args pretrained=runs/mine")
-        model = pretrained if isinstance(pretrained, Model) else load(pretrained)
+        model = pretrained if isinstance(pretrained, Model) else load(pretrained, encoder=encoder)
         accepted = {"dtype": ("auto", model.config.network.dtype), "max_length": (model.block_length,)}
         settings.check_model_args(others, OWN, accepted)
         self.model = with_tokenizer(model, tokenizer) if tokenizer else model

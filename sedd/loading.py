@@ -12,6 +12,7 @@ from safetensors.numpy import load as load_arrays
 from sedd import config as configs
 from sedd import pretrained
 from sedd.codecs.frozen import FILE, Normalisation, encoder_arrays, load_npz, normalised
+from sedd.codecs.huggingface import absolute_spec
 from sedd.codecs.pretrained_encoder import PretrainedEncoder, read_encoder
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import Tokenizer, load_tokenizer, pretrained_tokenizer, vocabulary_of
@@ -86,13 +87,13 @@ def _encoder(config: ConfigDict, path: str | Path, encoder: str | None) -> Pretr
         if encoder is not None:
             raise UserError(f"{path} has no encoder; leave out encoder={encoder}")
         return None
-    config.codec.encoder = encoder or config.codec.encoder
+    config.codec.encoder = absolute_spec(encoder or config.codec.encoder)
     try:
         pretrained = read_encoder(config.codec.encoder)
     except UserError as error:
         raise UserError(
-            f"{path} needs the encoder that it was trained with ({error}); give its folder as encoder=FOLDER, on the "
-            "command line --encoder=FOLDER"
+            f"{path} needs the encoder that it was trained with ({error}); copy it there, or say where it is: "
+            "sedd.load(..., encoder=FOLDER), or --encoder=FOLDER beside --model"
         ) from None
     check_digest(pretrained, config.codec)
     return pretrained

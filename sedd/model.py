@@ -16,6 +16,7 @@ from safetensors.numpy import save as save_arrays
 
 from sedd import config as configs
 from sedd.codecs.frozen import FILE, save_normalisation
+from sedd.config_checks import MIN_LOW
 from sedd.data.corpus import Corpus
 from sedd.data.source import Source
 from sedd.diffusion.denoiser import Denoiser, clamped
@@ -78,10 +79,12 @@ class Model(Trained):
 
         tokens: Int[B L] with given: Bool[B L], tokens that the denoiser sees clean at every step; a network with
         `network.given_embedding` is also conditioned on `given`. lengths: Int[B], valid tokens per row.
-        UserError if only one of tokens and given is passed.
+        UserError if only one of tokens and given is passed, or for a model that does not infill.
         """
         if (tokens is None) != (given is None):
             raise UserError("denoiser: pass both tokens and given, or neither")
+        if given is not None and not self.network.infills:
+            raise UserError("denoiser: the encoding of a given token depends on all others; leave out tokens and given")
         flags = jnp.asarray(given) if self.network.given_embedding and given is not None else None
         denoiser = self.network.denoiser(self.all_params, lengths, flags)
         if given is None:
@@ -178,6 +181,9 @@ class Model(Trained):
         out = None if out is None else storage.folder_of(out)
         outs = (None, None) if out is None else (out / "first", out / "second")
         protocol = get_protocol(settings.get("protocol", "clean"))
+        for model in (self, other):
+            if settings.get("low") is not None:
+                model._with_low(settings["low"])
         if settings.get("draws") is None:
             settings["draws"] = protocol.draws or self.config.evaluation.draws
         with folders.locked_by_first(out):
@@ -291,8 +297,8 @@ class Model(Trained):
         if not isinstance(self.network, LatentNetwork):
             raise UserError("low is a noise level of the bound of Gaussian models; leave it out")
         high = float(self.schedule.sigma(1.0))
-        if not 0 < low < high:
-            raise UserError(f"low must be a sigma above 0 and below that of the schedule's end, {high:.3g}, not {low}")
+        if not MIN_LOW <= low < high:
+            raise UserError(f"low must be a sigma from {MIN_LOW:g} to below that of the schedule's end, {high:.3g}")
         return dataclasses.replace(self.network, bound_low=low)
 
     def _of_texts(self, templates: Sequence[str] | None, prefix: str, suffix: str, length: int | None) -> list[Row]:

@@ -66,7 +66,7 @@ ENCODER = (GAUSSIAN, "codec.name=encoder", "codec.encoder=folder")
         ([GAUSSIAN, "codec.decoder=mlp"], "codec.decoder is for codec.name=encoder"),
         ([GAUSSIAN, "training.loss=denoising"], "denoising is for codec.name=encoder"),
         ([GAUSSIAN, "codec.width=0"], "codec.width must be positive"),
-        ([GAUSSIAN, "evaluation.low=10"], "below the schedule's highest sigma, 9.21"),
+        ([GAUSSIAN, "evaluation.low=10"], "a sigma from 0.001 to below 9.21"),
         ([GAUSSIAN, "network.estimate_layers=true", "network.self_conditioning=false"], "needs network.self_cond"),
         ([GAUSSIAN, "codec.name=encoder"], "needs codec.encoder, the folder of a BERT"),
         ([*ENCODER, "codec.table=random"], "codec.table is for codec.name=embeddings"),
@@ -76,6 +76,7 @@ ENCODER = (GAUSSIAN, "codec.name=encoder", "codec.encoder=folder")
         ([*ENCODER, "training.loss=bound"], "choose regression, or one of its parts, denoising and decoder"),
         ([*ENCODER, "codec.corruption=dropout"], "codec.corruption must be one of noise, additive, none"),
         ([*ENCODER, "codec.corruption_end=1.5"], "must be times"),
+        ([*ENCODER, "training.loss=decoder", "evaluation.every=5"], "no model that can be evaluated"),
         ([*ENCODER, "codec.width=-1"], "codec.width must not be negative"),
         ("network.given_embedding=1", "must be of type bool"),
         (

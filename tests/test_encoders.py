@@ -200,12 +200,15 @@ def test_t5_without_prefix_and_with_a_decoder(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read_encoder(folder).params, expected.params)
 
 
-def test_the_digest_is_that_of_settings_and_weights(folder):
+def test_the_digest_is_that_of_settings_vocabulary_and_weights(folder):
     before = read_encoder(folder).digest
     rewrite_config(folder, transformers_version="1", hidden_dropout_prob=0.0)
     assert read_encoder(folder).digest == before and len(before) == 16
     rewrite_config(folder, layer_norm_eps=1e-6)
     changed = read_encoder(folder).digest
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"cat"', '"hat"'))
+    assert text.count('"cat"') == 1 and len({before, changed, changed := read_encoder(folder).digest}) == 3
     rewrite_tensors(folder, lambda tensors: {name: array + np.float32(0.5) for name, array in tensors.items()})
     assert len({before, changed, read_encoder(folder).digest}) == 3
 

@@ -31,6 +31,7 @@ class Embeddings:
     normalised: bool = True
     rounding: str = EVIDENCE
     positionwise = True  # a latent depends on its own token only
+    num_frozen = 0
     wide_arrays = 0  # the rounding is not trained
 
     def __post_init__(self):
@@ -73,8 +74,8 @@ class Embeddings:
         table = table if self.table == LEARNED else jax.lax.stop_gradient(table)
         return NORM * table * jax.lax.rsqrt(jnp.sum(table**2, axis=-1, keepdims=True)) if self.normalised else table
 
-    def encode(self, params: dict, tokens: jax.Array) -> jax.Array:
-        """The clean latents of tokens. Int[B L] -> Float32[B L D]."""
+    def encode(self, params: dict, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """The clean latents of tokens. Int[B L] -> Float32[B L D]. lengths: of no effect, as each is of one token."""
         return self.rows(params)[tokens]
 
     def log_tokens(self, params: dict, z: jax.Array, sigma: jax.Array) -> jax.Array:

@@ -53,6 +53,13 @@ class Encoder:
         shapes = jax.eval_shape(self.init, keyed_random.root_key(0))
         return sum(leaf.size for leaf in jax.tree.leaves(shapes)) - self.num_padding
 
+    @property
+    def num_frozen(self) -> int:
+        """The number of parameters of the encoder, and of what normalises its states."""
+        tokens, valid = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
+        shapes = jax.eval_shape(self.encoder.init, keyed_random.root_key(0), tokens, valid)
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes)) + self.encoder.width * (1 + self.width)
+
     def multiply_adds(self, length: int) -> tuple[int, int]:
         """Multiply-adds at a position of rows of `length` tokens, of the decoder, and of the frozen encoder."""
         decoder, encoder = self.decoder, self.encoder
@@ -65,25 +72,31 @@ class Encoder:
         """Initial parameters of the decoder, float32."""
         return {"decoder": self.decoder.init(key, jnp.zeros((1, 2, self.width), jnp.float32))["params"]}
 
-    def encode(self, params: dict, tokens: jax.Array) -> jax.Array:
-        """The clean latents of tokens. Int[B L] -> Float32[B L D].
+    def encode(self, params: dict, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """The clean latents of tokens. Int[B L] -> Float32[B L D]. lengths: Int[B], number of valid tokens.
 
-        The encoder sees each row as in its pretraining: after its start token, whose state is dropped, and without the
-        end-of-text ids that pad a row after the first. The latents of those are 0; those of other special tokens are
-        their embeddings, of norm sqrt(D) (the TEncDM code).
+        The encoder sees each row as in its pretraining: after its start token, whose state is dropped, and without
+        padding: what follows the valid tokens, or the first of the end-of-text ids that end a row. The latents of
+        padding are 0; those of other special tokens are their embeddings, of norm sqrt(D) (the TEncDM code).
         """
-        states, padding, is_special = self.states(params, tokens)
+        states, padding, is_special = self.states(params, tokens, lengths)
         z0 = (states - params["mean"]) @ params["basis"]
         special = is_special.astype(z0.dtype) @ params["special"]
         z0 = jnp.where(jnp.any(is_special, axis=-1, keepdims=True), special, z0)
         return jnp.where(padding[..., None], 0.0, z0)
 
-    def states(self, params: dict, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The states of the encoder, Float32[B L H]; which tokens are padding, Bool[B L]; and which special token each
-        is, Bool[B L K]. Int[B L] -> ...; params: may lack what is normalised.
+    def states(
+        self, params: dict, tokens: jax.Array, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The states of the encoder before they are normalised, for which `params` need not have what does that.
+
+        Arguments as of `encode`. Returns the states, Float32[B L H]; which tokens are padding, Bool[B L]; and which of
+        the special tokens each is, Bool[B L K].
         """
         ending = jnp.flip(jnp.cumprod(jnp.flip(tokens == params["end"], axis=-1), axis=-1), axis=-1) == 1
         padding = ending & jnp.pad(ending, ((0, 0), (1, 0)))[:, :-1]
+        if lengths is not None:
+            padding = padding | (jnp.arange(tokens.shape[1])[None] >= lengths[:, None])
         is_special = tokens[..., None] == params["special_ids"][None, None]
         return self._last_states(params, params["ids"][tokens], ~padding), padding, is_special
 

@@ -29,16 +29,12 @@ class Statistics(NamedTuple):
         """What centred states are multiplied with, so that a coordinate has unit variance. Float32[H D].
 
         With width H each coordinate is divided by its standard deviation; with fewer, they are the principal components
-        of these. Coordinates and components without variance are 0. UserError if there are fewer than `width`.
+        of these. Coordinates and components without variance are 0. width: at most H.
         """
         std = np.sqrt(np.maximum(np.diag(self.covariance), 0.0))  # rounding makes that of a constant negative
         scale = np.where(std > DEAD * np.median(std), 1 / np.maximum(std, 1e-30), 0.0)
         if width == len(std):
             return np.diag(scale).astype(np.float32)
-        if width > len(std):
-            raise UserError(
-                f"config: codec.width={width} is more than the encoder's {len(std)} coordinates; choose less"
-            )
         variances, components = np.linalg.eigh(self.covariance * np.outer(scale, scale))
         variances, components = variances[::-1][:width], components[:, ::-1][:, :width]
         gain = np.where(variances > DEAD**2 * variances[0], 1 / np.sqrt(np.maximum(variances, 1e-30)), 0.0)
@@ -112,5 +108,5 @@ def load_npz(file: epath.Path, kind: Callable[..., _Arrays]) -> _Arrays:
     try:
         with np.load(io.BytesIO(file.read_bytes())) as arrays:
             return kind(**arrays)
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile):
         raise UserError(f"{file} is missing or damaged; restore it") from None

@@ -39,6 +39,12 @@ def folder_of_encoder(spec: str | Path) -> Path:
         raise UserError(f"{spec} cannot be downloaded from the Hugging Face Hub ({reason}); give a folder") from None
 
 
+def absolute_spec(spec: str | Path) -> str:
+    """Returns `spec`, a local folder by its absolute path, to be saved."""
+    folder = absolute(spec)
+    return folder if Path(folder).is_dir() else str(spec)
+
+
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Returns the contents of a file. UserError if it is missing, or not a JSON object."""
     data = _file(folder, name).read_bytes()

@@ -30,12 +30,13 @@ from sedd.runtime.trees import fitted
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PretrainedEncoder:
-    """An encoder with its parameters, and what its tokenizer knows of tokens.
+    """An encoder with its parameters and the ids of its tokens.
 
     params: float32 arrays on the host. vocabulary: the id of each token by its text, added tokens included; special:
     those of the special tokens. start: the id that precedes the tokens of a row, None if there is none; end: the one
     that follows them; padding and mask: None if there is no mask. max_length: the largest number of tokens in a row,
-    start and end included, None if there is no limit. digest: a hexadecimal hash of the settings and the weights.
+    start and end included, None if there is no limit. digest: a hexadecimal hash of the settings, the
+    vocabulary and the weights.
     """
 
     module: Bert | T5Encoder
@@ -106,8 +107,13 @@ def read_encoder(spec: str | Path) -> PretrainedEncoder:
         end=vocabulary[family.end],
         padding=vocabulary[family.padding],
         mask=None if family.mask is None else vocabulary[family.mask],
-        digest=hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + data).hexdigest()[:16],
+        digest=_digest(settings, vocabulary, data),
     )
+
+
+def _digest(settings: dict, vocabulary: dict[str, int], weights: bytes) -> str:
+    text = json.dumps([settings, vocabulary], sort_keys=True)
+    return hashlib.sha256(text.encode() + weights).hexdigest()[:16]
 
 
 def described(config: dict, folder: Path) -> tuple[Family, dict]:

@@ -93,6 +93,10 @@ def _estimator_with_mask(answers: Rows, method: str, num_draws: int) -> str:
 
 def _estimator_without_mask(trained: Trained, answers: Rows, method: str) -> str:
     """Returns the estimator that a method is for a process without a mask: "levels". UserError without a likelihood."""
+    if not trained.network.infills and not np.array_equal(answers.free, answers.within):
+        raise UserError(
+            "the encoding of a given token depends on the answer: this model has no likelihood given a context"
+        )
     if not trained.network.given_embedding and not np.array_equal(answers.free, answers.within):
         raise UserError(
             "this model treats given tokens as noisy, since it was trained without flags of them, so it has no "
@@ -175,7 +179,7 @@ def _replicates(network, bound, params, key, tokens, free, lengths, replicates):
     """One replicate of the bound of each row, nats. replicates: Int[B], their indices -> Float[B]."""
     given = (jnp.arange(tokens.shape[1]) < lengths[:, None]) & ~free if network.given_embedding else None
     stats = bound_stats(network, bound, _REPLICATE, params, tokens, lengths, given)
-    clean = network.clean(params, tokens)
+    clean = network.clean(params, tokens, lengths)
     draws = bound.draws(stats, keyed_random.row_keys(key, replicates), clean, _REPLICATE, free, lengths)
     nats = bound.nats(draws)
     return (nats[:, -1] if network.has_unnormalised_scores else nats).mean(axis=0)  # tightened, as other methods

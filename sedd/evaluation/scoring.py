@@ -66,7 +66,7 @@ def _records(network, bound, num_draws, uses_lengths, mesh, params, key, tokens,
     if not uses_lengths:
         tokens, lengths = network.process.mask_tokens(tokens, ~free), None
     stats = bound_stats(network, bound, num_draws, params, tokens, lengths)
-    clean = network.clean(params, tokens)
+    clean = network.clean(params, tokens, lengths)
     draws = bound.draws(stats, keyed_random.row_keys(key, rows), clean, num_draws, free, lengths, rows)
     return jax.lax.with_sharding_constraint(_flat(draws), NamedSharding(mesh, P()))
 

@@ -73,7 +73,7 @@ def generate(trained: Trained, rows: list[Row], options: SamplingOptions = Sampl
     batch = collate(rows, trained)
     if not trained.network.infills and _has_given(trained, batch):
         raise UserError(
-            "this model cannot fill in text, nor go on after a block: the encoding of a given token depends on the "
+            "this model cannot fill in text, nor continue after a block: the encoding of a given token depends on the "
             "tokens that are to be filled in; take a model of tokens or of their embeddings"
         )
     sampler = sampler_for(trained, options, batch)

@@ -21,7 +21,7 @@ from sedd.network.network import Network, apply
 
 
 class Codec(Protocol):
-    """What such a network asks of tokens as latents; parameters are those under "codec", trained or frozen."""
+    """Tokens as latents, for a `LatentNetwork`; parameters are those under "codec", trained or frozen."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -36,13 +36,16 @@ class Codec(Protocol):
     def num_padding(self) -> int: ...
 
     @property
+    def num_frozen(self) -> int: ...
+
+    @property
     def wide_arrays(self) -> int: ...
 
     def multiply_adds(self, length: int) -> tuple[int, int]: ...
 
     def init(self, key: jax.Array) -> dict: ...
 
-    def encode(self, params: dict, tokens: jax.Array) -> jax.Array: ...
+    def encode(self, params: dict, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array: ...
 
     def log_tokens(self, params: dict, z: jax.Array, sigma: jax.Array) -> jax.Array: ...
 
@@ -102,6 +105,10 @@ class LatentNetwork(Network):
 
     def codec_products(self, length):
         return self.codec.multiply_adds(length)
+
+    @property
+    def num_frozen(self):
+        return self.codec.num_frozen
 
     @property
     def infills(self):
@@ -166,8 +173,8 @@ class LatentNetwork(Network):
         head = self.head.init(for_head, h, condition[:, None])["params"]
         return {"codec": self.codec.init(for_codec), "trunk": trunk, "head": head}
 
-    def clean(self, params, tokens):
-        return self.codec.encode(params["codec"], tokens)
+    def clean(self, params, tokens, lengths=None):
+        return self.codec.encode(params["codec"], tokens, lengths)
 
     def shown(self, params, x):
         return self.codec.tokens(params["codec"], x.estimate)

@@ -18,9 +18,8 @@ from sedd.diffusion import keyed_random
 from sedd.network.sharding import constrain_sharding
 from sedd.runtime.parallel import BATCH_AXES, MODEL_AXIS
 
-ACTIVATIONS: dict[
-    str, Callable[[jax.Array], jax.Array]
-] = {  # of pretrained encoders, by the names of their config.json
+# Of pretrained encoders, by the names of their config.json.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_new": functools.partial(nn.gelu, approximate=True),
     "relu": nn.relu,

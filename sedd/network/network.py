@@ -97,6 +97,11 @@ class Network(abc.ABC):
         return 0, 0
 
     @property
+    def num_frozen(self) -> int:
+        """The number of parameters beside those of `init`, which nothing trains."""
+        return 0
+
+    @property
     def infills(self) -> bool:
         """True if a clean value depends on its own token only, so that some tokens can be given."""
         return True
@@ -132,8 +137,11 @@ class Network(abc.ABC):
         """Default batch size per device for rows of `length` tokens: their logits fit into a gigabyte."""
         return max(1, min(MAX_ROWS, MAX_LOGITS // (length * self.columns)))
 
-    def clean(self, params: dict, tokens: jax.Array) -> Clean:
-        """The clean values of tokens: what diffuses, without noise. Int[B L] -> Int[B L] or Float[B L D]."""
+    def clean(self, params: dict, tokens: jax.Array, lengths: jax.Array | None = None) -> Clean:
+        """The clean values of tokens: what diffuses, without noise. Int[B L] -> Int[B L] or Float[B L D].
+
+        lengths: Int[B], number of valid tokens; values after them are unspecified, and independent of those tokens.
+        """
         return tokens
 
     def shown(self, params: dict, x: State) -> jax.Array:

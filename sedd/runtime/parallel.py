@@ -27,7 +27,7 @@ MIN_SHARD_BYTES = 1 << 20  # smaller arrays are replicated
 _TABLE = (
     (r"trunk/embedding$", ("model", "fsdp")),
     (r"codec/table$", ("model", None)),
-    (r"head/out/kernel$", ("fsdp", "model")),
+    (r"(head|decoder)/out/kernel$", ("fsdp", "model")),
     (r"qkv/kernel$", ("fsdp", None, "model")),  # the middle axis is that of q, k and v, so that heads are not split
     (r"up/kernel$", ("fsdp", "model")),
     (r"block\w*/(out|down)/kernel$", ("model", "fsdp")),

@@ -19,9 +19,8 @@ from sedd.data.corpus import Corpus
 from sedd.data.tokenizers import vocabulary_of
 from sedd.errors import UserError
 from sedd.runtime import processes
-from sedd.runtime.trees import fingerprint
 
-ROWS, ROWS_AT_ONCE = 2048, 32  # of the training text, for the statistics
+ROWS, ROWS_AT_ONCE = 2048, 32  # of training batches, for the statistics; those of a small text repeat
 
 
 def read_for(config: ConfigDict, corpus: Corpus) -> PretrainedEncoder:
@@ -55,13 +54,15 @@ def frozen_params(config: ConfigDict, corpus: Corpus, codec: Encoder, pretrained
     """The parameters of a run that nothing trains. folder: of the run, whose normalisation it has once it is begun."""
     tokenizer = corpus.tokenizer
     arrays = frozen.encoder_arrays(pretrained, vocabulary_of(tokenizer), tokenizer.end_of_text)
-    if (folder / frozen.FILE).exists():
-        normalisation = frozen.load_npz(folder / frozen.FILE, Normalisation)
+    file = folder / frozen.FILE
+    if file.exists():
+        normalisation = frozen.load_npz(file, Normalisation)
+        if len(normalisation.basis) != codec.encoder.width:
+            raise UserError(f"{file} is of a run with another encoder; choose another --workdir")
     else:
         statistics = _statistics(config, corpus, codec, arrays)
         normalisation = Normalisation(statistics.mean.astype(np.float32), statistics.basis(config.codec.width))
-    if processes.are_many():
-        processes.check_same("normalisation of the encoder's states", fingerprint(normalisation))
+    normalisation = Normalisation(*map(processes.broadcast_array_from_first, normalisation))
     return {"codec": frozen.normalised(pretrained, arrays, normalisation)}
 
 
@@ -82,8 +83,8 @@ def _statistics(config: ConfigDict, corpus: Corpus, codec: Encoder, arrays: dict
 def _measure(codec: Encoder, arrays: dict, corpus: Corpus, length: int) -> Statistics:
     """The mean and the covariance over the ordinary tokens of ROWS rows of the training text."""
     sums, center = None, None
-    count = min(ROWS, max(ROWS_AT_ONCE, corpus.num_tokens("train") // length)) // ROWS_AT_ONCE
-    for number in tqdm(range(count), desc="encoding", unit="batch", delay=2, disable=not processes.is_first()):
+    batches = range(ROWS // ROWS_AT_ONCE)
+    for number in tqdm(batches, desc="encoding", unit="batch", delay=2, disable=not processes.is_first()):
         tokens = batch(corpus, length, ROWS_AT_ONCE, seed=0, k=number).tokens
         if center is None:
             count_first, total, _ = _moments(codec, arrays, tokens, jnp.zeros(codec.encoder.width))

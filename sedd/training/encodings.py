@@ -30,7 +30,8 @@ class Encodings(LatentObjective):
     corruption_end: float = 0.15
 
     def losses(self, params, tokens, levels, keys, free, inputs, key):
-        z0, sigma = self.network.clean(params, tokens), self.schedule.sigma(levels)
+        z0 = self.network.clean(params, tokens, inputs["lengths"])
+        sigma = self.schedule.sigma(levels)
         terms = self.terms(params, tokens, z0, sigma, keys, inputs, key)
         if free is not None:
             terms = {name: jnp.where(free, term, 0.0) for name, term in terms.items()}
@@ -64,6 +65,8 @@ class Encodings(LatentObjective):
 class Denoising(Encodings):
     """The squared error alone: the decoder was trained before, in the run of `--init_from`."""
 
+    trains_codec = False
+
     def terms(self, params, tokens, z0, sigma, keys, inputs, key):
         return {"squares": self.squares(params, z0, sigma, keys, inputs, key)}
 
@@ -71,6 +74,8 @@ class Denoising(Encodings):
 @dataclasses.dataclass(frozen=True)
 class Decoding(Encodings):
     """The cross-entropy of the decoder alone, a stage before `Denoising`."""
+
+    trains_network = False
 
     def terms(self, params, tokens, z0, sigma, keys, inputs, key):
         return {"decoder": self.decoder_loss(params, tokens, z0, keys)}

@@ -39,6 +39,7 @@ class RunEstimate:
     params_bytes: int
     ema_bytes: int
     optimizer_bytes: int
+    frozen_bytes: int  # parameters that are not trained
     gradient_bytes: int
     activation_bytes: int  # estimated
     step_flops: int
@@ -56,7 +57,7 @@ class RunEstimate:
     @property
     def total_bytes(self) -> int:
         """Estimated peak memory of a device."""
-        return self.state_bytes + self.gradient_bytes + self.activation_bytes
+        return self.state_bytes + self.frozen_bytes + self.gradient_bytes + self.activation_bytes
 
     @property
     def run_flops(self) -> int:
@@ -76,7 +77,8 @@ class RunEstimate:
             f"{microbatch:,} rows per device and microbatch, {self.accumulation} microbatches per step\n"
             f"parameters {layout}\n"
             f"a device   parameters {_size(self.params_bytes)}, EMA {_size(self.ema_bytes)}, "
-            f"optimiser {_size(self.optimizer_bytes)}, gradients {_size(self.gradient_bytes)}\n"
+            f"optimiser {_size(self.optimizer_bytes)}, gradients {_size(self.gradient_bytes)}"
+            f"{f', not trained {_size(self.frozen_bytes)}' if self.frozen_bytes else ''}\n"
             f"           and about {_size(self.activation_bytes)} for the backward pass: "
             f"an estimate of {_size(self.total_bytes)} in all, good to a factor of two"
         )
@@ -111,6 +113,7 @@ def estimate(config: ConfigDict, vocab_size: int, devices: int) -> RunEstimate:
         params_bytes=held["params"],
         ema_bytes=held["ema"],
         optimizer_bytes=held["optimizer"],
+        frozen_bytes=4 * network.num_frozen,
         gradient_bytes=held["params"] * (1 if training.accumulation == 1 else 2),
         activation_bytes=activation_bytes(objective, rows, length, sizes[2]),
         step_flops=step_flops(objective, training.batch_size, length),
@@ -132,8 +135,9 @@ def step_flops(objective: Objective, rows: int, length: int, recomputed: bool = 
     recomputation = {"none": 0, "dots": attention, "full": attention + maps}[trunk.remat]
     forward = attention + maps + conditioning + outer
     memory = forward // 2 if network.self_conditioned else 0  # of every other step, without its gradient
+    of_network = (3 * forward + memory + (recomputation if recomputed else 0)) * objective.trains_network
     trained, frozen = (2 * rows * length * products for products in network.codec_products(length))
-    return 3 * (forward + trained) + frozen + memory + (recomputation if recomputed else 0)
+    return of_network + 3 * trained * objective.trains_codec + frozen
 
 
 def activation_bytes(objective: Objective, rows: int, length: int, model: int = 1) -> int:

@@ -54,7 +54,7 @@ def fit(config: ConfigDict, workdir: str | Path, weights: dict | None = None, in
         storage.Mirror(run.workdir, ("metrics.jsonl", "samples.jsonl", NONFINITE)) as mirror,
     ):
         run = run.placed()
-        optimizer = make_optimizer(run.config.optimizer, run.config.training.steps)
+        optimizer = make_optimizer(run.config.optimizer, run.config.training.steps, run.config.training.loss)
         init, step, shardings = make_step(run.config, run.objective, optimizer, run.mesh)
         state = checkpoints.restore(parallel.abstract_arrays(jax.eval_shape(init), shardings))
         if state is None:

@@ -31,6 +31,14 @@ class Objective(Protocol):
     def network(self) -> Network:
         """The network whose parameters are trained."""
 
+    @property
+    def trains_network(self) -> bool:
+        """True if the trunk and its adapters run."""
+
+    @property
+    def trains_codec(self) -> bool:
+        """True if the networks of a codec run that are trained beside them."""
+
     def init(self, key: jax.Array) -> dict:
         """Returns the initial parameters. Pure; meant to be jitted and sharded."""
 

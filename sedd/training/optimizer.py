@@ -12,8 +12,11 @@ from sedd.runtime.trees import name_of
 DECODER = "codec/decoder/"  # trained beside the network, from which its gradient is apart: clipped by itself
 
 
-def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Returns the optimiser that `config` (the group `optimizer`) describes, for a run of `steps` steps."""
+def make_optimizer(config: ConfigDict, steps: int, loss: str | None = None) -> optax.GradientTransformation:
+    """Returns the optimiser that `config` (the group `optimizer`) describes, for a run of `steps` steps.
+
+    loss: `training.loss`; of "denoising" and "decoder" the parameters without a gradient stay as they are.
+    """
     betas = dict(b1=config.b1, b2=config.b2)
     if config.name == "adamw":
         rate = learning_rate(config, config.learning_rate, steps)
@@ -28,7 +31,10 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
             muon_weight_dimension_numbers=_matrices,
         )
     clip = optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(optax.chain(optax.masked(clip, _outside(DECODER)), optax.masked(clip, _inside(DECODER))), update)
+    clips = optax.chain(optax.masked(clip, _outside(DECODER)), optax.masked(clip, _inside(DECODER)))
+    if loss not in _FIXED:
+        return optax.chain(clips, update)
+    return optax.chain(clips, update, optax.masked(optax.set_to_zero(), _FIXED[loss]))  # weight decay too
 
 
 def _inside(prefix: str) -> Callable[[dict], dict]:
@@ -39,6 +45,9 @@ def _inside(prefix: str) -> Callable[[dict], dict]:
 def _outside(prefix: str) -> Callable[[dict], dict]:
     """Returns the function that marks all others."""
     return lambda params: jax.tree.map(lambda inside: not inside, _inside(prefix)(params))
+
+
+_FIXED = {"denoising": _inside(DECODER), "decoder": _outside(DECODER)}  # what a loss leaves out, by `training.loss`
 
 
 def learning_rate(config: ConfigDict, peak: float, steps: int) -> Callable[[jax.Array], jax.Array]:

@@ -87,6 +87,11 @@ def resolve(config: ConfigDict, workdir: str | Path, weights: dict | None = None
     begun = bool(steps_saved(folder / "checkpoints"))
     if weights is None and not begun and config.codec.table.endswith(".npy"):
         weights, init_from = _with_table(config, objective, corpus.vocab_size), config.codec.table
+    if weights is None and not begun and config.training.loss == "denoising":
+        raise UserError(
+            "config: training.loss=denoising keeps the decoder of an earlier run; give that as --init_from=RUN, or "
+            "choose regression, which trains both"
+        )
     if weights is not None and not begun:
         like = jax.eval_shape(objective.init, root_key(0))
         weights = trees.fitted(weights, like, f"{init_from or 'the weights to start from'} cannot start this run")
@@ -94,9 +99,8 @@ def resolve(config: ConfigDict, workdir: str | Path, weights: dict | None = None
         check_installed()
     frozen = {}
     if pretrained is not None:
-        frozen = encoder.frozen_params(
-            config, corpus, cast(Encoder, cast(LatentNetwork, network).codec), pretrained, folder
-        )
+        codec = cast(Encoder, cast(LatentNetwork, network).codec)
+        frozen = encoder.frozen_params(config, corpus, codec, pretrained, folder)
     return Run(folder, config, corpus, layout, schedule, objective, mesh, weights, init_from, frozen)
 
 

@@ -63,6 +63,8 @@ class TokenObjective(abc.ABC):
     schedule: Schedule
     batch_size: int
     min_time: float = 1e-3
+    trains_network = True  # else only networks beside it, a codec's
+    trains_codec = True
 
     def init(self, key: jax.Array) -> dict:
         """Returns the initial parameters of the network."""

@@ -8,9 +8,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sedd import config as configs
+from sedd.codecs.huggingface import absolute_spec
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.errors import UserError
+from sedd.recipes import ENCODER, kind_of
 from sedd.runtime import disk, storage
 from sedd.runtime.folders import existing_description
 from sedd.training.checkpoint import steps_saved
@@ -26,6 +28,7 @@ _MUTABLE_KEYS = {
     "network.attention",
 }
 _MUTABLE_GROUPS = {"mesh", "checkpoint", "evaluation", "metrics"}
+_FIXED_KEYS = {"evaluation.low"}  # of these groups: bounds of one run are compared with each other
 
 
 def prepare_workdir(
@@ -40,8 +43,8 @@ def prepare_workdir(
     path = workdir / "config.json"
     values = config.to_dict()
     values["data"]["corpus"] = os.fspath(corpus.path)
-    if os.path.isdir(config.codec.encoder):
-        values["codec"]["encoder"] = disk.absolute(config.codec.encoder)
+    if kind_of(config) == ENCODER:
+        values["codec"]["encoder"] = absolute_spec(config.codec.encoder)
     description = {
         "format": configs.FORMAT,
         "config": values,
@@ -75,7 +78,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for group, members in new["config"].items():
         for name, value in members.items():
             key = f"{group}.{name}"
-            if group not in _MUTABLE_GROUPS and key not in _MUTABLE_KEYS:
+            if key in _FIXED_KEYS or (group not in _MUTABLE_GROUPS and key not in _MUTABLE_KEYS):
                 values[key] = old["config"].get(group, {}).get(name, default[group][name]), value
     if old.get("init_from") is not None and new["init_from"] is not None:
         values["init_from"] = disk.absolute(old["init_from"]), new["init_from"]

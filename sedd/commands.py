@@ -38,6 +38,7 @@ def train(args, settings):
     from sedd import config as configs
     from sedd.config_file import load_config
     from sedd.loading import load
+    from sedd.recipes import ENCODER, kind_of
     from sedd.training.fit import fit
 
     config = configs.default() if args.config is None else load_config(args.config)
@@ -52,12 +53,9 @@ def train(args, settings):
     summary = fit(config, args.workdir, weights, args.init_from)
     print(f"{summary}\nthe run is in {args.workdir}; next:")
     model = f"--model={shlex.quote(args.workdir)}"
-    for line in (
-        f"sedd eval   {model}",
-        f"sedd sample {model} --num_samples=4",
-        f"sedd infill {model} 'some text <blank:8> more text'",
-    ):
-        print(f"  {line}")
+    print(f"  sedd eval   {model}\n  sedd sample {model} --num_samples=4")
+    if kind_of(config) != ENCODER:
+        print(f"  sedd infill {model} 'some text <blank:8> more text'")
 
 
 def _join():

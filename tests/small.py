@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import types
 from pathlib import Path
 
@@ -22,6 +23,10 @@ NETWORK = ("network.width=16", "network.layers=2", "network.heads=2", "network.c
 ADAMW = ("optimizer.name=adamw", "optimizer.learning_rate=0.01", "optimizer.warmup_steps=2")  # compiles twice as fast
 SETTINGS = (*NETWORK, *ADAMW, "data.block_length=16", "training.batch_size=8", "training.steps=6")
 MUON = ("optimizer.name=muon", "optimizer.learning_rate=0.02")  # as in the default
+
+# The environment of commands that run longer than they compile: one device, and code that is optimised.
+_FLAGS = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+OPTIMISED = {**os.environ, "XLA_FLAGS": " ".join(_FLAGS).replace("optimization_level=0", "optimization_level=1")}
 
 # Global settings of JAX that may change numbers or raise errors, each with a value other than its default.
 JAX_SETTINGS = {

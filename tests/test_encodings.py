@@ -34,9 +34,9 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
-    """The folder of a run of six steps, with a validation bound and samples."""
+    """The folder of a run of six steps."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    fit(encoder_config(corpus, "evaluation.every=6", "evaluation.draws=2", "training.ema_decay=0.9"), folder)
+    fit(encoder_config(corpus, "training.ema_decay=0.9"), folder)
     return folder
 
 
@@ -125,24 +125,23 @@ def test_losses_of_a_row_are_the_same_in_any_microbatch(corpus, model):
         np.testing.assert_allclose(np.concatenate([part.loss for part in parts]), whole.loss, rtol=2e-4)
 
 
-@pytest.mark.parametrize("loss, untouched", [("denoising", "codec"), ("decoder", "trunk")])
-def test_the_parts_of_the_loss_have_no_parameter_in_common(corpus, model, loss, untouched):
-    """Control: with both each parameter has a gradient."""
-    tokens = train_rows(corpus, count=8)
+def test_the_parts_of_the_loss_have_no_parameter_in_common(corpus, model):
+    """Control: with both each part has a gradient."""
+    tokens, trained = train_rows(corpus, count=8), jax.tree.map(lambda leaf: leaf + 0.05, model.params)
 
-    def gradients(kind):
+    def gradient(kind):
+        """Which of the parts have one."""
         objective = objective_of(corpus, f"training.loss={kind}")
-        trained = jax.tree.map(lambda leaf: leaf + 0.05, model.params)
 
         def total(params):
             both = dataclasses.replace(model, params=params).all_params
             return jnp.sum(objective(both, Batch(tokens, None), jnp.arange(8), jax.random.key(1)).loss)
 
-        return jax.tree.map(lambda leaf: bool(np.any(leaf)), jax.jit(jax.grad(total))(trained))
+        found = jax.jit(jax.grad(total))(trained)
+        return {part for part in found if any(np.any(leaf) for leaf in jax.tree.leaves(found[part]))}
 
-    some, all_parts = gradients(loss), gradients("regression")
-    assert not any(jax.tree.leaves(some[untouched])) and any(jax.tree.leaves(all_parts[untouched]))
-    assert all(any(jax.tree.leaves(all_parts[part])) for part in ("codec", "trunk", "head"))
+    assert gradient("denoising") == {"trunk", "head"} and gradient("decoder") == {"codec"}
+    assert gradient("regression") == {"trunk", "head", "codec"}
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -221,6 +220,7 @@ def test_the_bound_has_three_terms_and_starts_where_it_is_asked_to(corpus, model
             model.perplexity(corpus, low=low, **settings)
 
 
+@pytest.mark.slow
 def test_a_decoder_of_an_earlier_run_is_taken_over(corpus, tmp_path):
     """Trained alone, then kept by a run of the network alone."""
     sedd.train(encoder_config(corpus, "training.loss=decoder"), tmp_path / "decoder")
@@ -244,9 +244,10 @@ def test_a_decoder_of_an_earlier_run_is_taken_over(corpus, tmp_path):
 )
 def test_every_setting_trains(corpus, tmp_path, settings):
     """The loss falls, and the model samples and scores."""
-    settings = (*settings, "training.steps=60", "optimizer.decay=constant")
+    settings = (*settings, "training.steps=60", "optimizer.decay=constant", "evaluation.every=60", "evaluation.draws=2")
     model = sedd.train(encoder_config(corpus, *settings), tmp_path / "run")
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite(records.pop()["validation_nats_per_token"])
     for name in ("squares", "decoder"):
         losses = [record[name] for record in records]
         assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5]), (name, losses)
@@ -281,7 +282,7 @@ def test_another_encoder_is_refused(corpus, run, model, tmp_path):
     """A run does not resume with it, and a model does not load; one that moved is found where it is said to be."""
     other = tmp_path / "bert"
     shutil.copytree(ENCODERS / "bert", other)
-    moved = encoder_config(corpus, f"codec.encoder={other}", *ADAMW, "evaluation.every=6", "training.ema_decay=0.9")
+    moved = encoder_config(corpus, f"codec.encoder={other}", *ADAMW, "training.ema_decay=0.9")
     fit(moved, run)  # the same files elsewhere
     assert np.array_equal(sedd.load(run).sample(2, steps=2).tokens, model.sample(2, steps=2).tokens)
     tensors = load_file(other / "model.safetensors")

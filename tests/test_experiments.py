@@ -118,7 +118,7 @@ def test_commands_parse_and_agree(file):
 
 @each_experiment
 def test_the_launch_command_trains_the_same_config_into_a_bucket(file):
-    """On the corpus that it copies."""
+    """On the corpus and the encoder that it copies."""
     (command,), train = commands(file, "Launch"), by_name(file)["train"]
     python, program, *words = shlex.split(command)
     options = launch.parse(words)
@@ -126,7 +126,10 @@ def test_the_launch_command_trains_the_same_config_into_a_bucket(file):
     assert (python, program, options.step) == ("python", "tpu_launch/launch.py", "up")
     assert launched.command == "train" and launched.config == train.config
     assert launched.workdir == f"gs://BUCKET/{train.workdir}"
-    assert [source.target for source in options.push] == [load_config(file).data.corpus]
+    codec, folders = load_config(file).codec, [load_config(file).data.corpus]
+    if codec.name == "encoder":  # workers do not have the package
+        folders.append("data/minilm" if file.stem == "tencdm_e2e" else codec.encoder)
+    assert [source.target for source in options.push] == folders
     assert re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", options.name)
 
 
@@ -198,7 +201,8 @@ def test_a_training_step_traces(file):
     config = load_config(file)
     config.network.scan = not config.network.long_skips
     if config.codec.name == "encoder":
-        config.codec.encoder = str(ENCODERS / "bert")
+        config.codec.update(encoder=str(ENCODERS / "bert"), width=0)
+        config.network.layers = min(4, config.network.layers)
     training, data = config.training, config.data
     _, schedule, network = configs.build(config, data.vocab_size or 1280)
     objective = make_objective(config, network, schedule)

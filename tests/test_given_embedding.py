@@ -48,7 +48,7 @@ class Exact:
 
     joint: Joint
     conditioned: bool = True
-    process, has_unnormalised_scores, given_embedding = Uniform(V), False, True
+    process, has_unnormalised_scores, given_embedding, infills = Uniform(V), False, True, True
 
     def stats(self, params, keys=None, lengths=None, given=None, masked_pairs=False, tightened=False):
         given = given if self.conditioned else jnp.zeros_like(given)
@@ -60,7 +60,7 @@ class Exact:
     def bound_stats(self, params, tokens, lengths=None, given=None, masked_pairs=False):
         return self.stats(params, given=given)
 
-    def clean(self, params, tokens):
+    def clean(self, params, tokens, lengths=None):
         return tokens
 
     def rows_at_once(self, length):

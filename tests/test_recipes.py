@@ -1,7 +1,6 @@
 """The recipes of experiments/ at small size, from the command line: the bound falls, and samples look like the data."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
+from small import OPTIMISED
 
 import sedd
 from sedd.data.batches import blocks
@@ -23,9 +23,8 @@ SMALL = ["network.width=64", "network.layers=2", "network.heads=2", "network.dty
 
 
 def command(*args):
-    environment = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "sedd.cli", *map(str, args)], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "sedd.cli", *map(str, args)], env=OPTIMISED, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -115,6 +115,7 @@ def losses_of(objective, model, tokens, rows, step=0):
     return jax.jit(objective)(trained.all_params, Batch(tokens[rows], None), jnp.arange(8)[rows], jax.random.key(step))
 
 
+@pytest.mark.slow
 def test_losses_of_a_row_are_the_same_in_any_microbatch(corpus, model):
     """Those of the network and of the decoder, with and without memory."""
     objective, tokens = objective_of(corpus), train_rows(corpus, count=8)
@@ -125,6 +126,7 @@ def test_losses_of_a_row_are_the_same_in_any_microbatch(corpus, model):
         np.testing.assert_allclose(np.concatenate([part.loss for part in parts]), whole.loss, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_parts_of_the_loss_have_no_parameter_in_common(corpus, model):
     """Control: with both each part has a gradient."""
     tokens, trained = train_rows(corpus, count=8), jax.tree.map(lambda leaf: leaf + 0.05, model.params)
@@ -206,6 +208,7 @@ def test_samples_do_not_depend_on_batches(model):
     assert not np.array_equal(model.sample(6, steps=4, sampler="euler").tokens, out.tokens)
 
 
+@pytest.mark.slow
 def test_the_bound_has_three_terms_and_starts_where_it_is_asked_to(corpus, model):
     """In any batches. At more noise the tokens cost more and the latents less."""
     settings = dict(split="validation", draws=4, progress=False)

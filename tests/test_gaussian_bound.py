@@ -190,6 +190,7 @@ def test_losses_average_to_the_bound_and_to_the_cross_entropy(exact, independent
     assert np.all(entropy[:, 1] == 0) and standard_errors((losses(independent)[1] - entropy)[:, 0]) > 4.5
 
 
+@pytest.mark.slow
 def test_the_bound_is_the_same_jitted_and_not(exact):
     """At 16,384 positions, each with its own noise: more than XLA's threshold for merging functions of alpha."""
     model = Embedded(Joint.random(4, 4), PLANE)

@@ -46,6 +46,7 @@ def test_bound_of_uniform_text_is_log_vocab_size(corpus):
     assert without.nats_per_token > due + 1
 
 
+@pytest.mark.slow
 def test_the_bound_does_not_depend_on_batches(corpus, conditioned):
     one, other = (
         conditioned.perplexity(corpus, split="validation", draws=2, batch_size=size, progress=False) for size in (8, 24)
@@ -53,6 +54,7 @@ def test_the_bound_does_not_depend_on_batches(corpus, conditioned):
     assert one.nats_per_token == pytest.approx(other.nats_per_token, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_resumes(corpus, model, tmp_path):
     settings = dict(split="validation", draws=2, batch_size=8, progress=False)
     whole = model.perplexity(corpus, out=tmp_path / "whole", **settings)
@@ -63,6 +65,7 @@ def test_an_interrupted_evaluation_resumes(corpus, model, tmp_path):
     assert model.perplexity(corpus, out=tmp_path / "cut", **settings) == whole
 
 
+@pytest.mark.slow
 def test_models_of_two_processes_are_compared_on_the_same_text(corpus, model):
     comparison = model.compare(untrained_model(corpus), corpus, split="validation", draws=2, progress=False)
     difference = comparison.first.nats_per_token - comparison.second.nats_per_token
@@ -101,6 +104,7 @@ def test_an_exported_model_is_the_same(conditioned, tmp_path):
     assert np.array_equal(loaded.sample(4, steps=3).tokens, conditioned.sample(4, steps=3).tokens)
 
 
+@pytest.mark.slow
 def test_likelihoods_given_a_context_need_the_flag(model, conditioned):
     found = conditioned.log_likelihood(["3, 6", "9, 9"], given="the 3 times", draws=16)
     assert all(one.is_bound and one.method == "levels" and one.standard_error > 0 for one in found)
@@ -129,6 +133,7 @@ def test_what_is_not_for_a_model_is_one_line(corpus, model, conditioned):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_denoiser_sees_the_given_tokens_clean(conditioned):
     """At every step of a custom sampler, in the state and as flags."""
     tokens, given = np.arange(16)[None] % 5, np.arange(16)[None] < 6
@@ -144,6 +149,7 @@ def test_a_denoiser_sees_the_given_tokens_clean(conditioned):
     np.testing.assert_allclose(denoiser(x, sigma, None), due, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_given_table_is_read_and_not_trained(corpus, tmp_path):
     """A run starts from the array, which stays as it is; another shape, or no array, is one line."""
     table = np.random.default_rng(0).normal(size=(corpus.vocab_size, 4)).astype(np.float32)

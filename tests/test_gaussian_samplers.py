@@ -74,7 +74,9 @@ def draw_free(embedded, mean, sampler, count):
     return index(tokens, len(embedded.table))
 
 
-@pytest.mark.parametrize("name", ["ancestral", pytest.param("half", marks=pytest.mark.slow), "euler"])
+@pytest.mark.parametrize(
+    "name", ["ancestral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("half", "euler"))]
+)
 def test_samplers_converge_to_the_distribution_at_first_order(exact, name):
     """Each doubling of the steps at least about halves the distance. Control: the mean of independent tokens."""
     found = distances(exact, name, exact.mean(), (8, 16, 32))
@@ -116,6 +118,7 @@ def test_rounding_biases_the_samples_but_at_little_noise(exact):
         assert distances(exact, "ancestral", mean, (64,)) == pytest.approx(bias, abs=0.002)
 
 
+@pytest.mark.slow
 def test_guidance_converges_to_the_distribution_given_the_class(exact, classified):
     """With the exact classifier, at scale 1. Controls: no guidance, and twice the scale."""
     log_likelihood, target = classified

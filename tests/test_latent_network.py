@@ -40,6 +40,7 @@ def state(seed=0):
     return Latent(z, estimate)
 
 
+@pytest.mark.slow
 def test_a_denoiser_is_a_distribution_at_any_positions():
     """Normalised over V tokens; at some positions the same as there of all; jitted as not."""
     network = network_of()
@@ -176,6 +177,7 @@ def test_parameters_are_counted_without_padding():
         assert network.num_parameters() == stored - padding
 
 
+@pytest.mark.slow
 def test_settings_of_jax_do_not_change_the_outputs():
     network = network_of(self_conditioning=True, evidence_snr=1.0)
     params, x = params_of(network), state()

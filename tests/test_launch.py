@@ -178,6 +178,7 @@ def test_a_worker_that_saves_and_ends_is_not_done(cloud, background, capfd):
     assert cloud.num_calls("run") == 2 and cloud.num_calls("setup") == 1 and len(cloud.calls("create")) == 1
 
 
+@pytest.mark.slow
 def test_a_failing_command_is_restarted_up_to_the_retries(cloud, capfd):
     """Its log is shown after each failure."""
     fails = python("print('line of the log'); sys.exit(5 if me == '1' else 0)")

@@ -71,6 +71,7 @@ def test_the_denoiser_is_a_distribution_without_the_mask_token_at_any_noise(publ
     assert all(np.array_equal(one[valid], all_noise[0][valid]) for one in all_noise)
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_the_same_under_unusual_settings(published):
     model, expected = published
     x, lengths, valid, log_clean = rows(model, expected)
@@ -101,6 +102,7 @@ def test_samples_and_infilling_have_no_mask_token(bert):
     assert not np.any(filled.tokens == bert.network.mask_token)
 
 
+@pytest.mark.slow
 def test_the_bound_of_a_text_of_one_token_is_its_log_probability(bert):
     """In a row that is masked, the positions after it too."""
     (token,) = bert.tokenizer.encode("cat")
@@ -109,6 +111,7 @@ def test_the_bound_of_a_text_of_one_token_is_its_log_probability(bert):
     np.testing.assert_allclose(report.nats_per_token, -log_clean[0, 0, token], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_and_dropout_depends_on_the_key_alone(bert):
     """With remat too. Control: another key, and no dropout, give other losses."""
     tokens = np.random.default_rng(0).integers(5, 18, (4, LENGTH)).astype(np.int32)
@@ -128,6 +131,7 @@ def test_gradients_are_finite_and_dropout_depends_on_the_key_alone(bert):
     assert abs(loss(bert.params, keys[::-1]) - value) > 1e-3 and abs(loss(bert.params, None) - value) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_published_folder(tmp_path, capsys):
     """By the command line: a step of the default recipe. The run and its export are loaded again."""
     folder, rng = ENCODERS / "roberta", np.random.default_rng(0)

@@ -92,7 +92,7 @@ def on_one_device(corpus):
     [
         pytest.param(default_config, 1e-4, 4, 2, marks=pytest.mark.smoke),
         pytest.param(default_config, 1e-4, 8, 1, marks=pytest.mark.slow),
-        pytest.param(gaussian_config, 1e-5, 4, 2),
+        pytest.param(gaussian_config, 1e-5, 4, 2, marks=pytest.mark.slow),
         pytest.param(paper_config, 1e-5, 4, 2, marks=pytest.mark.slow),
     ],
     ids=["default on 4", "default on 8", "gaussian on 4", "paper on 4"],

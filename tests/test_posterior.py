@@ -175,6 +175,7 @@ def test_cross_entropy_scores_free_tokens_only(process):
     assert np.array_equal(seen[0][~free], x0[~free]) and not np.array_equal(seen[0][free], x0[free])
 
 
+@pytest.mark.slow
 def test_a_network_is_one_model_at_every_noise_level():
     """Its Denoiser, StatsFn, PosteriorFn and log score agree, within the range of training and outside of it.
 
@@ -202,6 +203,7 @@ def test_a_network_is_one_model_at_every_noise_level():
         assert np.all(np.isfinite(denoiser(x, jnp.full(5, level), None)))
 
 
+@pytest.mark.slow
 def test_objective_sums_the_weighted_loss_of_the_free_tokens():
     """At stratified times, given the given tokens. Controls: without the weights; other tokens after the end."""
     network, rows, key = dataclasses.replace(NETWORK, given_embedding=True), jnp.arange(8), keyed_random.root_key(5)

@@ -217,6 +217,7 @@ def test_likelihoods_run_under_strict_promotion(name):
         jax.eval_shape(run, jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jax_settings", [STRICT, ("x64", "prng rbg")], ids=["strict", "x64"])
 @pytest.mark.parametrize("loss", ["bound", "cross_entropy", "regression"])
 def test_latents_are_float32_under_any_settings(corpus, loss, jax_settings):

@@ -28,7 +28,7 @@ from sedd.generation.samplers import SamplerContext, named_sampler
 from sedd.network.latent_network import with_memory
 
 TIMES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8)
-LOWS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+LOWS = (0.2, 0.4, 0.8, 1.6, 2.4, 3.2, 4.0)
 
 
 def main():

@@ -29,14 +29,11 @@ SCHEDULES: dict[str, Callable[[ConfigDict], Schedule]] = {
     "linear_beta": lambda config: LinearBeta(config.beta_min, config.beta_max),
     "log_snr": lambda config: LogSNR.between(config.low, config.high),
 }
-# Settings of a network of latents, and those of `codec` that only embeddings or only an encoder has.
+# Settings of a masked language model, of a network of latents, and those of `codec` of one kind of latents only.
 OF_MASKED = ("architecture", "mask_token", "start_token")
 OF_LATENTS = ("soft_tokens", "self_conditioning", "estimate_layers", "evidence_snr")
 _OF_EMBEDDINGS = ("table", "normalised", "rounding")
-_OF_ENCODER = (
-    *("encoder", "digest", "static", "decoder", "decoder_layers"),
-    *("corruption", "corruption_start", "corruption_end"),
-)
+_OF_ENCODER = tuple(name for name in DEFAULT["codec"] if name not in ("name", "width", *_OF_EMBEDDINGS))
 MIN_LOW, MIN_HIGH, MAX_HIGH = 1e-3, 4.0, 40.0  # limits of sigma(0) and sigma(1) for Gaussian noise
 _CHOICES = {
     "process.name": (*PROCESSES, GAUSSIAN),

@@ -23,8 +23,7 @@ def answers_to(given: str, texts: Sequence[str], trained: Trained) -> Rows:
         raise UserError("there are no answers to score")
     context = encode(given, tokenizer, "the given text", Ends(closes=False)) if given else np.zeros(0, np.int32)
     shape = (len(texts), block_length)
-    padding = mask if mask is not None else tokenizer.end_of_text or 0  # an encoder leaves out ends of text
-    tokens, free = np.full(shape, padding, np.int32), np.zeros(shape, bool)
+    tokens, free = np.full(shape, 0 if mask is None else mask, np.int32), np.zeros(shape, bool)
     lengths = np.zeros(len(texts), np.int32)
     for number, text in enumerate(texts):
         if not text:

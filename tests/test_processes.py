@@ -245,6 +245,20 @@ def test_an_exception_in_one_ends_the_other_in_seconds(corpus, tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_end_while_they_look_for_failures(tmp_path):
+    """A thread that was inside the client when the interpreter ended aborted the process, five times of six here."""
+    script = tmp_path / "short.py"
+    script.write_text(
+        "from sedd.runtime import processes\n"
+        "processes._POLL_SECONDS = 0\n"
+        "processes.initialize()\n"
+        "import time; time.sleep(0.3)\n"
+    )
+    for _ in range(3):
+        jobs.run([str(script)], processes=2)
+
+
+@pytest.mark.slow
 def test_a_workdir_that_is_not_shared_is_refused(corpus, tmp_path):
     """Each worker has its own; the error comes before compilation."""
     ended = jobs.finish(jobs.start(train(corpus, "run"), folder=tmp_path))

@@ -3,6 +3,7 @@
 Every process runs the same command. Process 0 writes files and prints results; all processes compute.
 """
 
+import atexit
 import contextlib
 import functools
 import json
@@ -77,7 +78,7 @@ def initialize():
     _enable_compilation_cache()
     if are_many():
         sys.excepthook = _excepthook
-        threading.Thread(target=_watch, name="watch", daemon=True).start()
+        _start_watch()
         check_same("version", f"sedd {__version__}, jax {jax.__version__}")
         check_same("kind of devices", jax.local_devices()[0].device_kind)
     initialize.done = True
@@ -292,10 +293,20 @@ def _exit_because_of(reason: str):
     os._exit(1)
 
 
-def _watch():
-    """Ends this process when another has reported that it failed."""
-    while True:
-        time.sleep(_POLL_SECONDS)
+def _start_watch():
+    """Starts a thread that ends this process when another has reported that it failed.
+
+    The thread ends before the interpreter does: inside the client at that time, it would abort the process.
+    """
+    stop = threading.Event()
+    thread = threading.Thread(target=_watch, args=(stop,), name="watch", daemon=True)
+    thread.start()
+    atexit.register(thread.join)  # what is registered last runs first
+    atexit.register(stop.set)
+
+
+def _watch(stop: threading.Event):
+    while not stop.wait(_POLL_SECONDS):
         reason = _failure()
         if reason is not None:
             _exit_because_of(reason)

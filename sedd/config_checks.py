@@ -9,7 +9,7 @@ from sedd.codecs.embeddings import LEARNED, RANDOM, ROUNDINGS
 from sedd.diffusion.discrete.process import Absorbing, Process, Uniform
 from sedd.diffusion.schedule import Cosine, Geometric, LinearBeta, LogLinear, LogSNR, Power, Schedule, Sqrt, Tan
 from sedd.errors import UserError
-from sedd.network.adapters import CONDITIONING
+from sedd.network.adapters import CONDITIONING, CONSTANT
 from sedd.network.attention import ATTENTION, check_sizes
 from sedd.network.latent_predictions import DENOISER, MEANS
 from sedd.network.masked_lm import ARCHITECTURES, DIT
@@ -55,7 +55,7 @@ _CHOICES = {
 }
 _POSITIVE = {
     "codec": ("decoder_layers",),
-    "network": ("width", "layers", "heads", "cond_dim", "embedding_std"),
+    "network": ("width", "layers", "heads", "embedding_std"),
     "data": ("block_length",),
     "training": ("steps", "batch_size", "accumulation"),
     "optimizer": ("learning_rate", "adam_learning_rate", "warmup_steps", "clip_norm"),
@@ -63,6 +63,7 @@ _POSITIVE = {
     "evaluation": ("draws",),
 }
 _NOT_NEGATIVE = (
+    "network.cond_dim",
     "network.evidence_snr",
     "evaluation.low",
     "training.max_skipped_steps",
@@ -132,6 +133,10 @@ def _validate_sizes(config: ConfigDict):
         raise UserError("config: network.long_skips needs network.scan=False: scanned layers have no mirror images")
     if network.estimate_layers and not network.self_conditioning:
         raise UserError("config: network.estimate_layers needs network.self_conditioning=True")
+    if not network.cond_dim and (config.process.name == GAUSSIAN or network.conditioning != CONSTANT):
+        raise UserError(
+            f"config: network.cond_dim=0 needs network.conditioning={CONSTANT} and tokens: absorbing or uniform"
+        )
     if network.width % (2 * network.heads):
         raise UserError("config: network.width must be a multiple of twice network.heads")
     try:

@@ -77,14 +77,14 @@ DEFAULT: dict[str, dict[str, Any]] = {
     },
     "network": {
         "prediction": None,  # "denoiser", "score" as in the paper; uniform: "posterior"; gaussian: "x0", "eps", "v"
-        "conditioning": None,  # the noise level as "sigma", as in the paper, or as "log_snr"
+        "conditioning": None,  # the noise level as "sigma", as in the paper, or as "log_snr"; "constant": none
         "architecture": "dit",  # absorbing: also that of "bert" or "roberta", which is not conditioned on the noise
         "mask_token": -1,  # bert, roberta: the id of [MASK] or <mask>; -1: that of the published models
         "start_token": -1,  # bert, roberta: the id of [CLS] or <s>, which precedes each row; -1: likewise
         "width": 128,
         "layers": 4,
         "heads": 4,
-        "cond_dim": 128,  # width of the embedding of sigma
+        "cond_dim": 128,  # width of the embedding of sigma; 0: none, and no modulation (conditioning "constant")
         "embedding_std": 0.5,  # at initialisation; in the paper 1 / sqrt(3 width)
         "dropout": 0.0,
         "dtype": "float32",  # of the linear layers and attention of the trunk; the rest is float32

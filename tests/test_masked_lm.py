@@ -223,5 +223,5 @@ def test_an_encoder_without_head_and_missing_files_are_refused(folder):
     with pytest.raises(sedd.UserError, match="lacks cls.predictions.transform.dense.weight"):
         sedd.load(folder)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(sedd.UserError, match="there is no tokenizer file"):
+    with pytest.raises(sedd.UserError, match="there is no .*tokenizer.json"):
         sedd.load(folder)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sedd.codecs.encoder_tensors import BERT_ANCHOR, T5_ANCHOR, Tensors, bert_params, t5_params
+from sedd.codecs.encoder_tables import BERT_ANCHOR, T5_ANCHOR, bert_table, encoder_params, t5_table
 from sedd.codecs.huggingface import (
     CONFIG,
     TOKENIZER,
@@ -20,6 +20,7 @@ from sedd.codecs.huggingface import (
     read_tensors,
     read_vocabulary,
 )
+from sedd.codecs.tensor_table import Table
 from sedd.diffusion import keyed_random
 from sedd.errors import UserError
 from sedd.network.bert import Bert
@@ -58,14 +59,14 @@ class PretrainedEncoder:
 class Family:
     """How encoders of a `model_type` are published.
 
-    settings: the fields of the module, from config.json; params: its parameters, from tensors whose names follow
-    `anchor`; start, end, padding and mask: the texts of these tokens.
+    settings: the fields of the module, from config.json; table: its parameters, for these fields, whose tensors have
+    names that follow `anchor`; start, end, padding and mask: the texts of these tokens.
     """
 
     module: type[Bert] | type[T5Encoder]
     settings: Callable[[dict], dict]
     anchor: str
-    params: Callable[[Tensors, dict], dict]
+    table: Callable[[dict], Table]
     start: str | None
     end: str
     padding: str
@@ -90,9 +91,8 @@ def read_encoder(spec: str | Path) -> PretrainedEncoder:
     family, settings = described(config, folder)
     module = family.module(**settings)
     arrays, data = read_tensors(folder)
-    tensors = Tensors(arrays, family.anchor, folder)
-    params = fitted_to(module, family.params(tensors, settings), folder)
-    tensors.check_empty()
+    params = encoder_params(arrays, family.table(settings), family.anchor, folder)
+    params = fitted_to(module, params, folder)
     vocabulary, special = read_vocabulary(folder)
     if not set(vocabulary.values()) <= set(range(module.vocab_size)):
         raise UserError(f"{folder}: {TOKENIZER} has tokens beyond the {module.vocab_size} of {CONFIG}")
@@ -135,7 +135,7 @@ def described(config: dict, folder: Path) -> tuple[Family, dict]:
 
 
 def fitted_to(module: nn.Module, params: dict, folder: Path) -> dict:
-    """Returns the parameters in the order of the module's. UserError if one has another shape."""
+    """Returns the parameters, by path, in the tree of the module. UserError if one has another shape."""
     tokens, valid = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
     like = jax.eval_shape(module.init, keyed_random.root_key(0), tokens, valid)["params"]
     return fitted(params, like, f"{folder}: {WEIGHTS} does not fit its {CONFIG}")
@@ -179,7 +179,7 @@ def _t5(config):
 
 SUPPORTED = {"position_embedding_type": "absolute", "is_decoder": False}
 FAMILIES = {  # by the model_type of config.json
-    "bert": Family(Bert, _bert, BERT_ANCHOR, bert_params, "[CLS]", "[SEP]", "[PAD]", "[MASK]"),
-    "roberta": Family(Bert, _roberta, BERT_ANCHOR, bert_params, "<s>", "</s>", "<pad>", "<mask>"),
-    "t5": Family(T5Encoder, _t5, T5_ANCHOR, t5_params, None, "</s>", "<pad>", None),
+    "bert": Family(Bert, _bert, BERT_ANCHOR, bert_table, "[CLS]", "[SEP]", "[PAD]", "[MASK]"),
+    "roberta": Family(Bert, _roberta, BERT_ANCHOR, bert_table, "<s>", "</s>", "<pad>", "<mask>"),
+    "t5": Family(T5Encoder, _t5, T5_ANCHOR, t5_table, None, "</s>", "<pad>", None),
 }

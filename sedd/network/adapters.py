@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion.schedule import log_snr
-from sedd.network.layers import Linear, frequencies, modulate, norm
+from sedd.network.layers import Linear, frequencies, modulate, modulation, norm
 from sedd.network.sharding import constrain_sharding
 from sedd.runtime.parallel import BATCH_AXES, MODEL_AXIS
 
 MULTIPLE = 128  # embedding rows and head columns are padded to a multiple of this, so that a mesh can shard them
 FREQUENCIES = 256  # sine and cosine features of sigma
+CONSTANT = "constant"
 CONDITIONING = {  # what is embedded of the noise level, Float[B] -> Float[B]
     "sigma": lambda sigma: sigma,  # as in the published models; levels below .1 are nearly the same
     "log_snr": lambda sigma: log_snr(jnp.clip(sigma, 1e-9, 20.0)),  # finite at 0 and infinity
+    CONSTANT: jnp.zeros_like,  # nothing: the same at any noise
 }
 
 
@@ -51,7 +53,7 @@ class TokenEmbedding(nn.Module):
 class NoiseEmbedding(nn.Module):
     """Maps the noise level to the vector that the trunk and the head are conditioned on.
 
-    cond_dim: C, its size; conditioning: a key of CONDITIONING.
+    cond_dim: C, its size, 0 for networks that are not conditioned on the noise; conditioning: a key of CONDITIONING.
     """
 
     cond_dim: int
@@ -60,6 +62,8 @@ class NoiseEmbedding(nn.Module):
     @nn.compact
     def __call__(self, sigma: jax.Array) -> jax.Array:
         """sigma: Float[B], total noise. Returns Float32[B C]."""
+        if not self.cond_dim:
+            return jnp.zeros((*sigma.shape, 0), jnp.float32)
         level = CONDITIONING[self.conditioning](sigma.astype(jnp.float32))
         angle = level[:, None] * frequencies(FREQUENCIES // 2)
         features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
@@ -75,6 +79,6 @@ class TokenHead(nn.Module):
     @nn.compact
     def __call__(self, hidden: jax.Array, condition: jax.Array) -> jax.Array:
         """hidden: Float[... P W]; condition: Float[... P C] or Float[... 1 C]. Returns Float32[... P S]."""
-        shift, scale = jnp.split(Linear(2 * hidden.shape[-1], zero=True, name="modulation")(condition), 2, axis=-1)
-        x = modulate(norm("norm")(hidden), shift, scale)
+        shift, scale = modulation(condition, hidden.shape[-1], 2)
+        x = modulate(norm("norm", bias=not condition.shape[-1])(hidden), shift, scale)
         return Linear(padded(self.states), zero=True, split="out", name="out")(x)[..., : self.states]

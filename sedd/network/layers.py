@@ -93,8 +93,18 @@ class Linear(nn.Module):
         return y.reshape(*x.shape[:-1], *features)
 
 
-def norm(name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-5, use_bias=False, name=name)
+def norm(name: str, bias: bool = False) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-5, use_bias=bias, name=name)
+
+
+def modulation(condition: jax.Array, width: int, count: int) -> list:
+    """The first `count` of a shift, a scale, a gate and so on, from the condition. Float[... C] -> Float32[... W] each.
+
+    With a condition of size 0 they are the numbers that change nothing.
+    """
+    if not condition.shape[-1]:
+        return [0.0, 0.0, 1.0, 0.0, 0.0, 1.0][:count]
+    return jnp.split(Linear(count * width, zero=True, name="modulation")(condition), count, axis=-1)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:

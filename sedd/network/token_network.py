@@ -86,7 +86,7 @@ class TokenNetwork(Network):
         for_trunk, for_head = jax.random.split(keyed_random.threefry(key))
         trunk = {
             **self.embedding.init(for_trunk, tokens)["params"],
-            **self.noise_embedding.init(for_trunk, sigma)["params"],
+            **self.noise_embedding.init(for_trunk, sigma).get("params", {}),
             **self.trunk.init(for_trunk, h, condition)["params"],
         }
         return {"trunk": trunk, "head": self.head.init(for_head, h, condition[:, None])["params"]}

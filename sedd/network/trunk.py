@@ -1,15 +1,17 @@
 """The trunk: a diffusion transformer from hidden states to hidden states.
 
 Bidirectional attention with rotary positions; each layer is modulated by a conditioning vector, which the network makes
-from sigma (adaLN-zero; Peebles and Xie, arXiv 2212.09748).
+from sigma (adaLN-zero; Peebles and Xie, arXiv 2212.09748). With a vector of size 0 nothing is modulated, and the norms
+have biases (RADD; Ou et al., arXiv 2406.03736).
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sedd.network.attention import attend
-from sedd.network.layers import Linear, dropout, modulate, norm, one_line, rotary
+from sedd.network.layers import Linear, dropout, modulate, modulation, norm, one_line, rotary
 
 REMAT = {  # the part of a layer that the backward pass recomputes -> the policy for what is saved
     "none": None,
@@ -31,10 +33,10 @@ class Block(nn.Module):
         """layer: its number; added: Float[B L W], the layer's own input; the rest as of `Trunk`."""
         h = h if added is None else h + added
         batch, length, width = h.shape
-        modulation = Linear(6 * width, zero=True, name="modulation")(condition)[:, None]
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation(condition[:, None], width, 6)
+        bias = not condition.shape[-1]  # of the norms; else the shifts are theirs
 
-        x = modulate(norm("norm_attention")(h), shift_a, scale_a)
+        x = modulate(norm("norm_attention", bias)(h), shift_a, scale_a)
         x = Linear((3, width), use_bias=False, dtype=self.dtype, split="out", name="qkv")(x)
         q, k, v = jnp.moveaxis(x.reshape(batch, length, 3, self.heads, width // self.heads), 2, 0)
         q, k = rotary(q, positions), rotary(k, positions)
@@ -42,7 +44,7 @@ class Block(nn.Module):
         x = Linear(width, use_bias=False, dtype=self.dtype, split="in", name="out")(x)
         h = h + gate_a * dropout(x.astype(jnp.float32), self.dropout, keys, 2 * layer)
 
-        x = modulate(norm("norm_mlp")(h), shift_m, scale_m)
+        x = modulate(norm("norm_mlp", bias)(h), shift_m, scale_m)
         x = Linear(4 * width, dtype=self.dtype, split="out", name="up")(x)
         x = Linear(width, dtype=self.dtype, split="in", name="down")(nn.gelu(x, approximate=True))
         h = h + gate_m * dropout(x.astype(jnp.float32), self.dropout, keys, 2 * layer + 1)
@@ -106,3 +108,25 @@ class Trunk(nn.Module):
         return h
 
     __repr__ = one_line
+
+
+def unrolled(params: dict) -> dict:
+    """Returns parameters of a network with unrolled layers, from those of one with scanned or unrolled layers."""
+    trunk = dict(params["trunk"])
+    if "blocks" not in trunk:
+        return params
+    blocks = trunk.pop("blocks")
+    layers = len(jax.tree.leaves(blocks)[0])
+    return params | {
+        "trunk": trunk | {f"block_{layer}": jax.tree.map(lambda leaf: leaf[layer], blocks) for layer in range(layers)}
+    }
+
+
+def scanned(params: dict) -> dict:
+    """Returns parameters of a network with scanned layers, the inverse of `unrolled`."""
+    trunk = dict(params["trunk"])
+    names = sorted((name for name in trunk if name.startswith("block_")), key=lambda name: int(name.split("_")[1]))
+    if not names:
+        return params
+    blocks = [trunk.pop(name) for name in names]
+    return params | {"trunk": trunk | {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}}

@@ -1,16 +1,24 @@
 """Published checkpoints, as config.json and model.safetensors, without PyTorch: one file a format.
 
-To add a format, write a file like `masked_lm.py` and add a line to `FORMATS`.
+To add a format, write a file like `mdlm.py` and add a line to `FORMATS`.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from sedd.data.tokenizers import Tokenizer
-from sedd.pretrained import masked_lm, score_entropy
+from sedd.pretrained import format
+from sedd.pretrained.duo import Duo
+from sedd.pretrained.format import Format
+from sedd.pretrained.masked_lm import MaskedLM
+from sedd.pretrained.mdlm import Mdlm
+from sedd.pretrained.radd import Radd
+from sedd.pretrained.score_entropy import Sedd
+from sedd.pretrained.udlm import Udlm
+
+FORMATS: dict[str, Format] = {form.name: form for form in (Sedd(), Mdlm(), Duo(), Udlm(), Radd(), MaskedLM())}
 
 
 class Published(NamedTuple):
@@ -21,11 +29,9 @@ class Published(NamedTuple):
     tokenizer: Tokenizer | None
 
 
-# For the contents of a config.json whether they are of the format, and the function that reads the folder.
-FORMATS: tuple[tuple[Callable[[dict], bool], Callable[..., tuple]], ...] = (
-    (score_entropy.is_published, score_entropy.load),
-    (masked_lm.is_published, masked_lm.load),
-)
+def format_of(about: dict) -> Format | None:
+    """Returns the format of a checkpoint, None if it is of no known one. about: the contents of its config.json."""
+    return next((form for form in FORMATS.values() if form.is_mine(about)), None)
 
 
 def read(directory: Path, about: dict) -> Published | None:
@@ -33,5 +39,5 @@ def read(directory: Path, about: dict) -> Published | None:
 
     UserError if the checkpoint is damaged, or is of a kind that is not supported.
     """
-    load = next((load for is_published, load in FORMATS if is_published(about)), None)
-    return None if load is None else Published(*load(directory, about))
+    form = format_of(about)
+    return None if form is None else Published(*format.read(form, about, directory))

@@ -1,0 +1,99 @@
+"""The diffusion transformer that SEDD, MDLM, Duo, UDLM and RADD publish: this project's own trunk.
+
+`dit_table` lists its tensors; `TransformersDiT` is a format with the config.json of the library transformers.
+"""
+
+from sedd import config as configs
+from sedd.codecs.tensor_table import JOINED, Entry, Table, columns, layers, linear, norm, rows
+from sedd.errors import UserError
+from sedd.network.adapters import CONSTANT as NO_NOISE
+from sedd.network.adapters import padded
+from sedd.network.network import Network
+from sedd.pretrained.format import Format
+
+CONSTANT = "rotary_emb.inv_freq"  # a tensor that is no parameter
+_PREFIX = "backbone."
+_SIZES = {"width": "hidden_dim", "layers": "n_blocks", "heads": "n_heads", "cond_dim": "cond_dim", "dropout": "dropout"}
+
+
+def dit_table(network: Network, prefix: str = "") -> Table:
+    """The parameters of a network with unrolled layers. prefix: of all names.
+
+    A network that is not conditioned on the noise has no modulation, and norms with biases (RADD).
+    """
+    states, conditioned = network.columns, bool(network.cond_dim)
+    stored = padded(states)
+
+    def block(layer):
+        path, name = f"trunk/block_{layer}", f"blocks.{layer}"
+        return [
+            *(linear(f"{path}/modulation", f"{name}.adaLN_modulation") if conditioned else []),
+            *norm(f"{path}/norm_attention", f"{name}.norm1", bias=not conditioned),
+            Entry(f"{path}/qkv/kernel", (f"{name}.attn_qkv.weight",), JOINED),
+            *linear(f"{path}/out", f"{name}.attn_out", bias=False),
+            *norm(f"{path}/norm_mlp", f"{name}.norm2", bias=not conditioned),
+            *linear(f"{path}/up", f"{name}.mlp.0"),
+            *linear(f"{path}/down", f"{name}.mlp.2"),
+        ]
+
+    noise = [*linear("trunk/sigma_in", "sigma_map.mlp.0"), *linear("trunk/sigma_out", "sigma_map.mlp.2")]
+    table = [
+        Entry("trunk/embedding", ("vocab_embed.embedding",), rows(states, stored)),
+        *(noise if conditioned else []),
+        *layers(network.trunk.layers, block),
+        *(linear("head/modulation", "output_layer.adaLN_modulation") if conditioned else []),
+        *norm("head/norm", "output_layer.norm_final", bias=not conditioned),
+        Entry("head/out/kernel", ("output_layer.linear.weight",), columns(states, stored)),
+        Entry("head/out/bias", ("output_layer.linear.bias",), rows(states, stored)),
+    ]
+    return [entry._replace(names=tuple(prefix + name for name in entry.names)) for entry in table]
+
+
+class TransformersDiT(Format):
+    """A format with the config.json of the library transformers.
+
+    process: of the models; masks: the number of states in `vocab_size` that are no tokens; conditioned: whether on the
+    noise, if config.json does not say it; constants: settings that have one value.
+    """
+
+    unused = (_PREFIX + CONSTANT,)
+    process: str
+    masks = 0
+    conditioned = True
+    constants: tuple[tuple[str, bool], ...] = ()
+
+    def is_mine(self, about):
+        return self.name.upper() in about.get("architectures", ()) or about.get("model_type") == self.name
+
+    def config(self, about, folder):
+        for key, value in self.constants:
+            if about.get(key, value) != value:
+                raise UserError(f"{folder}: {key}={about[key]} of {self.name} is not supported, only {value}")
+        conditioned = about.get("time_conditioning", self.conditioned)
+        network = {"prediction": "denoiser", "conditioning": "sigma" if conditioned else NO_NOISE}
+        return configs.from_dict(
+            {
+                "process": {"name": self.process},
+                "schedule": {"name": "loglinear"},
+                "network": network | {ours: about[theirs] for ours, theirs in _SIZES.items()},
+                "data": {"block_length": about["model_length"], "vocab_size": about["vocab_size"] - self.masks},
+                "training": {"loss": "bound", "noise_sampling": "time"},
+            }
+        )
+
+    def about(self, config, vocab_size):
+        sizes = {theirs: config.network[ours] for ours, theirs in _SIZES.items()}
+        conditioned = config.network.conditioning != NO_NOISE
+        return {
+            "architectures": [self.name.upper()],
+            "model_type": self.name,
+            "model_length": config.data.block_length,
+            "vocab_size": vocab_size + self.masks,
+            "time_conditioning": conditioned,
+            **sizes,
+            **dict(self.constants),
+            "return_dict": False,
+        }
+
+    def table(self, network):
+        return dit_table(network, _PREFIX)

@@ -1,0 +1,118 @@
+"""What a published format is: how its config.json and its tensors translate to a config and parameters, and back."""
+
+import abc
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+from sedd import config as configs
+from sedd.codecs.huggingface import CONFIG, WEIGHTS, read_tensors
+from sedd.codecs.tensor_table import Table, params_from, tensors_from
+from sedd.data.tokenizers import Tokenizer
+from sedd.diffusion.keyed_random import root_key
+from sedd.errors import UserError
+from sedd.network.network import Network
+from sedd.network.trunk import unrolled
+from sedd.recipes import resolved
+from sedd.runtime.trees import fitted, named
+
+_FREE = ("dtype", "scan", "remat", "attention", "embedding_std")  # settings that do not change what a network computes
+
+
+class Format(abc.ABC):
+    """A published format, in a file of its own.
+
+    name: that of `sedd convert --to`; title: what it holds; unused: tensors that are no parameters.
+    """
+
+    name: str
+    title: str
+    unused: tuple[str, ...] = ()
+
+    @abc.abstractmethod
+    def is_mine(self, about: dict) -> bool:
+        """True if the contents of a config.json are of this format."""
+
+    @abc.abstractmethod
+    def config(self, about: dict, folder: Path) -> ConfigDict:
+        """Returns the config of a checkpoint, data.vocab_size included. about: the contents of its config.json.
+
+        KeyError if a setting is missing; UserError if the checkpoint is of a kind that is not supported.
+        """
+
+    def about(self, config: ConfigDict, vocab_size: int) -> dict[str, Any]:
+        """Returns the config.json of a config, the inverse of `config` as far as the format can hold it.
+
+        UserError for a format that is only read.
+        """
+        raise UserError(f"sedd reads the format {self.name}, and does not write it")
+
+    @abc.abstractmethod
+    def table(self, network: Network) -> Table:
+        """The tensors of the parameters of a network, with unrolled layers."""
+
+    def params(self, tensors: Mapping[str, np.ndarray], network: Network, folder: Path) -> dict:
+        """Returns the parameters by path. UserError that names the tensor if one is missing or left over."""
+        return params_from(tensors, self.table(network), folder, self.unused)
+
+    def tokenizer(self, about: dict, folder: Path) -> Tokenizer | None:
+        """Returns the tokenizer of a checkpoint, None if it has none. UserError if it does not fit."""
+        return None
+
+
+def read(form: Format, about: dict, folder: Path) -> tuple[ConfigDict, dict, Tokenizer | None]:
+    """Returns the config, the parameters and the tokenizer of a checkpoint of the format.
+
+    UserError if the checkpoint is damaged, or is of a kind that is not supported.
+    """
+    config = _config(form, about, folder)
+    tensors, _ = read_tensors(folder)
+    if config.network.layers > len(tensors):
+        raise UserError(f"{folder}: {CONFIG} has {config.network.layers} layers, and {WEIGHTS} {len(tensors)} tensors")
+    _, _, network = configs.build(config, config.data.vocab_size)
+    tokenizer = form.tokenizer(about, folder)
+    params = form.params(tensors, network, folder)
+    like = jax.eval_shape(network.init, root_key(0))
+    return config, fitted(params, like, f"{folder} does not fit its {CONFIG}"), tokenizer
+
+
+def _config(form: Format, about: dict, folder: Path) -> ConfigDict:
+    try:
+        return form.config(about, folder)
+    except KeyError as error:
+        raise UserError(f"{folder}: {CONFIG} lacks {error.args[0]}, which the format {form.name} has") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}: {CONFIG} is not of the format {form.name} ({error})") from None
+
+
+def write(form: Format, config: ConfigDict, params: dict, vocab_size: int, folder: Path):
+    """Writes config.json and model.safetensors of a model. UserError that says what the format cannot hold."""
+    about = form.about(config, vocab_size)
+    check_holds(form, about, config, vocab_size)
+    config = ConfigDict(config.to_dict())
+    config.network.scan = False
+    _, _, network = configs.build(config, vocab_size)
+    tensors = tensors_from(named(unrolled(jax.device_get(params))), form.table(network))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def check_holds(form: Format, about: dict, config: ConfigDict, vocab_size: int):
+    """UserError, which names the setting, if a model that is written and read again would be another one."""
+    found, ours = resolved(form.config(about, Path())), resolved(config)
+    expected = {
+        "process.name": (found.process.name, ours.process.name),
+        **{f"network.{name}": (found.network[name], ours.network[name]) for name in ours.network if name not in _FREE},
+        "data.vocab_size": (found.data.vocab_size, vocab_size),
+        "data.block_length": (found.data.block_length, ours.data.block_length),
+        "schedule": tuple(configs.build(one, vocab_size)[1] for one in (found, ours)),
+    }
+    for name, (theirs, value) in expected.items():
+        if theirs != value:
+            raise UserError(f"the format {form.name} cannot hold {name}={value}; its models have {theirs}")

@@ -253,6 +253,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     infill.add_argument("template", nargs="*", type=_utf8, help=text)
     infill.add_argument("--prefix", type=_utf8, help="instead of a template: text before the blank")
     infill.add_argument("--suffix", type=_utf8, help="instead of a template: text after the blank")
+
+    convert = command("convert", commands.convert, "Write a model in a published format, which other code reads.")
+    _add_model(convert)
+    formats = "sedd, mdlm, duo, udlm, radd; or export, that of this project"
+    convert.add_argument("--to", action=_Once, required=True, metavar="FORMAT", help=formats)
+    convert.add_argument("--out", action=_Once, required=True, help="folder to write")
     return parser, parsers.choices
 
 

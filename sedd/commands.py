@@ -281,6 +281,15 @@ def _print_texts(samples, args):
         print(f"{samples.network_calls} network calls; unigram entropy {entropy:.3f} nats per token", file=sys.stderr)
 
 
+def convert(args, _):
+    """Writes a model in a published format, or as an export."""
+    from sedd.loading import load
+
+    _join()
+    load(args.model, args.tokenizer, args.encoder).save(args.out, args.to)
+    print(f"{args.model} is in {args.out}, in the format {args.to}")
+
+
 def quickstart(args, settings):
     """Trains on a built-in corpus, evaluates, samples and infills."""
     import jax

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save as save_arrays
 
 from sedd import config as configs
+from sedd import pretrained
 from sedd.codecs.frozen import FILE, save_normalisation
 from sedd.config_checks import MIN_LOW
 from sedd.data.corpus import Corpus
@@ -40,8 +41,11 @@ from sedd.runtime.settings import jax_defaults
 from sedd.runtime.trees import fingerprint, named
 from sedd.seeds import check_seed
 from sedd.trained import Trained
+from sedd.version import __version__
 
 MAX_DRAWS = 2**20
+WEIGHTS = "weights.safetensors"  # of an exported model
+EXPORT = "export"  # the format of this project
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -232,30 +236,33 @@ class Model(Trained):
             counts[nonempty] = np.bincount(terms.clusters, terms.counts)
         return ScoredTexts(nats, counts)
 
-    def save(self, directory: str | Path):
+    def save(self, directory: str | Path, format: str = EXPORT):
         """Exports weights, config and tokenizer to a folder that `load` reads.
 
-        Atomic: a write that fails leaves no file. With several processes all of them call it, and process 0 writes.
-        UserError if the folder is not empty.
+        format: that of published checkpoints, which their authors' code reads too: sedd, mdlm, duo, udlm or radd; or
+        EXPORT, that of this project. Atomic: a write that fails leaves no file. With several processes all of them
+        call it, and process 0 writes. UserError if the folder is not empty, or if the format cannot hold the model.
         """
         directory = storage.folder_of(directory)
+        write = self._write if format == EXPORT else pretrained.writer(format, self, self.config)
         with folders.locked_by_first(directory), processes.together():
             if processes.is_first():
                 with folders.filled(directory):
-                    self._write(directory)
+                    write(directory)
 
     def _write(self, directory: epath.Path):
         if self.tokenizer is not None:
             self.tokenizer.save(directory / "tokenizer")
         about = {
             "format": configs.FORMAT,
+            "sedd": __version__,
             "config": self.config.to_dict(),
             "vocab_size": self.vocab_size,
             "layout": self.layout.to_json(),
         }
         if self.frozen:
             save_normalisation(directory / FILE, self.frozen)
-        (directory / "weights.safetensors").write_bytes(save_arrays(named(jax.device_get(self.params))))
+        (directory / WEIGHTS).write_bytes(save_arrays(named(jax.device_get(self.params))))
         (directory / "config.json").write_text(
             json.dumps(about, indent=2) + "\n"
         )  # written last: it marks a complete export

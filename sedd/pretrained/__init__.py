@@ -3,12 +3,15 @@
 To add a format, write a file like `mdlm.py` and add a line to `FORMATS`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from sedd.data.tokenizers import Tokenizer
+from sedd.errors import UserError
 from sedd.pretrained import format
 from sedd.pretrained.duo import Duo
 from sedd.pretrained.format import Format
@@ -17,6 +20,7 @@ from sedd.pretrained.mdlm import Mdlm
 from sedd.pretrained.radd import Radd
 from sedd.pretrained.score_entropy import Sedd
 from sedd.pretrained.udlm import Udlm
+from sedd.trained import Trained
 
 FORMATS: dict[str, Format] = {form.name: form for form in (Sedd(), Mdlm(), Duo(), Udlm(), Radd(), MaskedLM())}
 
@@ -32,6 +36,17 @@ class Published(NamedTuple):
 def format_of(about: dict) -> Format | None:
     """Returns the format of a checkpoint, None if it is of no known one. about: the contents of its config.json."""
     return next((form for form in FORMATS.values() if form.is_mine(about)), None)
+
+
+
+def writer(name: str, model: Trained, config: ConfigDict) -> Callable[[epath.Path], None]:
+    """Returns a function that writes a model to a folder. name: of the format; config: that of the model.
+
+    UserError for an unknown format, or one that cannot hold the model.
+    """
+    if name not in FORMATS:
+        raise UserError(f"there is no format {name}; choose one of {', '.join(FORMATS)}")
+    return format.writer(FORMATS[name], model, config)
 
 
 def read(directory: Path, about: dict) -> Published | None:

@@ -3,6 +3,8 @@
 `dit_table` lists its tensors; `TransformersDiT` is a format with the config.json of the library transformers.
 """
 
+import numpy as np
+
 from sedd import config as configs
 from sedd.codecs.tensor_table import JOINED, Entry, Table, columns, layers, linear, norm, rows
 from sedd.errors import UserError
@@ -11,7 +13,6 @@ from sedd.network.adapters import padded
 from sedd.network.network import Network
 from sedd.pretrained.format import Format
 
-CONSTANT = "rotary_emb.inv_freq"  # a tensor that is no parameter
 _PREFIX = "backbone."
 _SIZES = {"width": "hidden_dim", "layers": "n_blocks", "heads": "n_heads", "cond_dim": "cond_dim", "dropout": "dropout"}
 
@@ -49,24 +50,30 @@ def dit_table(network: Network, prefix: str = "") -> Table:
     return [entry._replace(names=tuple(prefix + name for name in entry.names)) for entry in table]
 
 
+def dit_constants(network: Network, prefix: str = "") -> dict[str, np.ndarray]:
+    """Returns the tensors that are no parameters: the frequencies of the rotary positions."""
+    head = network.trunk.width // network.trunk.heads
+    exponents = np.arange(0, head, 2, dtype=np.float32) / np.float32(head)
+    return {f"{prefix}rotary_emb.inv_freq": 1 / np.float32(10000) ** exponents}
+
+
 class TransformersDiT(Format):
     """A format with the config.json of the library transformers.
 
-    process: of the models; masks: the number of states in `vocab_size` that are no tokens; conditioned: whether on the
-    noise, if config.json does not say it; constants: settings that have one value.
+    process: of the models; masks: the number of states in `vocab_size` that are no tokens; conditioned: on the noise,
+    if config.json does not say it; fixed: settings that have one value.
     """
 
-    unused = (_PREFIX + CONSTANT,)
     process: str
     masks = 0
     conditioned = True
-    constants: tuple[tuple[str, bool], ...] = ()
+    fixed: tuple[tuple[str, bool], ...] = ()
 
     def is_mine(self, about):
         return self.name.upper() in about.get("architectures", ()) or about.get("model_type") == self.name
 
     def config(self, about, folder):
-        for key, value in self.constants:
+        for key, value in self.fixed:
             if about.get(key, value) != value:
                 raise UserError(f"{folder}: {key}={about[key]} of {self.name} is not supported, only {value}")
         conditioned = about.get("time_conditioning", self.conditioned)
@@ -91,9 +98,12 @@ class TransformersDiT(Format):
             "vocab_size": vocab_size + self.masks,
             "time_conditioning": conditioned,
             **sizes,
-            **dict(self.constants),
+            **dict(self.fixed),
             "return_dict": False,
         }
 
     def table(self, network):
         return dit_table(network, _PREFIX)
+
+    def constants(self, network):
+        return dit_constants(network, _PREFIX)

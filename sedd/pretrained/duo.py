@@ -8,4 +8,4 @@ class Duo(TransformersDiT):
 
     name, title = "duo", "Duo, uniform diffusion"
     process = "uniform"
-    constants = (("causal", False),)
+    fixed = (("causal", False),)

@@ -2,25 +2,27 @@
 
 import abc
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from sedd import config as configs
 from sedd.codecs.huggingface import CONFIG, WEIGHTS, read_tensors
 from sedd.codecs.tensor_table import Table, params_from, tensors_from
-from sedd.data.tokenizers import Tokenizer
+from sedd.data.tokenizers import Tokenizer, load_tokenizer
 from sedd.diffusion.keyed_random import root_key
 from sedd.errors import UserError
 from sedd.network.network import Network
 from sedd.network.trunk import unrolled
 from sedd.recipes import resolved
 from sedd.runtime.trees import fitted, named
+from sedd.trained import Trained
 
 _FREE = ("dtype", "scan", "remat", "attention", "embedding_std")  # settings that do not change what a network computes
 
@@ -28,12 +30,11 @@ _FREE = ("dtype", "scan", "remat", "attention", "embedding_std")  # settings tha
 class Format(abc.ABC):
     """A published format, in a file of its own.
 
-    name: that of `sedd convert --to`; title: what it holds; unused: tensors that are no parameters.
+    name: that of `sedd convert --to`; title: what it holds.
     """
 
     name: str
     title: str
-    unused: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def is_mine(self, about: dict) -> bool:
@@ -57,13 +58,25 @@ class Format(abc.ABC):
     def table(self, network: Network) -> Table:
         """The tensors of the parameters of a network, with unrolled layers."""
 
+    def constants(self, network: Network) -> dict[str, np.ndarray]:
+        """Returns the tensors that are no parameters, and equal in all models of these sizes."""
+        return {}
+
     def params(self, tensors: Mapping[str, np.ndarray], network: Network, folder: Path) -> dict:
-        """Returns the parameters by path. UserError that names the tensor if one is missing or left over."""
-        return params_from(tensors, self.table(network), folder, self.unused)
+        """Returns the parameters by path.
+
+        UserError that names the tensor if one is missing or left over, or if a constant is another one.
+        """
+        constants = self.constants(network)
+        for name, value in constants.items():
+            found = tensors.get(name, value)
+            if found.shape != value.shape or not np.allclose(found, value, rtol=1e-3):
+                raise UserError(f"{folder}: {name} differs from that of published models, and no other is supported")
+        return params_from(tensors, self.table(network), folder, constants)
 
     def tokenizer(self, about: dict, folder: Path) -> Tokenizer | None:
         """Returns the tokenizer of a checkpoint, None if it has none. UserError if it does not fit."""
-        return None
+        return load_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
 
 
 def read(form: Format, about: dict, folder: Path) -> tuple[ConfigDict, dict, Tokenizer | None]:
@@ -91,16 +104,25 @@ def _config(form: Format, about: dict, folder: Path) -> ConfigDict:
         raise UserError(f"{folder}: {CONFIG} is not of the format {form.name} ({error})") from None
 
 
-def write(form: Format, config: ConfigDict, params: dict, vocab_size: int, folder: Path):
-    """Writes config.json and model.safetensors of a model. UserError that says what the format cannot hold."""
-    about = form.about(config, vocab_size)
-    check_holds(form, about, config, vocab_size)
-    config = ConfigDict(config.to_dict())
-    config.network.scan = False
-    _, _, network = configs.build(config, vocab_size)
-    tensors = tensors_from(named(unrolled(jax.device_get(params))), form.table(network))
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
+def writer(form: Format, model: Trained, config: ConfigDict) -> Callable[[epath.Path], None]:
+    """Returns a function that writes config.json, model.safetensors and the tokenizer of a model to a folder.
+
+    UserError that says what the format cannot hold.
+    """
+    if model.layout.masks_padding:
+        raise UserError(f"the format {form.name} cannot hold a model of padded documents, conditioned on their lengths")
+    about = form.about(config, model.vocab_size)
+    check_holds(form, about, config, model.vocab_size)
+    table, constants = form.table(model.network), form.constants(model.network)
+
+    def write(folder: epath.Path):
+        tensors = tensors_from(named(unrolled(jax.device_get(model.params))), table)
+        (folder / WEIGHTS).write_bytes(save(tensors | constants, metadata={"format": "pt"}))
+        if model.tokenizer is not None:
+            model.tokenizer.save(folder / "tokenizer")
+        (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n")  # last: it marks a complete folder
+
+    return write
 
 
 def check_holds(form: Format, about: dict, config: ConfigDict, vocab_size: int):

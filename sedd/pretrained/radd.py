@@ -2,7 +2,7 @@
 
 from sedd import config as configs
 from sedd.network.adapters import CONSTANT as NO_NOISE
-from sedd.pretrained.dit import CONSTANT, dit_table
+from sedd.pretrained.dit import dit_constants, dit_table
 from sedd.pretrained.format import Format
 
 _TYPE = "ddit_wot"
@@ -10,7 +10,6 @@ _TYPE = "ddit_wot"
 
 class Radd(Format):
     name, title = "radd", "RADD, absorbing diffusion without conditioning on the noise"
-    unused = (CONSTANT,)
 
     def is_mine(self, about):
         return isinstance(about.get("model"), dict) and about["model"].get("type") == _TYPE
@@ -65,3 +64,6 @@ class Radd(Format):
 
     def table(self, network):
         return dit_table(network)
+
+    def constants(self, network):
+        return dit_constants(network)

@@ -2,7 +2,7 @@
 
 from sedd import config as configs
 from sedd.errors import UserError
-from sedd.pretrained.dit import CONSTANT, dit_table
+from sedd.pretrained.dit import dit_constants, dit_table
 from sedd.pretrained.format import Format
 
 _PROCESSES = {"absorb": "absorbing", "uniform": "uniform"}
@@ -10,7 +10,6 @@ _PROCESSES = {"absorb": "absorbing", "uniform": "uniform"}
 
 class Sedd(Format):
     name, title = "sedd", "SEDD, score entropy"
-    unused = (CONSTANT,)
 
     def is_mine(self, about):
         return {"graph", "noise", "model", "tokens"} <= about.keys()
@@ -69,3 +68,6 @@ class Sedd(Format):
 
     def table(self, network):
         return dit_table(network)
+
+    def constants(self, network):
+        return dit_constants(network)

@@ -8,4 +8,4 @@ class Udlm(TransformersDiT):
 
     name, title = "udlm", "UDLM, uniform diffusion"
     process = "uniform"
-    constants = (("cfg", False),)
+    fixed = (("cfg", False),)

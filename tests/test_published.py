@@ -1,0 +1,332 @@
+"""Published checkpoints of MDLM, Duo, UDLM and RADD against what the authors' code computes from them (float32)."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import sedd
+from sedd import config as configs
+from sedd.cli import main
+from sedd.data.layout import Layout
+from sedd.diffusion import keyed_random
+from sedd.diffusion.discrete.score import clean_stats
+from sedd.model import Model
+from sedd.network import layers, predictions, trunk
+from sedd.network.trunk import scanned
+from sedd.pretrained import format_of
+
+PUBLISHED = Path(__file__).parent / "published"
+FOLDERS = {name: PUBLISHED / name for name in ("mdlm", "duo", "udlm", "radd")}
+FOLDERS["sedd"] = Path(__file__).parent / "parity" / "absorb"
+GPT2 = {"hidden_dim": 768, "n_blocks": 12, "n_heads": 12, "cond_dim": 128, "dropout": 0.1}
+
+
+@pytest.fixture(params=["mdlm", "duo", "udlm", "radd"])
+def published(request):
+    """The name of a format, its model and the arrays of the authors' code."""
+    folder = PUBLISHED / request.param
+    with np.load(folder / "expected.npz") as expected:
+        return request.param, sedd.load(folder), dict(expected)
+
+
+def total_noise(expected):
+    """The noise of the noisy tokens, which MDLM and RADD do not tell the network."""
+    return expected.get("sigma_t", expected["sigma"])
+
+
+def log_clean(model, expected, network=None, params=None):
+    network, params = network or model.network, params or model.params
+    return np.asarray(network.denoiser(params)(expected["xt"], total_noise(expected), None))
+
+
+def log_probs(model, expected):
+    """What the authors' code makes of the logits of clean tokens, at the positions where it predicts them."""
+    where = expected["xt"] == model.process.mask_id if "q_xs" in expected else np.ones(expected["xt"].shape, bool)
+    return expected["log_probs"][..., : model.vocab_size], where[..., None]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_log_probabilities_are_those_of_the_authors(published, scan):
+    _, model, expected = published
+    theirs, where = log_probs(model, expected)
+    network = dataclasses.replace(model.network, trunk=model.network.trunk.clone(scan=scan))
+    ours = log_clean(model, expected, network, scanned(model.params) if scan else model.params)
+    assert where.any() and np.abs(ours - theirs)[np.broadcast_to(where, ours.shape)].max() < 1e-4
+
+
+def test_losses_are_those_of_the_authors(published):
+    """The weighted loss of each token: the score entropy of the denoiser times the rate of the noise."""
+    name, model, expected = published
+    x, x0, sigma = expected["xt"], expected["x0"], total_noise(expected)
+    rate = expected["dsigma"] if "dsigma" in expected else -expected["dalpha_t"] / expected["alpha_t"]
+    if "loss_alpha_t" in expected:  # the loss of UDLM is that of a schedule without eps
+        sigma, rate = -np.log(expected["loss_alpha_t"]), 1 / expected["loss_alpha_t"]
+    stats = clean_stats(model.process, jnp.asarray(log_clean(model, expected)), x, x0, sigma[:, None])
+    loss = rate[:, None] * model.process.score_entropy(stats, x, x0, sigma[:, None])
+    theirs = expected["loss"]
+    if name == "radd":  # d lambda of the corruption probability in the place of dt
+        loss = loss / (np.exp(-sigma) * rate)[:, None]
+    np.testing.assert_allclose(loss, theirs, rtol=2e-4, atol=1e-4)
+
+
+def step_of(model, log_clean, expected):
+    """The distribution of each token after a step of `tweedie` from t to s. Float[B L S]."""
+    x, process = jnp.asarray(expected["xt"]), model.process
+    if "alpha_s" in expected:
+        levels = -np.log(expected["alpha_t"]), -np.log(expected["alpha_s"])
+    else:
+        levels = expected["sigma_t"], expected["sigma_s"]
+    jump = process.tweedie(jnp.asarray(log_clean), x, *(level[:, None] for level in levels))
+    to = jnp.pad(jax.nn.softmax(jump.log_dest), ((0, 0), (0, 0), (0, process.num_states - process.vocab_size)))
+    here = jax.nn.one_hot(x, process.num_states)
+    return np.asarray((1 - jump.p_move)[..., None] * here + jump.p_move[..., None] * to)
+
+
+def test_steps_are_those_of_the_authors(published):
+    name, model, expected = published
+    ours = step_of(model, log_clean(model, expected), expected)
+    if name in ("duo", "udlm"):
+        theirs = expected["posterior"]
+    elif name == "mdlm":
+        theirs = expected["q_xs"] / expected["move_chance_t"][:, None, None]
+    else:
+        theirs = expected["tweedie_probs"]
+    where = np.ones(ours.shape[:2], bool) if model.process.mask_id is None else expected["xt"] == model.process.mask_id
+    np.testing.assert_allclose(ours[where], theirs[where], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["duo", "udlm"])
+def test_the_output_of_uniform_models_is_no_posterior(name):
+    """Control: with the own token's evidence taken out of it, as of a posterior, the steps are others."""
+    model = sedd.load(PUBLISHED / name)
+    with np.load(PUBLISHED / name / "expected.npz") as arrays:
+        expected = dict(arrays)
+    evidence = model.process.log_evidence(expected["xt"], expected["sigma"][:, None])
+    converted = jax.nn.log_softmax(log_clean(model, expected) - evidence, axis=-1)
+    assert np.abs(step_of(model, converted, expected) - expected["posterior"]).max() > 0.1
+
+
+def interleaved(x, positions=None):
+    """The rotary embedding with neighbouring coordinates paired instead of halves."""
+    order = np.arange(x.shape[-1]).reshape(-1, 2).T.ravel()
+    return layers.rotary(x[..., order], positions)[..., np.argsort(order)]
+
+
+@pytest.mark.parametrize("change", ["rotary", "modulation", "mask"])
+def test_a_wrong_network_is_noticed(published, monkeypatch, change):
+    """Control: each change moves the log probabilities by more than a hundred times the tolerance."""
+    name, model, expected = published
+    if change == "rotary":
+        monkeypatch.setattr(trunk, "rotary", interleaved)
+    elif change == "modulation":  # scale, shift, gate
+        monkeypatch.setattr(trunk, "modulate", lambda x, shift, scale: layers.modulate(x, scale, shift))
+    else:
+
+        def with_mask(self, logits, x, sigma):
+            return jax.nn.log_softmax(logits)[..., : self.process.vocab_size]
+
+        monkeypatch.setattr(predictions.DenoiserPrediction, "log_clean", with_mask)
+    theirs, where = log_probs(model, expected)
+    moved = np.abs(np.where(where, log_clean(model, expected) - theirs, 0)).max()
+    unaffected = (change == "modulation" and name == "radd") or (change == "mask" and model.process.mask_id is None)
+    assert moved < 1e-4 if unaffected else moved > 1e-2
+
+
+@pytest.mark.parametrize("name", ["mdlm", "radd"])
+def test_models_that_are_not_conditioned_on_noise(name):
+    """Their answers are the same at any noise, also those of the log score, which does not clip it."""
+    model = sedd.load(PUBLISHED / name)
+    x = jnp.full((3, 16), model.process.mask_id).at[:, ::3].set(5)
+    sigma = jnp.array([0.0, 0.3, 40.0])
+    found = np.asarray(model.denoiser()(x, sigma, None))
+    np.testing.assert_array_equal(found[1:], found[:1].repeat(2, 0))
+    ratios = model.log_score(x, jnp.array([0.1, 0.3, 5.0]))[:, 1, :36]
+    np.testing.assert_allclose(np.diff(ratios - ratios[:, :1], axis=0), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "about, count",
+    [
+        ({"model_type": "mdlm", "vocab_size": 50258, "model_length": 1024, **GPT2}, 169_627_218),
+        ({"architectures": ["DUO"], "vocab_size": 50258, "model_length": 1024, **GPT2}, 169_627_218),
+        ({"model_type": "udlm", "vocab_size": 30522, "model_length": 128, "cfg": False, **GPT2}, 139_292_986),
+        (
+            {
+                "tokens": 50257,
+                "model": {"type": "ddit_wot", "hidden_size": 768, "n_blocks": 12, "n_heads": 12, "length": 1024}
+                | {"dropout": 0.02, "cond_dim": 128},
+                "noise": {"type": "loglinear", "sigma_min": 1e-4, "sigma_max": 20},
+                "training": {"ema": 0.9999},
+            },
+            162_265_682,
+        ),
+    ],
+)
+def test_parameter_counts_are_those_of_the_published_models(about, count):
+    config = format_of(about).config(about, Path())
+    assert configs.build(config, config.data.vocab_size)[2].num_parameters() == count
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_written_checkpoints_equal_those_that_were_read(tmp_path, name):
+    """Bit by bit, and with all that their config.json says of the network."""
+    sedd.load(FOLDERS[name]).save(tmp_path / "out", name)
+    before, after = (load_file(folder / "model.safetensors") for folder in (FOLDERS[name], tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for tensor, array in before.items():
+        assert after[tensor].dtype == array.dtype
+        np.testing.assert_array_equal(after[tensor], array)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (FOLDERS[name], tmp_path / "out"))
+    unread = {"model": {"name", "dtype", "cond_dim"} - ({"cond_dim"} if name == "sedd" else set())}
+    for key in set(before) - {"training", "ngpus", "sampling"} if "model" in before else set(before) & set(after):
+        if key in after and isinstance(before[key], dict):
+            names = set(before[key]) - unread.get(key, set())
+            assert {one: before[key][one] for one in names} == {one: after[key].get(one) for one in names}
+        elif key in after:
+            assert before[key] == after[key]
+
+
+def random_model(*settings, vocab_size=36):
+    """A model of random parameters, each of them different from zero."""
+    config = configs.override(configs.default(), ["network.width=32", "network.heads=2", "network.layers=2", *settings])
+    _, schedule, network = configs.build(config, vocab_size)
+    leaves, tree = jax.tree.flatten(network.init(keyed_random.root_key(0)))
+    rng = np.random.default_rng(0)
+    params = tree.unflatten([leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+    parts = dict(tokenizer=None, layout=Layout(), block_length=config.data.block_length)
+    return Model(config=config, network=network, params=params, schedule=schedule, **parts)
+
+
+@pytest.mark.parametrize("scan", ["true", "false"])
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("mdlm", ["network.conditioning=constant"]),
+        ("mdlm", []),  # conditioned on the noise
+        ("radd", ["network.conditioning=constant", "network.cond_dim=0"]),
+        ("duo", ["process.name=uniform", "network.prediction=denoiser", "network.conditioning=sigma"]),
+        ("udlm", ["process.name=uniform", "network.prediction=denoiser", "network.conditioning=sigma"]),
+        ("sedd", ["network.prediction=score", "training.noise_sampling=time"]),
+        ("sedd", ["process.name=uniform", "network.prediction=score", "training.loss=bound"]),
+    ],
+)
+def test_models_trained_here_keep_their_answers_in_published_formats(tmp_path, name, settings, scan):
+    if name == "sedd" and "process.name=uniform" in settings:
+        settings = [*settings, "network.conditioning=sigma"]
+    model = random_model(f"network.scan={scan}", *settings)
+    model.save(tmp_path / "out", name)
+    again = sedd.load(tmp_path / "out")
+    x, sigma = jnp.arange(12).reshape(2, 6) % model.process.num_states, jnp.array([0.2, 2.0])
+    np.testing.assert_allclose(again.log_score(x, sigma), model.log_score(x, sigma), atol=1e-5)
+    assert again.schedule == model.schedule and again.block_length == model.block_length
+
+
+@pytest.mark.parametrize(
+    "name, settings, words",
+    [
+        ("mdlm", ["network.prediction=score"], "cannot hold network.prediction=score"),
+        ("mdlm", ["process.name=uniform"], "cannot hold process.name=uniform"),
+        ("mdlm", ["schedule.name=geometric"], "cannot hold schedule=Geometric"),
+        ("mdlm", ["network.conditioning=log_snr"], "cannot hold network.conditioning=log_snr"),
+        ("duo", ["process.name=uniform"], "cannot hold network.conditioning=log_snr"),
+        ("radd", [], "cannot hold network.cond_dim=128; its models have 0"),
+        ("sedd", [], "cannot hold network.prediction=denoiser; its models have score"),
+        ("sedd", ["network.prediction=score", "network.long_skips=true"], "cannot hold network.long_skips=True"),
+        ("masked_lm", [], "reads the format masked_lm, and does not write it"),
+        ("gpt2", [], "there is no format gpt2; choose one of"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_one_line(tmp_path, name, settings, words):
+    with pytest.raises(sedd.UserError, match=words) as caught:
+        random_model(*settings).save(tmp_path / "out", name)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_padded_documents_with_their_lengths_are_in_no_published_format(tmp_path):
+    model = dataclasses.replace(random_model(), layout=Layout("padded", "ignored", (0, 1)))
+    with pytest.raises(sedd.UserError, match="cannot hold a model of padded documents"):
+        model.save(tmp_path / "out", "mdlm")
+
+
+def test_the_command_converts(tmp_path, capsys):
+    assert main(["convert", f"--model={PUBLISHED}/mdlm", "--to=export", f"--out={tmp_path}/export"]) == 0
+    assert main(["convert", f"--model={tmp_path}/export", "--to=mdlm", f"--out={tmp_path}/mdlm"]) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (PUBLISHED / "mdlm", tmp_path / "mdlm"))
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+    assert "in the format mdlm" in capsys.readouterr().out
+    assert main(["convert", f"--model={tmp_path}/export", "--to=sedd", f"--out={tmp_path}/sedd"]) == 2
+    assert "cannot hold network.conditioning=constant; its models have sigma" in capsys.readouterr().err
+
+
+@pytest.fixture(params=["mdlm", "radd"])
+def folder(request, tmp_path):
+    """A copy of a checkpoint, to be changed."""
+    return Path(shutil.copytree(PUBLISHED / request.param, tmp_path / "model"))
+
+
+def refused(folder, words):
+    with pytest.raises(sedd.UserError, match=words) as caught:
+        sedd.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_tensors_are_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("blocks.1.attn_qkv.weight"))
+
+    def changed(array, words):
+        save_file({**tensors, name: array}, folder / "model.safetensors")
+        refused(folder, words)
+
+    changed(tensors[name].astype(np.int32), f"{name} of the checkpoint has the type int32")
+    changed(tensors[name][:-1], "attn_qkv.weight")
+    changed(tensors[name][0], "attn_qkv.weight")
+    changed(np.concatenate([tensors[name]] * 2), "qkv/kernel")
+    save_file({key: array for key, array in tensors.items() if key != name}, folder / "model.safetensors")
+    refused(folder, f"lacks {name}")
+    save_file({**tensors, "lora.weight": tensors[name]}, folder / "model.safetensors")
+    refused(folder, "does not have: .*lora.weight")
+    constant = next(key for key in tensors if key.endswith("inv_freq"))
+    save_file({**tensors, constant: 2 * tensors[constant]}, folder / "model.safetensors")
+    refused(folder, "inv_freq differs from that of published models")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"hidden_dim": 64, "n_heads": 4}, "does not fit its config.json"),
+        ({"hidden_dim": "32"}, "network.width must be of type int"),
+        ({"n_blocks": 3}, "lacks backbone.blocks.2"),
+        ({"n_blocks": 10**7}, "has 10000000 layers, and model.safetensors 31 tensors"),
+        ({"n_blocks": -1}, "must be positive"),
+        ({"n_heads": 3}, "multiple of twice network.heads"),
+        ({"vocab_size": 50258}, "does not fit its config.json"),
+        ({"model_type": "duo", "architectures": ["DUO"]}, None),
+        ({"cond_dim": None}, "network.cond_dim must be of type int"),
+    ],
+)
+def test_settings_that_do_not_fit_the_tensors_are_refused(tmp_path, change, words):
+    folder = Path(shutil.copytree(PUBLISHED / "mdlm", tmp_path / "model"))
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | change))
+    if words is None:  # the same tensors with another meaning
+        assert sedd.load(folder).process == sedd.Uniform(37)
+    else:
+        refused(folder, words)
+    del about["hidden_dim"]
+    (folder / "config.json").write_text(json.dumps(about))
+    refused(folder, "config.json lacks hidden_dim, which the format mdlm has")
+
+
+def test_classifier_free_guidance_of_udlm_is_refused(tmp_path):
+    folder = Path(shutil.copytree(PUBLISHED / "udlm", tmp_path / "model"))
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"cfg": True}))
+    refused(folder, "cfg=True of udlm is not supported")

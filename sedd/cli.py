@@ -194,7 +194,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     text = "Python file with get_config(), such as experiments/quickstart.py (the default config)"
     train.add_argument("--config", action=_Once, help=text)
     train.add_argument("--workdir", action=_Once, help="run directory; required unless --dry_run")
-    text = "initialise a new run from the weights of this model"
+    text = "initialise a new run from the weights of this model; without --config also its network"
     train.add_argument("--init_from", action=_Once, metavar="MODEL", help=text)
     train.add_argument("--dry_run", action="store_true", help="print parameters, memory and FLOPs without training")
 
@@ -222,7 +222,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate.add_argument("--out", action=_Once, help=text)
     text = "instead of text: output of `sedd sample --json`, to measure sample quality"
     evaluate.add_argument("--samples", action=_Once, metavar="FILE", help=text)
-    text = "with --samples: folder of the scoring language model, for generative perplexity"
+    text = "with --samples: folder or hub name of the scoring language model, for generative perplexity"
     evaluate.add_argument("--judge", action=_Once, help=text)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -240,7 +240,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--num_samples", type=_integer, default=64, help="samples per sampler and number of steps (%(default)s)"
     )
     compare.add_argument(
-        "--judge", action=_Once, help="folder of the scoring language model (the model itself, by its NLL bound)"
+        "--judge",
+        action=_Once,
+        help="folder or hub name of the scoring language model (the model itself, by its NLL bound)",
     )
     compare.add_argument("--out", action=_Once, help="folder for sweep.json and sweep.png")
     _add_length(compare)
@@ -259,14 +261,21 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     formats = "sedd, mdlm, duo, udlm, radd; or export, that of this project"
     convert.add_argument("--to", action=_Once, required=True, metavar="FORMAT", help=formats)
     convert.add_argument("--out", action=_Once, required=True, help="folder to write")
+
+    inspect = command("info", commands.info, "Describe a run, an exported model, a published checkpoint or a corpus.")
+    inspect.add_argument("path", metavar="PATH", help="folder; RUN/checkpoints/STEP is that checkpoint of a run")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
     return parser, parsers.choices
 
 
 def _add_model(parser, required=True):
-    text = "run directory, exported model or published SEDD checkpoint"
+    text = (
+        "run directory, exported model or published checkpoint: a folder, a PyTorch file, or "
+        "ORGANISATION/NAME[@REVISION] of the Hugging Face Hub"
+    )
     parser.add_argument("--model", action=_Once, required=required, help=text)
     parser.add_argument("--tokenizer", help="for a model without one: gpt2:FOLDER or another of `sedd prepare`")
-    text = "folder of a model's frozen encoder (where it was when the model was trained)"
+    text = "folder or hub name of a model's frozen encoder (where it was when the model was trained)"
     parser.add_argument("--encoder", action=_Once, metavar="FOLDER", help=text)
 
 

@@ -41,16 +41,20 @@ def train(args, settings):
     from sedd.recipes import ENCODER, kind_of
     from sedd.training.fit import fit
 
-    config = configs.default() if args.config is None else load_config(args.config)
-    config = configs.override(config, settings)
+    if args.workdir is None and not args.dry_run:
+        raise UserError("train needs a --workdir, the run directory")
+    config = load_config(args.config) if args.config else configs.default()
+    if args.config or not args.init_from:  # else the settings are those of the model, which is read first
+        config = configs.override(config, settings)
+    if not args.dry_run:
+        _join()
+    model = load(args.init_from) if args.init_from else None
+    if model is not None and args.config is None:
+        config = configs.override(configs.start_from(model.config), settings)
     if args.dry_run:
         print(_estimate(config))
         return
-    if args.workdir is None:
-        raise UserError("train needs a --workdir, the run directory")
-    _join()
-    weights = load(args.init_from).params if args.init_from else None
-    summary = fit(config, args.workdir, weights, args.init_from)
+    summary = fit(config, args.workdir, model and model.params, args.init_from, model and model.tokenizer)
     print(f"{summary}\nthe run is in {args.workdir}; next:")
     model = f"--model={shlex.quote(args.workdir)}"
     print(f"  sedd eval   {model}\n  sedd sample {model} --num_samples=4")
@@ -169,12 +173,14 @@ def _eval_samples(args):
 
 
 def _scorer(path):
-    """Opens a scoring model: a causal language model in a local folder, or a model of sedd, by its NLL bound."""
+    """Opens a scoring model: a causal language model of a folder or the hub, or a model of sedd, by its NLL bound."""
+    from sedd.codecs.hub import absolute_spec, folder_of
     from sedd.evaluation.scorers import holds_language_model, open_scorer
     from sedd.loading import load
 
-    if holds_language_model(Path(disk.absolute(path))):
-        return open_scorer(path)
+    folder, spec = Path(folder_of(path)), absolute_spec(path)
+    if holds_language_model(folder):
+        return open_scorer(folder, None if os.path.isabs(spec) else spec)
     return _bound_scorer(load(path), path)
 
 
@@ -288,6 +294,19 @@ def convert(args, _):
     _join()
     load(args.model, args.tokenizer, args.encoder).save(args.out, args.to)
     print(f"{args.model} is in {args.out}, in the format {args.to}")
+
+
+def info(args, _):
+    """Prints what a folder is. UserError, after that, if its arrays do not verify."""
+    import jax
+
+    from sedd.info import describe, to_text
+
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use by the run that is described
+    facts = describe(args.path)
+    print(json.dumps(facts, indent=2) if args.json else to_text(facts))
+    if facts["verified"] is False:
+        raise UserError(f"{args.path} does not verify: {facts['problem']}")
 
 
 def quickstart(args, settings):

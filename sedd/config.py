@@ -26,6 +26,7 @@ from sedd.network.bert import Bert
 from sedd.network.latent_network import LatentNetwork
 from sedd.network.masked_lm import ARCHITECTURES, DIT, MLP, SPECIAL, MaskedLanguageModel
 from sedd.network.network import Network
+from sedd.network.t5 import T5Encoder
 from sedd.network.token_network import TokenNetwork
 from sedd.network.trunk import Trunk
 from sedd.recipes import DEFAULT, EMBEDDINGS, ENCODER, GAUSSIAN, OPTIONAL, resolved
@@ -39,6 +40,16 @@ _OF_NETWORK = ("prediction", "conditioning", "cond_dim", "embedding_std", "given
 def default() -> ConfigDict:
     """Returns a new copy of the default config, locked: setting an unknown key is an error."""
     return ConfigDict(DEFAULT).lock()
+
+
+def start_from(config: ConfigDict) -> ConfigDict:
+    """Returns the default config with the settings that the weights of a model of this config need."""
+    new, old = default(), config.to_dict()
+    for group in ("process", "codec", "schedule", "network"):
+        new[group].update(old[group])
+    new.data.block_length = config.data.block_length
+    new.training.update(loss=config.training.loss, noise_sampling=config.training.noise_sampling)
+    return new
 
 
 def paper() -> ConfigDict:
@@ -151,16 +162,16 @@ def read_description(file: epath.Path) -> dict[str, Any]:
     return about
 
 
-def _embeddings(config: ConfigDict, vocab_size: int) -> Embeddings:
+def _embeddings(config: ConfigDict, vocab_size: int, encoder: Bert | T5Encoder | None) -> Embeddings:
     codec = config.codec
     return Embeddings(vocab_size, codec.width, codec.table, codec.normalised, codec.rounding)
 
 
-def _encoder(config: ConfigDict, vocab_size: int) -> Encoder:
+def _encoder(config: ConfigDict, vocab_size: int, encoder: Bert | T5Encoder | None) -> Encoder:
     codec, network = config.codec, config.network
     layers = codec.decoder_layers if codec.decoder == TRANSFORMER else 0
     decoder = Decoder(vocab_size, network.width, layers, network.heads, network.dtype)
-    encoder = read_module(codec.encoder)
+    encoder = encoder or read_module(codec.encoder)
     if codec.width > encoder.width:
         raise UserError(
             f"config: codec.width={codec.width} is more than the encoder's {encoder.width} coordinates; choose less"
@@ -168,7 +179,7 @@ def _encoder(config: ConfigDict, vocab_size: int) -> Encoder:
     return Encoder(encoder, vocab_size, codec.width or encoder.width, decoder, codec.static)
 
 
-CODECS: dict[str, Callable[[ConfigDict, int], Embeddings | Encoder]] = {EMBEDDINGS: _embeddings, ENCODER: _encoder}
+CODECS: dict[str, Callable[..., Embeddings | Encoder]] = {EMBEDDINGS: _embeddings, ENCODER: _encoder}
 
 
 def _masked_lm(
@@ -187,8 +198,13 @@ def _masked_lm(
     )
 
 
-def build(config: ConfigDict, vocab_size: int) -> tuple[Process | Gaussian, Schedule, Network]:
-    """Returns the process, schedule and network of a config, for a vocabulary of V tokens."""
+def build(
+    config: ConfigDict, vocab_size: int, encoder: Bert | T5Encoder | None = None
+) -> tuple[Process | Gaussian, Schedule, Network]:
+    """Returns the process, schedule and network of a config, for a vocabulary of V tokens.
+
+    encoder: that of codec.encoder, if it has been read.
+    """
     config = resolved(config)
     schedule, of_trunk = SCHEDULES[config.schedule.name](config.schedule), config.network.to_dict()
     of_network = {name: of_trunk.pop(name) for name in _OF_NETWORK}
@@ -198,7 +214,7 @@ def build(config: ConfigDict, vocab_size: int) -> tuple[Process | Gaussian, Sche
     of_network["sigma_range"] = (float(schedule.sigma(config.training.min_time)), float(schedule.sigma(1.0)))
     network: Network
     if config.process.name == GAUSSIAN:
-        codec = CODECS[config.codec.name](config, vocab_size)
+        codec = CODECS[config.codec.name](config, vocab_size, encoder)
         of_latents["bound_low"] = config.evaluation.low
         network = LatentNetwork(process=codec.process, codec=codec, **of_network, **of_latents)
     elif config.network.architecture != DIT:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -12,15 +13,16 @@ from safetensors.numpy import load as load_arrays
 from sedd import config as configs
 from sedd import pretrained
 from sedd.codecs.frozen import FILE, Normalisation, encoder_arrays, load_npz, normalised
-from sedd.codecs.huggingface import absolute_spec
+from sedd.codecs.hub import absolute_spec, folder_of
 from sedd.codecs.pretrained_encoder import PretrainedEncoder, read_encoder
 from sedd.data.layout import Layout
 from sedd.data.tokenizers import Tokenizer, load_tokenizer, pretrained_tokenizer, vocabulary_of
 from sedd.diffusion.keyed_random import root_key
 from sedd.errors import UserError
-from sedd.model import Model
+from sedd.model import WEIGHTS, Model
+from sedd.pretrained.format import Format
 from sedd.recipes import ENCODER, kind_of
-from sedd.runtime import parallel, storage
+from sedd.runtime import parallel
 from sedd.runtime.parallel import abstract_arrays
 from sedd.runtime.trees import fitted
 from sedd.training.checkpoint import restore_params
@@ -29,9 +31,10 @@ from sedd.training.fit import fit
 
 
 def load(path: str | Path, tokenizer: str | None = None, encoder: str | None = None) -> Model:
-    """Loads a model from a run directory, an exported model or a published checkpoint: SEDD, BERT or RoBERTa.
+    """Loads a model from a run directory, an exported model or a published checkpoint: `sedd.pretrained.FORMATS`.
 
-    path: a folder or gs://BUCKET/FOLDER. A run loads its newest checkpoint, RUN/checkpoints/STEP that of a step.
+    path: a folder, gs://BUCKET/FOLDER, "ORGANISATION/NAME[@REVISION]" of the Hugging Face Hub, or a training checkpoint
+    of PyTorch, such as checkpoint.pth. A run loads its newest checkpoint, RUN/checkpoints/STEP that of a step.
     tokenizer: for a model without one, such as a published SEDD, in the form of `sedd prepare`: "gpt2:FOLDER".
     encoder: the folder of a frozen encoder that is no longer where the model was trained.
     The parameters are replicated on each device. With several processes all of them call it.
@@ -41,26 +44,51 @@ def load(path: str | Path, tokenizer: str | None = None, encoder: str | None = N
     return model if tokenizer is None else with_tokenizer(model, tokenizer)
 
 
-def _load(path: str | Path, encoder: str | None) -> Model:
-    directory, step = _run_and_step(storage.folder_of(path))
-    if not directory.is_dir():
-        raise UserError(f"there is no folder {path}; train a model there, or choose another folder")
+class Found(NamedTuple):
+    """A model of which config.json alone has been read.
+
+    directory: its folder, or the file of a training checkpoint of PyTorch; step: of the checkpoint that the path names,
+    None if it names none; about: the contents of config.json; form: the format of a published checkpoint, None of a run
+    or an exported model.
+    """
+
+    directory: epath.Path
+    step: int | None
+    about: dict[str, Any]
+    form: Format | None
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the training corpus; packed, if it is not recorded."""
+        return Layout() if self.form is not None else Layout.from_json(self.about["layout"])
+
+
+def find(path: str | Path) -> Found:
+    """Finds the model of a path of `load`. UserError if there is none, or if its config.json is damaged."""
+    directory, step = run_and_step(folder_of(path))
+    if directory.is_file():
+        return Found(directory, None, *pretrained.described(directory))
     if not (directory / "config.json").is_file():
         raise UserError(f"{path} is not a model: it has no config.json")
     about = configs.read_description(directory / "config.json")
+    form = pretrained.format_of(about)
+    if form is None and "config" not in about:
+        raise UserError(f"{directory} is not a model of sedd: its config.json has no config; choose another folder")
+    return Found(directory, step, about, form)
+
+
+def _load(path: str | Path, encoder: str | None) -> Model:
+    found = find(path)
+    directory, step, about, _ = found
     published = pretrained.read(directory, about)
     if published is not None:
         config, params, tokenizer = published
         vocab_size = config.data.vocab_size
-    elif "config" in about:
-        config, vocab_size = configs.from_dict(about["config"]), about["vocab_size"]
-        config.network.attention = "xla"  # computes the same function, at any length and on any device
-        tokenizer = load_tokenizer(directory / "tokenizer") if (directory / "tokenizer").is_dir() else None
-        params = None  # read below, in the shapes of the network
     else:
-        raise UserError(f"{directory} is not a model of sedd: its config.json has no config; choose another folder")
+        config, vocab_size, tokenizer = saved_config(about), about["vocab_size"], saved_tokenizer(directory)
+        params = None  # read below, in the shapes of the network
     needed = _encoder(config, path, encoder)
-    _, schedule, network = configs.build(config, vocab_size)
+    _, schedule, network = configs.build(config, vocab_size, None if needed is None else needed.module)
     if params is None:
         params = _params(directory, step, config, jax.eval_shape(network.init, root_key(0)))
     frozen = {}
@@ -73,7 +101,7 @@ def _load(path: str | Path, encoder: str | None) -> Model:
         frozen=_replicated(frozen),
         schedule=schedule,
         tokenizer=tokenizer,
-        layout=Layout() if published is not None else Layout.from_json(about["layout"]),
+        layout=found.layout,
         block_length=config.data.block_length,
     )
 
@@ -107,13 +135,25 @@ def _frozen(directory: epath.Path, pretrained: PretrainedEncoder, tokenizer: Tok
     return {"codec": normalised(pretrained, arrays, load_npz(directory / FILE, Normalisation))}
 
 
+def saved_config(about: dict[str, Any]) -> ConfigDict:
+    """Returns the config in the config.json of a run or an exported model."""
+    config = configs.from_dict(about["config"])
+    config.network.attention = "xla"  # computes the same function, at any length and on any device
+    return config
+
+
+def saved_tokenizer(directory: epath.Path) -> Tokenizer | None:
+    """Returns the tokenizer of a run or an exported model, None if it has none. UserError if it is damaged."""
+    return load_tokenizer(directory / "tokenizer") if (directory / "tokenizer").is_dir() else None
+
+
 def _params(directory: epath.Path, step: int | None, config: ConfigDict, like: dict) -> dict:
     """Reads the parameters of an exported model, or of a run. like: their shapes and types."""
-    weights = directory / "weights.safetensors"
-    return _exported(weights, like) if weights.is_file() else _trained(directory, step, config, like)
+    weights = directory / WEIGHTS
+    return exported_params(weights, like) if weights.is_file() else _trained(directory, step, config, like)
 
 
-def _run_and_step(directory: epath.Path) -> tuple[epath.Path, int | None]:
+def run_and_step(directory: epath.Path) -> tuple[epath.Path, int | None]:
     """Splits RUN/checkpoints/STEP into RUN and STEP; the step of any other folder is None."""
     if directory.parent.name == "checkpoints" and directory.name.isdigit() and directory.is_dir():
         return directory.parent.parent, int(directory.name)
@@ -129,11 +169,11 @@ def _replicated(params: dict) -> dict:
 def train(config: ConfigDict, workdir: str | Path, init_from: str | Path | None = None) -> Model:
     """Trains a model, or resumes the run in `workdir`. Returns the trained model. See `sedd.training.fit.fit`.
 
-    init_from: a path of `load`, from whose weights a new run is initialised; nothing else of that model is used.
-    UserError for an invalid config, or if `workdir` holds another run.
+    init_from: a path of `load`, from whose weights a new run is initialised; of a model with another tokenizer the rows
+    of common tokens are used. UserError for an invalid config, or if `workdir` holds another run.
     """
-    weights = None if init_from is None else load(init_from).params
-    fit(config, workdir, weights, None if init_from is None else str(init_from))
+    model = None if init_from is None else load(init_from)
+    fit(config, workdir, *(() if model is None else (model.params, str(init_from), model.tokenizer)))
     return load(workdir)
 
 
@@ -157,7 +197,8 @@ def _trained(directory: epath.Path, step: int | None, config: ConfigDict, like: 
     return restore_params(directory / "checkpoints", like, bool(config.training.ema_decay), step)
 
 
-def _exported(file: epath.Path, like: dict) -> dict:
+def exported_params(file: epath.Path, like: dict) -> dict:
+    """Reads the parameters of an exported model. like: their shapes and types. UserError if they do not fit it."""
     try:
         arrays = load_arrays(file.read_bytes())
     except SafetensorError as error:

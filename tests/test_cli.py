@@ -77,7 +77,8 @@ def test_dry_run_writes_nothing(place, capsys):
 
 
 def test_train_starts_from_weights_and_prints_a_summary(place, capsys):
-    flags = [f"--config.data.corpus={place}/corpus", *FLAGS, "--config.training.steps=2"]
+    """Without --config the network is that of the weights."""
+    flags = [f"--config.data.corpus={place}/corpus", "--config.training.steps=2", "--config.training.batch_size=8"]
     assert main(["train", f"--workdir={place}/more", f"--init_from={place}/run", *flags]) == 0
     out = capsys.readouterr().out
     assert "tokens" in out and f"sedd eval   --model={place}/more" in out

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-import types
 from pathlib import Path
 
 import jax
@@ -12,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small import unusual_jax_settings
 
-from sedd.codecs.pretrained_encoder import folder_of_encoder, read_encoder, read_module
+from sedd.codecs.pretrained_encoder import read_encoder, read_module
 from sedd.errors import UserError
 from sedd.network.t5 import buckets
 
@@ -269,29 +267,6 @@ def test_missing_surplus_and_unsupported_tensors_are_named(folder):
     header = b'{"embedding":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}'
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
     refused(folder, "tensors of type BF16; save them as float32")
-
-
-def test_a_folder_is_downloaded_from_the_hub(folder, monkeypatch):
-    """By its name there, and only the files that are read; the package is replaced, so that nothing is downloaded."""
-    asked = []
-
-    def snapshot_download(name, allow_patterns):
-        asked.append((name, allow_patterns))
-        if name == "none/such":
-            raise OSError("404\nnot found")
-        return str(folder)
-
-    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert folder_of_encoder(folder) == folder and folder_of_encoder("org/name-1.0") == folder
-    assert asked == [("org/name-1.0", ["config.json", "model.safetensors", "tokenizer.json"])]
-    with pytest.raises(UserError, match=r"cannot be downloaded from the Hugging Face Hub \(404\)"):
-        folder_of_encoder("none/such")
-    with pytest.raises(UserError, match="there is no folder /none/such"):
-        folder_of_encoder("/none/such")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"pip install 'sedd\[hub\]'"):
-        folder_of_encoder("org/name")
 
 
 def test_minilm_is_the_published_model():

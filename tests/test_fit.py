@@ -1,5 +1,6 @@
 """Runs: their files, exact resumption, the run directory, weights to start from, and evaluation during training."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,17 +15,19 @@ import jobs
 import numpy as np
 import pytest
 from etils import epath
-from small import SETTINGS, parts, small_config, small_corpus, unusual_jax_settings
+from small import SETTINGS, parts, small_config, small_corpus, unusual_jax_settings, write_files
 
 import sedd
 from sedd import config as configs
 from sedd.data.corpus import open_corpus
 from sedd.data.prepare import prepare
+from sedd.diffusion.keyed_random import root_key
 from sedd.network.token_network import TokenNetwork
 from sedd.runtime import parallel
 from sedd.training import validation
 from sedd.training.checkpoint import Checkpoints, _manifest, steps_saved
 from sedd.training.fit import Interrupted, fit
+from sedd.training.run import resolve
 from sedd.training.step import make_step
 from sedd.training.workdir import prepare_workdir
 
@@ -332,6 +335,33 @@ def test_weights_that_do_not_fit_are_refused(corpus, tmp_path):
             fit(config, tmp_path / "run", weights, "runs/base")
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_vocabulary_keep_the_rows_of_common_tokens(corpus, tmp_path, capsys):
+    """By their texts; the mask and the end of a text too. Tokens of the new corpus alone start at random."""
+    shuffled = write_files(tmp_path / "texts", ["the ABC able"] * 40)
+    other = prepare(shuffled, "characters", tmp_path / "other")
+    config = small_config(other, "network.scan=true")
+    weights = shifted_params(small_config(corpus), corpus)
+    run = resolve(config, tmp_path / "run", weights, "runs/base", corpus.tokenizer)
+    old, new = corpus.tokenizer, other.tokenizer
+    assert new.vocab_size != old.vocab_size and "blocks" in run.weights["trunk"]
+    random = jax.jit(run.objective.init)(root_key(0))
+    head, table = run.weights["head"]["out"], run.weights["trunk"]["embedding"]
+    pairs = {(new.end_of_text, old.end_of_text), (new.vocab_size, old.vocab_size)}
+    pairs |= {(new.vocabulary[text], old.vocabulary[text]) for text in "theabl "}
+    for ours, theirs in pairs:
+        np.testing.assert_array_equal(table[ours], weights["trunk"]["embedding"][theirs])
+        np.testing.assert_array_equal(head["kernel"][:, ours], weights["head"]["out"]["kernel"][:, theirs])
+        assert head["bias"][ours] == weights["head"]["out"]["bias"][theirs]
+    fresh = new.vocabulary["A"]
+    assert "A" not in old.vocabulary
+    np.testing.assert_allclose(table[fresh], random["trunk"]["embedding"][fresh], rtol=1e-6)
+    assert "tokens of the corpus start as in runs/base" in capsys.readouterr().err
+    strange = prepare(write_files(tmp_path / "greek", ["αβγ" * 20] * 20), "characters", tmp_path / "alone")
+    nothing = dataclasses.replace(corpus.tokenizer, has_end_of_text=False)
+    with pytest.raises(sedd.UserError, match="has no token in common"):
+        resolve(small_config(strange), tmp_path / "run", weights, "runs/base", nothing)
 
 
 def test_evaluation_without_a_validation_split_is_refused(corpus, tmp_path):

@@ -18,6 +18,7 @@ ROOMS = [
     "quickstart",
     "harness",
     "harness_settings",
+    "info",
     "loading",
     "model",
     "pretrained",

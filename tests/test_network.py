@@ -18,7 +18,7 @@ from sedd.network.adapters import padded
 from sedd.network.attention import attend, check_platform, check_sizes
 from sedd.network.layers import Linear
 from sedd.network.token_network import TokenNetwork
-from sedd.network.trunk import Trunk
+from sedd.network.trunk import Trunk, scanned, unrolled
 
 B, L, V = 4, 12, 37
 NETWORK = TokenNetwork(
@@ -46,11 +46,12 @@ def noisy():
     return Absorbing(V).corrupt(keyed_random.row_keys(jax.random.key(3), jnp.arange(B)), x0, sigma[:, None]), sigma, x0
 
 
-def stacked(params):
-    """Converts the parameters of unrolled layers to those of scanned layers."""
-    trunk = dict(params["trunk"])
-    blocks = [trunk.pop(f"block_{layer}") for layer in range(NETWORK.trunk.layers)]
-    return {**params, "trunk": {**trunk, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}}
+def test_layers_are_unrolled_as_they_were_scanned():
+    params = random_params(NETWORK)
+    assert set(scanned(params)["trunk"]["blocks"]) == set(params["trunk"]["block_0"])
+    for one in (unrolled(scanned(params)), unrolled(params)):
+        jax.tree.map(np.testing.assert_array_equal, one, params)
+    jax.tree.map(np.testing.assert_array_equal, scanned(scanned(params)), scanned(params))
 
 
 @pytest.mark.parametrize("scan, remat", [(True, "full"), (True, "dots"), (True, "none"), (False, "full")])
@@ -67,10 +68,10 @@ def test_scanned_and_rematerialised_layers_are_the_same_function(noisy, scan, re
         )
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
-    other = stacked(params) if scan else params
+    other = scanned(params) if scan else params
     actual, actual_gradient = jax.jit(jax.value_and_grad(lambda params: loss(params, scan=scan, remat=remat)))(other)
     np.testing.assert_allclose(actual, value, rtol=1e-5)
-    expected = stacked(gradient) if scan else gradient
+    expected = scanned(gradient) if scan else gradient
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), actual_gradient, expected)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from small import write_files
 
 import sedd
 from sedd import config as configs
@@ -295,13 +297,14 @@ def test_damaged_tensors_are_named(folder):
     refused(folder, "does not have: .*lora.weight")
     constant = next(key for key in tensors if key.endswith("inv_freq"))
     save_file({**tensors, constant: 2 * tensors[constant]}, folder / "model.safetensors")
-    refused(folder, "inv_freq differs from that of published models")
+    refused(folder, "inv_freq is not that of 2 heads and the base 10000")
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"hidden_dim": 64, "n_heads": 4}, "does not fit its config.json"),
+        ({"hidden_dim": 64}, "does not fit its config.json"),
+        ({"n_heads": 4}, "inv_freq is not that of 4 heads"),
         ({"hidden_dim": "32"}, "network.width must be of type int"),
         ({"n_blocks": 3}, "lacks backbone.blocks.2"),
         ({"n_blocks": 10**7}, "has 10000000 layers, and model.safetensors 31 tensors"),
@@ -330,3 +333,40 @@ def test_classifier_free_guidance_of_udlm_is_refused(tmp_path):
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(about | {"cfg": True}))
     refused(folder, "cfg=True of udlm is not supported")
+
+
+def gpt2(folder):
+    """Writes a tokenizer with GPT-2's files: the bytes, two merges and the end of a text. Returns its size."""
+    folder.mkdir(parents=True)
+    letters = [chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]]
+    letters += [chr(256 + number) for number in range(256 - len(letters))]
+    vocabulary = {text: number for number, text in enumerate([*letters, "th", "the", "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e\n")
+    return len(vocabulary)
+
+
+@pytest.mark.slow
+def test_the_page_from_a_name_to_text_and_back(tmp_path, monkeypatch, capsys):
+    """Each command of docs/published.md, at a smaller size; the name is that of a folder of random weights."""
+    monkeypatch.chdir(tmp_path)
+    vocab_size = gpt2(tmp_path / "data/gpt2")
+    write_files(
+        tmp_path / "data/mine", [f"the cat sat on the mat {number} times, and then it slept" for number in range(60)]
+    )
+    name = "kuleshov-group/mdlm-owt"
+    random_model("network.conditioning=constant", vocab_size=vocab_size).save(tmp_path / name, "mdlm")
+    page = (Path(__file__).parent.parent / "docs/published.md").read_text()
+    block = page.split("```")[1].strip().replace("\\\n", "")
+    printed = {}
+    for line in block.splitlines():
+        words = [word for word in shlex.split(line) if not word.startswith("--steps")]
+        if words[1] == "train":
+            words += ["--config.training.steps=2", "--config.training.batch_size=8"]
+        assert main(words[1:]) == 0
+        printed[words[1]] = capsys.readouterr().out
+    assert set(printed) == {"info", "sample", "infill", "eval", "prepare", "train", "convert"}
+    assert printed["infill"].count(" sat on the ") == 1 and "tuned-mdlm" in printed["convert"]
+    tuned, run = sedd.load("tuned-mdlm"), sedd.load("runs/tuned")
+    jax.tree.map(np.testing.assert_array_equal, tuned.params, run.params)
+    assert tuned.tokenizer.fingerprint == run.tokenizer.fingerprint

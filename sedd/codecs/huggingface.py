@@ -1,7 +1,6 @@
 """Folders in the format of Hugging Face: config.json, model.safetensors and tokenizer.json, without their libraries."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,40 +8,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 
+from sedd.codecs import torch_files
 from sedd.errors import UserError
-from sedd.runtime.disk import absolute
 
-CONFIG, WEIGHTS, TOKENIZER = FILES = ("config.json", "model.safetensors", "tokenizer.json")
-
-
-def folder_of_encoder(spec: str | Path) -> Path:
-    """Returns the folder that `spec` names: a local one, or "ORGANISATION/NAME" of the Hugging Face Hub.
-
-    The files of the latter are downloaded once, to the cache of the package huggingface_hub. UserError if there is no
-    such folder, or if the package is missing.
-    """
-    folder = Path(absolute(spec))
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(spec)):
-        raise UserError(f"there is no folder {spec}; give a folder, or ORGANISATION/NAME of the Hugging Face Hub")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(
-            f"there is no folder {spec}; to download it from the Hugging Face Hub: pip install 'sedd[hub]'"
-        ) from None
-    try:
-        return Path(snapshot_download(str(spec), allow_patterns=list(FILES)))
-    except Exception as error:  # the library raises errors of several packages
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{spec} cannot be downloaded from the Hugging Face Hub ({reason}); give a folder") from None
-
-
-def absolute_spec(spec: str | Path) -> str:
-    """Returns `spec`, a local folder by its absolute path, to be saved."""
-    folder = absolute(spec)
-    return folder if Path(folder).is_dir() else str(spec)
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+TORCH_WEIGHTS = "pytorch_model.bin"  # read where there is no WEIGHTS
+INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -57,20 +28,26 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return contents
 
 
-def read_tensors(folder: Path) -> tuple[dict[str, np.ndarray], bytes]:
-    """Returns the tensors of model.safetensors by name, and the bytes of the file.
+def read_tensors(place: Path) -> tuple[dict[str, np.ndarray], Path]:
+    """Returns the tensors of a checkpoint by name, and the file that they are in.
 
+    place: a folder with model.safetensors, or in its absence pytorch_model.bin; or a file of PyTorch.
     UserError if it is missing, damaged or split into several files, or if NumPy does not have the type of a tensor.
     """
-    if not (folder / WEIGHTS).is_file() and (folder / f"{WEIGHTS}.index.json").is_file():
-        raise UserError(f"{folder}: its weights are split into several files; save them as one {WEIGHTS}")
-    data = _file(folder, WEIGHTS).read_bytes()
+    if place.is_file():
+        return torch_files.read(place), place
+    file = place / WEIGHTS
+    if not file.is_file():
+        if (place / TORCH_WEIGHTS).is_file():
+            return torch_files.read(place / TORCH_WEIGHTS), place / TORCH_WEIGHTS
+        if (place / INDEX).is_file():
+            raise UserError(f"{place}: its weights are split into several files; save them as one {WEIGHTS}")
     try:
-        return load_arrays(data), data
+        return load_arrays(_file(place, WEIGHTS).read_bytes()), file
     except SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS} is damaged ({error}); copy it again") from None
+        raise UserError(f"{file} is damaged ({error}); copy it again") from None
     except KeyError as error:
-        raise UserError(f"{folder / WEIGHTS} has tensors of type {error.args[0]}; save them as float32") from None
+        raise UserError(f"{file} has tensors of type {error.args[0]}; save them as float32") from None
 
 
 def read_vocabulary(folder: Path) -> tuple[dict[str, int], dict[str, int]]:

@@ -1,4 +1,4 @@
-"""Pretrained encoders, read from a local folder in the format of Hugging Face: BERT, RoBERTa, MiniLM and T5."""
+"""Pretrained encoders, read from a folder in the format of Hugging Face: BERT, RoBERTa, MiniLM and T5."""
 
 import dataclasses
 import hashlib
@@ -11,15 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from sedd.codecs.encoder_tables import BERT_ANCHOR, T5_ANCHOR, bert_table, encoder_params, t5_table
-from sedd.codecs.huggingface import (
-    CONFIG,
-    TOKENIZER,
-    WEIGHTS,
-    folder_of_encoder,
-    read_json,
-    read_tensors,
-    read_vocabulary,
-)
+from sedd.codecs.hub import folder_of
+from sedd.codecs.huggingface import CONFIG, TOKENIZER, read_json, read_tensors, read_vocabulary
 from sedd.codecs.tensor_table import Table
 from sedd.diffusion import keyed_random
 from sedd.errors import UserError
@@ -75,24 +68,24 @@ class Family:
 
 def read_module(spec: str | Path) -> Bert | T5Encoder:
     """Returns the encoder of a folder without its parameters: reads config.json alone. spec: as of `read_encoder`."""
-    folder = folder_of_encoder(spec)
+    folder = folder_of(spec)
     family, settings = described(read_json(folder, CONFIG), folder)
     return family.module(**settings)
 
 
 def read_encoder(spec: str | Path) -> PretrainedEncoder:
-    """Reads an encoder. spec: a local folder, or "ORGANISATION/NAME" of the Hugging Face Hub.
+    """Reads an encoder. spec: a folder, or "ORGANISATION/NAME[@REVISION]" of the Hugging Face Hub.
 
     UserError if there is no such folder, if a file is missing or damaged, if the encoder is of an unknown kind, or if a
     tensor is missing, left over or of another shape than in config.json.
     """
-    folder = folder_of_encoder(spec)
+    folder = folder_of(spec)
     config = read_json(folder, CONFIG)
     family, settings = described(config, folder)
     module = family.module(**settings)
-    arrays, data = read_tensors(folder)
+    arrays, weights = read_tensors(folder)
     params = encoder_params(arrays, family.table(settings), family.anchor, folder)
-    params = fitted_to(module, params, folder)
+    params = fitted_to(module, params, f"{weights} does not fit its {CONFIG}")
     vocabulary, special = read_vocabulary(folder)
     if not set(vocabulary.values()) <= set(range(module.vocab_size)):
         raise UserError(f"{folder}: {TOKENIZER} has tokens beyond the {module.vocab_size} of {CONFIG}")
@@ -107,13 +100,14 @@ def read_encoder(spec: str | Path) -> PretrainedEncoder:
         end=vocabulary[family.end],
         padding=vocabulary[family.padding],
         mask=None if family.mask is None else vocabulary[family.mask],
-        digest=_digest(settings, vocabulary, data),
+        digest=_digest(settings, vocabulary, weights),
     )
 
 
-def _digest(settings: dict, vocabulary: dict[str, int], weights: bytes) -> str:
-    text = json.dumps([settings, vocabulary], sort_keys=True)
-    return hashlib.sha256(text.encode() + weights).hexdigest()[:16]
+def _digest(settings: dict, vocabulary: dict[str, int], weights: Path) -> str:
+    text = json.dumps([settings, vocabulary], sort_keys=True).encode()
+    with weights.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.sha256(text)).hexdigest()[:16]
 
 
 def described(config: dict, folder: Path) -> tuple[Family, dict]:
@@ -134,11 +128,11 @@ def described(config: dict, folder: Path) -> tuple[Family, dict]:
     return FAMILIES[kind], settings
 
 
-def fitted_to(module: nn.Module, params: dict, folder: Path) -> dict:
-    """Returns the parameters, by path, in the tree of the module. UserError if one has another shape."""
+def fitted_to(module: nn.Module, params: dict, context: str) -> dict:
+    """Returns the parameters, by path, in the tree of the module. UserError that begins so if one has another shape."""
     tokens, valid = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
     like = jax.eval_shape(module.init, keyed_random.root_key(0), tokens, valid)["params"]
-    return fitted(params, like, f"{folder}: {WEIGHTS} does not fit its {CONFIG}")
+    return fitted(params, like, context)
 
 
 def _bert(config):

@@ -20,6 +20,11 @@ class Bytes:
         """Returns the tokenizer without reading any text."""
         return cls()
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Characters of ASCII by themselves, the other bytes as SentencePiece writes them."""
+        return {chr(byte) if byte < 128 else f"<0x{byte:02X}>": byte for byte in range(256)}
+
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) for text in texts]
 

@@ -41,6 +41,10 @@ class Characters:
     def size(self) -> int:
         return len(self._code_points)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        return {character: number for number, character in enumerate(self.data.decode("utf-8"))}
+
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode(text) for text in texts]
 

@@ -83,6 +83,10 @@ class SentencePiece:
         return self._processor.get_piece_size()
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        return {self._processor.id_to_piece(number): number for number in range(self.size)}
+
+    @property
     def end_of_text(self) -> int | None:
         """The end-of-sentence id of a pretrained model; a model trained here has none."""
         return self._processor.eos_id() if self._processor.eos_id() >= 0 else None

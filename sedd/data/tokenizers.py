@@ -43,6 +43,10 @@ class TokenizerBackend(Protocol):
     def end_of_text(self) -> int | None:
         """An id of the vocabulary that ends a text, if there is one; text is never encoded to it."""
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The ids by the text of the token."""
+
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the ids in [0, size) of each text, Int32[L]."""
 
@@ -125,6 +129,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, the end-of-text id included."""
         return self.backend.size + (self.has_end_of_text and self.backend.end_of_text is None)
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """The ids by the text of the token; that of the end of a text also by END_OF_TEXT."""
+        return self.backend.vocabulary | ({} if self.end_of_text is None else {END_OF_TEXT: self.end_of_text})
 
     @property
     def end_of_text(self) -> int | None:

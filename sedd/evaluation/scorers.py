@@ -58,11 +58,12 @@ class LanguageModel:
         return score_in_windows(self.encode(texts), self.nats, self.window)
 
 
-def open_scorer(path: str | Path) -> LanguageModel:
+def open_scorer(path: str | Path, name: str | None = None) -> LanguageModel:
     """Loads a causal language model and its tokenizer, in the Hugging Face format, from a local folder.
 
-    Nothing is downloaded, and no code of the folder is run. The model is placed on a GPU if torch finds one. UserError
-    where the folder holds no such model, or a damaged one, or one that is not causal, or a package is missing.
+    name: in reports, by default that of the folder. Nothing is downloaded, and no code of the folder is run. The model
+    is placed on a GPU if torch finds one. UserError where the folder holds no such model, or a damaged one, or one that
+    is not causal, or a package is missing.
     """
     folder = Path(absolute(path))
     if not holds_language_model(folder):
@@ -70,7 +71,7 @@ def open_scorer(path: str | Path) -> LanguageModel:
         raise UserError(f"{folder} holds no causal language model in the Hugging Face format: {expected}")
     tokenizer, model = _loaded(folder)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_WINDOW
-    return language_model(folder.resolve().name, tokenizer, _nats(model), min(longest, MAX_WINDOW))
+    return language_model(name or folder.resolve().name, tokenizer, _nats(model), min(longest, MAX_WINDOW))
 
 
 def holds_language_model(folder: Path) -> bool:

@@ -89,6 +89,10 @@ class MaskedLanguageModel(TokenNetwork):
         return 0
 
     @property
+    def token_axes(self):
+        return {"trunk/embedding": 0, "head/bias": 0}
+
+    @property
     def masked_head(self) -> MaskedHead:
         return MaskedHead(self.mask_token, self.trunk.eps, self.trunk.activation)
 

@@ -128,6 +128,11 @@ class Network(abc.ABC):
     def num_padding(self) -> int:
         """The number of parameters that pad the vocabulary."""
 
+    @property
+    def token_axes(self) -> dict[str, int]:
+        """The parameters with an axis of tokens by path, and that axis; {} if they cannot be had for other tokens."""
+        return {}
+
     def num_parameters(self) -> int:
         """Number of parameters, without the padding of the vocabulary."""
         params = jax.eval_shape(self.init, keyed_random.root_key(0))

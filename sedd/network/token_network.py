@@ -65,6 +65,10 @@ class TokenNetwork(Network):
         return (padded(self.columns) - self.columns) * (2 * self.trunk.width + 1)
 
     @property
+    def token_axes(self):
+        return {"trunk/embedding": 0, "head/out/kernel": 1, "head/out/bias": 0}
+
+    @property
     def embedding(self) -> TokenEmbedding:
         return TokenEmbedding(self.process.num_states, self.trunk.width, self.embedding_std, self.given_embedding)
 

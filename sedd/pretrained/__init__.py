@@ -1,18 +1,19 @@
-"""Published checkpoints, as config.json and model.safetensors, without PyTorch: one file a format.
+"""Published checkpoints, as config.json and model.safetensors or as PyTorch files: one file a format.
 
 To add a format, write a file like `mdlm.py` and add a line to `FORMATS`.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from sedd.codecs.torch_files import SUFFIXES
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
-from sedd.pretrained import format
+from sedd.pretrained import format, hydra
 from sedd.pretrained.duo import Duo
 from sedd.pretrained.format import Format
 from sedd.pretrained.masked_lm import MaskedLM
@@ -38,7 +39,6 @@ def format_of(about: dict) -> Format | None:
     return next((form for form in FORMATS.values() if form.is_mine(about)), None)
 
 
-
 def writer(name: str, model: Trained, config: ConfigDict) -> Callable[[epath.Path], None]:
     """Returns a function that writes a model to a folder. name: of the format; config: that of the model.
 
@@ -49,10 +49,26 @@ def writer(name: str, model: Trained, config: ConfigDict) -> Callable[[epath.Pat
     return format.writer(FORMATS[name], model, config)
 
 
-def read(directory: Path, about: dict) -> Published | None:
-    """Reads a published checkpoint; None if it is of no known format. about: the contents of its config.json.
+def described(file: Path) -> tuple[dict[str, Any], Format]:
+    """Returns what describes a training checkpoint of PyTorch, as its config.json would, and its format.
+
+    UserError if it is another file, if it has no config, or if its format is not known.
+    """
+    if file.suffix not in SUFFIXES:
+        raise UserError(f"{file} is a file; give its folder, or a checkpoint of PyTorch ({', '.join(SUFFIXES)})")
+    about = hydra.description(file)
+    form = format_of(about)
+    if form is None:
+        raise UserError(f"{file} is of no format that sedd reads, by its config: {', '.join(FORMATS)}")
+    return about, form
+
+
+def read(place: Path, about: dict) -> Published | None:
+    """Reads a published checkpoint; None if it is of no known format.
+
+    place: its folder, or a file of PyTorch. about: the contents of its config.json, or those that `described` returns.
 
     UserError if the checkpoint is damaged, or is of a kind that is not supported.
     """
     form = format_of(about)
-    return None if form is None else Published(*format.read(form, about, directory))
+    return None if form is None else Published(*format.read(form, about, place))

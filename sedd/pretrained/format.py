@@ -63,36 +63,36 @@ class Format(abc.ABC):
         return {}
 
     def params(self, tensors: Mapping[str, np.ndarray], network: Network, folder: Path) -> dict:
-        """Returns the parameters by path.
-
-        UserError that names the tensor if one is missing or left over, or if a constant is another one.
-        """
-        constants = self.constants(network)
-        for name, value in constants.items():
-            found = tensors.get(name, value)
-            if found.shape != value.shape or not np.allclose(found, value, rtol=1e-3):
-                raise UserError(f"{folder}: {name} differs from that of published models, and no other is supported")
-        return params_from(tensors, self.table(network), folder, constants)
+        """Returns the parameters by path. UserError that names the tensor if one is missing or left over."""
+        return params_from(tensors, self.table(network), folder, self.constants(network))
 
     def tokenizer(self, about: dict, folder: Path) -> Tokenizer | None:
         """Returns the tokenizer of a checkpoint, None if it has none. UserError if it does not fit."""
         return load_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
 
 
-def read(form: Format, about: dict, folder: Path) -> tuple[ConfigDict, dict, Tokenizer | None]:
+def read(form: Format, about: dict, place: Path) -> tuple[ConfigDict, dict, Tokenizer | None]:
     """Returns the config, the parameters and the tokenizer of a checkpoint of the format.
 
-    UserError if the checkpoint is damaged, or is of a kind that is not supported.
+    place: its folder, or a file of PyTorch. UserError if the checkpoint is damaged, or is of a kind that is not
+    supported.
     """
+    folder = place.parent if place.is_file() else place
     config = _config(form, about, folder)
-    tensors, _ = read_tensors(folder)
-    if config.network.layers > len(tensors):
-        raise UserError(f"{folder}: {CONFIG} has {config.network.layers} layers, and {WEIGHTS} {len(tensors)} tensors")
+    tensors, file = read_tensors(place)
+    layers = config.network.layers
+    if layers > len(tensors):
+        raise UserError(f"{folder}: {CONFIG} has {layers} layers, and {file.name} {len(tensors)} tensors")
     _, _, network = configs.build(config, config.data.vocab_size)
     tokenizer = form.tokenizer(about, folder)
     params = form.params(tensors, network, folder)
     like = jax.eval_shape(network.init, root_key(0))
-    return config, fitted(params, like, f"{folder} does not fit its {CONFIG}"), tokenizer
+    params = fitted(params, like, f"{place} does not fit its {CONFIG}")
+    for name, value in form.constants(network).items():
+        found = tensors.get(name, value)
+        if found.shape != value.shape or not np.allclose(found, value, rtol=1e-3):
+            raise UserError(f"{folder}: {name} is not that of {network.trunk.heads} heads and the base 10000")
+    return config, params, tokenizer
 
 
 def _config(form: Format, about: dict, folder: Path) -> ConfigDict:

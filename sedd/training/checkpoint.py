@@ -91,7 +91,7 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        step, items = int(state.step), _items(state)
+        step, items = int(state.step), items_of(state)
         with self._write_errors():
             if step in self._manager.all_steps():
                 return
@@ -123,7 +123,7 @@ class Checkpoints:
                 if not complete:  # the next save of this step replaces it
                     message = f"sedd: the checkpoint of step {number} is incomplete: its write was interrupted"
                     print(message, file=sys.stderr)
-        restored = _restore_newest(self.directory, _items(like))
+        restored = _restore_newest(self.directory, items_of(like))
         if restored is None:
             return None
         newest, items, unusable = restored
@@ -225,16 +225,9 @@ def _restore_newest(
     newer step.
     """
     problems: dict[int, str] = {}
-    _ignore_closed_event_loop()
     steps = processes.broadcast_from_first(steps_saved(directory)) if steps is None else steps
     for step in reversed(steps):
-        items, problem = None, None
-        try:
-            items = _read(directory / str(step), step, like)
-        except _UnusableCheckpoint as error:
-            problem = str(error)
-        except Exception as error:  # of Orbax, JSON or the file system, for a damaged file
-            problem = f"is damaged ({_cause(error)})"
+        items, problem = try_read(directory / str(step), step, like)
         problem = processes.first_problem(problem)
         if problem is None:
             assert items is not None  # no process has a problem
@@ -247,6 +240,17 @@ def _restore_newest(
         reasons = "; ".join(f"that of step {step} {why}" for step, why in problems.items())
         raise UserError(f"no checkpoint in {directory} can be used: {reasons}; restore one from a copy")
     return None
+
+
+def try_read(checkpoint: epath.Path, step: int, like: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
+    """Returns the items of `like` from one checkpoint, verified, and None; or None, and why it cannot be used."""
+    _ignore_closed_event_loop()
+    try:
+        return _read(checkpoint, step, like), None
+    except _UnusableCheckpoint as error:
+        return None, str(error)
+    except Exception as error:  # of Orbax, JSON or the file system, for a damaged file
+        return None, f"is damaged ({_cause(error)})"
 
 
 def _ignore_closed_event_loop():
@@ -306,7 +310,8 @@ def _manifest(checkpoint: epath.Path) -> dict[str, Any]:
     return ocp.JsonCheckpointHandler().restore(checkpoint / "manifest", args=ocp.args.JsonRestore())
 
 
-def _items(state: TrainState) -> dict[str, Any]:
+def items_of(state: TrainState) -> dict[str, Any]:
+    """Returns the parts of a state that are stored separately, by their names in a checkpoint."""
     return {name: getattr(state, name) for name in _ITEMS if getattr(state, name) is not None}
 
 

@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sedd.data.batches import batches
+from sedd.data.tokenizers import Tokenizer
 from sedd.runtime import disk, parallel, processes, storage
 from sedd.runtime.accelerators import peak_flops
 from sedd.runtime.settings import jax_defaults
@@ -35,17 +36,23 @@ class Interrupted(KeyboardInterrupt):
 
 
 @jax_defaults()
-def fit(config: ConfigDict, workdir: str | Path, weights: dict | None = None, init_from: str | None = None) -> Summary:
+def fit(
+    config: ConfigDict,
+    workdir: str | Path,
+    weights: dict | None = None,
+    init_from: str | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Summary:
     """Trains to `config.training.steps`; resumes from the newest checkpoint if the folder holds this run.
 
     workdir: a folder that all processes share, or gs://BUCKET/FOLDER. weights: initial parameters, with a new optimiser
-    at step 0; ignored by a run that resumes. init_from: their origin, which is recorded. Writes config.json, the
-    tokenizer, metrics.jsonl, samples.jsonl and checkpoints to `workdir`. UserError before anything is compiled if the
-    config, the corpus, the weights or the folder do not fit; Interrupted if training was stopped. All processes must
-    call it.
+    at step 0; ignored by a run that resumes. init_from: their origin, which is recorded; tokenizer: theirs, by which
+    the rows of common tokens are found if the corpus has another. Writes config.json, the tokenizer, metrics.jsonl,
+    samples.jsonl and checkpoints to `workdir`. UserError before anything is compiled if the config, the corpus, the
+    weights or the folder do not fit; Interrupted if training was stopped. All processes must call it.
     """
     processes.initialize()
-    run = resolve(config, workdir, weights, init_from)
+    run = resolve(config, workdir, weights, init_from, tokenizer)
     with (
         acquired(run),
         Checkpoints(run.workdir / "checkpoints", run.config.checkpoint) as checkpoints,

@@ -175,9 +175,15 @@ class Metrics:
 
 def has_bound(folder: Path, step: int) -> bool:
     """True if metrics.jsonl of the folder has the bound of the step."""
+    return step in bounds_of(folder)
+
+
+def bounds_of(folder: Path) -> dict[int, float]:
+    """Returns the bounds on the validation split in metrics.jsonl of the folder by step, in nats per token."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    return any(json.loads(line)["step"] == step for line in lines if BOUND in line and line.endswith("\n"))
+    records = [json.loads(line) for line in lines if BOUND in line and line.endswith("\n")]
+    return {record["step"]: record[BOUND] for record in records}
 
 
 def _rate(tokens_per_second: float, mfu: float | None) -> str:

@@ -18,11 +18,13 @@ from sedd.codecs.frozen import FILE, save_normalisation
 from sedd.data.batches import check_block_length, row_lengths
 from sedd.data.corpus import Corpus, open_corpus
 from sedd.data.layout import Layout
+from sedd.data.tokenizers import Tokenizer
 from sedd.diffusion.keyed_random import root_key
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.network.attention import check_platform
 from sedd.network.latent_network import LatentNetwork
+from sedd.network.trunk import scanned, unrolled
 from sedd.recipes import ENCODER, kind_of
 from sedd.runtime import disk, folders, parallel, processes, storage, trees
 from sedd.trained import Trained
@@ -31,6 +33,7 @@ from sedd.training.checkpoint import steps_saved
 from sedd.training.objective import Objective
 from sedd.training.objectives import make_objective
 from sedd.training.tensorboard import check_installed
+from sedd.training.vocabulary import translated
 from sedd.training.workdir import prepare_workdir
 
 
@@ -76,12 +79,18 @@ class Run:
         return bool(every) and (step % every == 0 or step == self.config.training.steps)
 
 
-def resolve(config: ConfigDict, workdir: str | Path, weights: dict | None = None, init_from: str | None = None) -> Run:
+def resolve(
+    config: ConfigDict,
+    workdir: str | Path,
+    weights: dict | None = None,
+    init_from: str | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Run:
     """Resolves the arguments of `fit`. UserError if config, corpus, mesh or weights do not fit each other."""
     folder, config = storage.folder_of(workdir), configs.validate(config)
     corpus, layout = _corpus_and_layout(config)
     pretrained = encoder.read_for(config, corpus) if kind_of(config) == ENCODER else None
-    _, schedule, network = configs.build(config, corpus.vocab_size)
+    _, schedule, network = configs.build(config, corpus.vocab_size, None if pretrained is None else pretrained.module)
     check_platform(config.network.attention, jax.devices()[0].platform)
     mesh, objective = parallel.make_mesh(config), make_objective(config, network, schedule)
     begun = bool(steps_saved(folder / "checkpoints"))
@@ -93,8 +102,7 @@ def resolve(config: ConfigDict, workdir: str | Path, weights: dict | None = None
             "choose regression, which trains both"
         )
     if weights is not None and not begun:
-        like = jax.eval_shape(objective.init, root_key(0))
-        weights = trees.fitted(weights, like, f"{init_from or 'the weights to start from'} cannot start this run")
+        weights = _fitted(weights, objective, corpus.tokenizer, tokenizer, init_from or "the weights to start from")
     if config.metrics.tensorboard:
         check_installed()
     frozen = {}
@@ -102,6 +110,19 @@ def resolve(config: ConfigDict, workdir: str | Path, weights: dict | None = None
         codec = cast(Encoder, cast(LatentNetwork, network).codec)
         frozen = encoder.frozen_params(config, corpus, codec, pretrained, folder)
     return Run(folder, config, corpus, layout, schedule, objective, mesh, weights, init_from, frozen)
+
+
+def _fitted(weights: dict, objective: Objective, ours: Tokenizer, theirs: Tokenizer | None, origin: str) -> dict:
+    """Returns weights for the layers and the tokens of a run. theirs: their tokenizer, if it is known.
+
+    UserError if they do not fit the network.
+    """
+    like = jax.eval_shape(objective.init, root_key(0))
+    weights = scanned(weights) if "blocks" in like["trunk"] else unrolled(weights)
+    if theirs is not None and theirs.fingerprint != ours.fingerprint and objective.network.token_axes:
+        initial = jax.device_get(jax.jit(objective.init)(root_key(0)))
+        weights = translated(weights, initial, objective.network, theirs, ours, origin)
+    return trees.fitted(weights, like, f"{origin} cannot start this run")
 
 
 def _with_table(config: ConfigDict, objective: Objective, vocab_size: int) -> dict:

@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sedd import config as configs
-from sedd.codecs.huggingface import absolute_spec
+from sedd.codecs.hub import absolute_spec
 from sedd.data.corpus import Corpus
 from sedd.data.layout import Layout
 from sedd.errors import UserError
@@ -16,6 +16,7 @@ from sedd.recipes import ENCODER, kind_of
 from sedd.runtime import disk, storage
 from sedd.runtime.folders import existing_description
 from sedd.training.checkpoint import steps_saved
+from sedd.version import __version__
 
 # Keys that may change when a run is resumed.
 _MUTABLE_KEYS = {
@@ -37,8 +38,9 @@ def prepare_workdir(
     """Creates the run directory, or checks that it is that of this run.
 
     UserError if it holds another run or other files. Writes config.json: the config with the absolute path of the
-    corpus, its vocabulary size and hash, its layout, and the origin of the initial parameters. Called by process 0,
-    which holds the lock of the folder (`folders.locked`); the others read the result.
+    corpus, its vocabulary size and hash, its layout, the origin of the initial parameters, and the version of sedd that
+    started or last resumed the run. Called by process 0, which holds the lock of the folder (`folders.locked`); the
+    others read the result.
     """
     path = workdir / "config.json"
     values = config.to_dict()
@@ -47,11 +49,12 @@ def prepare_workdir(
         values["codec"]["encoder"] = absolute_spec(config.codec.encoder)
     description = {
         "format": configs.FORMAT,
+        "sedd": __version__,
         "config": values,
         "vocab_size": corpus.vocab_size,
         "corpus": corpus.hash,
         "layout": layout.to_json(),
-        "init_from": init_from and disk.absolute(init_from),
+        "init_from": init_from and absolute_spec(init_from),
     }
     existing = existing_description(path, "run", "--workdir", _read, lambda old: _differences(old, description))
     if existing and steps_saved(workdir / "checkpoints"):
@@ -81,5 +84,5 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             if key in _FIXED_KEYS or (group not in _MUTABLE_GROUPS and key not in _MUTABLE_KEYS):
                 values[key] = old["config"].get(group, {}).get(name, default[group][name]), value
     if old.get("init_from") is not None and new["init_from"] is not None:
-        values["init_from"] = disk.absolute(old["init_from"]), new["init_from"]
+        values["init_from"] = absolute_spec(old["init_from"]), new["init_from"]
     return [f"{key} ({before!r} there, {now!r} here)" for key, (before, now) in values.items() if before != now]

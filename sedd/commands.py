@@ -90,7 +90,7 @@ def _estimate(config):
 
 def evaluate(args, _):
     """Scores text with one model or two, or measures the quality of samples."""
-    from sedd.loading import load, with_tokenizer
+    from sedd.loading import load_all
 
     if (args.model is None) == (args.samples is None):
         raise UserError("eval needs either --model or --samples")
@@ -106,10 +106,7 @@ def evaluate(args, _):
     if args.against and len(protocols) > 1:
         raise UserError("--against takes one protocol")
     _join()
-    models = [load(args.model, encoder=args.encoder), *([load(args.against)] if args.against else [])]
-    if args.tokenizer:
-        without = [model for model in models if model.tokenizer is None] or models
-        models = [with_tokenizer(model, args.tokenizer) if model in without else model for model in models]
+    models = load_all([path for path in (args.model, args.against) if path], args.tokenizer, args.encoder)
     text = sources.open_source(args.source) if args.source else _corpus(args, models[0])
     settings = {name: getattr(args, name) for name in ("split", "draws", "low", "batch_size")} | {
         "seed": args.seed or 0

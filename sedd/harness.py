@@ -101,10 +101,13 @@ class Harness(LM):
             raise UserError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
         if not pretrained:
             raise UserError("name the model, as in --model_args pretrained=runs/mine")
-        model = pretrained if isinstance(pretrained, Model) else load(pretrained, encoder=encoder)
+        if isinstance(pretrained, Model):
+            model = with_tokenizer(pretrained, tokenizer) if tokenizer else pretrained
+        else:
+            model = load(pretrained, tokenizer, encoder)
         accepted = {"dtype": ("auto", model.config.network.dtype), "max_length": (model.block_length,)}
         settings.check_model_args(others, OWN, accepted)
-        self.model = with_tokenizer(model, tokenizer) if tokenizer else model
+        self.model = model
         if self.model.tokenizer is None:
             raise UserError(
                 "this model has no tokenizer; name the one it was trained with, as in tokenizer=gpt2:FOLDER"

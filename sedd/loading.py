@@ -1,6 +1,7 @@
 """`load` reads a model from a run, an export or a published checkpoint; `train` trains or resumes a run."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from sedd.data.tokenizers import Tokenizer, load_tokenizer, pretrained_tokenizer
 from sedd.diffusion.keyed_random import root_key
 from sedd.errors import UserError
 from sedd.model import WEIGHTS, Model
+from sedd.network.network import Network
 from sedd.pretrained.format import Format
 from sedd.recipes import ENCODER, kind_of
 from sedd.runtime import parallel
@@ -35,13 +37,26 @@ def load(path: str | Path, tokenizer: str | None = None, encoder: str | None = N
 
     path: a folder, gs://BUCKET/FOLDER, "ORGANISATION/NAME[@REVISION]" of the Hugging Face Hub, or a training checkpoint
     of PyTorch, such as checkpoint.pth. A run loads its newest checkpoint, RUN/checkpoints/STEP that of a step.
-    tokenizer: for a model without one, such as a published SEDD, in the form of `sedd prepare`: "gpt2:FOLDER".
+    tokenizer: for a model without one, such as a published SEDD, in the form of `sedd prepare`: "gpt2:FOLDER"; by
+    default that of the published models, if it is in the local cache of the hub.
     encoder: the folder of a frozen encoder that is no longer where the model was trained.
     The parameters are replicated on each device. With several processes all of them call it.
     UserError if there is no model, if a file is damaged, or if the tokenizer does not fit the model.
     """
-    model = _load(path, encoder)
-    return model if tokenizer is None else with_tokenizer(model, tokenizer)
+    return load_all([path], tokenizer, encoder)[0]
+
+
+def load_all(
+    paths: Sequence[str | Path], tokenizer: str | None = None, encoder: str | None = None
+) -> tuple[Model, ...]:
+    """Loads several models, as `load`. The tokenizer is for those without one, the encoder for the first."""
+    found = [find(path) for path in paths]
+    encoders = [encoder, *[None] * len(paths)]
+    models = [_load(*arguments) for arguments in zip(found, paths, encoders)]
+    if tokenizer is None:
+        return tuple(_with_cached_tokenizer(model, one.form) for model, one in zip(models, found))
+    without = [model for model in models if model.tokenizer is None] or models
+    return tuple(with_tokenizer(model, tokenizer) if model in without else model for model in models)
 
 
 class Found(NamedTuple):
@@ -77,8 +92,7 @@ def find(path: str | Path) -> Found:
     return Found(directory, step, about, form)
 
 
-def _load(path: str | Path, encoder: str | None) -> Model:
-    found = find(path)
+def _load(found: Found, path: str | Path, encoder: str | None) -> Model:
     directory, step, about, _ = found
     published = pretrained.read(directory, about)
     if published is not None:
@@ -91,6 +105,8 @@ def _load(path: str | Path, encoder: str | None) -> Model:
     _, schedule, network = configs.build(config, vocab_size, None if needed is None else needed.module)
     if params is None:
         params = _params(directory, step, config, jax.eval_shape(network.init, root_key(0)))
+    if tokenizer is not None:
+        tokenizer = _fitting(tokenizer, network, f"{directory}: its tokenizer")
     frozen = {}
     if needed is not None:
         frozen = _frozen(directory, needed, tokenizer)
@@ -161,9 +177,18 @@ def run_and_step(directory: epath.Path) -> tuple[epath.Path, int | None]:
 
 
 def _replicated(params: dict) -> dict:
-    """Replicates the parameters on each device: evaluation and sampling are data-parallel."""
+    """Replicates the parameters on each device: evaluation and sampling are data-parallel.
+
+    Empties the tree that it is given, one array after the other, so that they are not in memory twice.
+    """
     mesh = parallel.data_mesh()
-    return parallel.put(params, parallel.shardings(mesh, params))
+
+    def moved(tree, shardings):
+        if not isinstance(tree, dict):
+            return parallel.put(tree, shardings)
+        return {name: moved(tree.pop(name), shardings[name]) for name in list(tree)}
+
+    return moved(params, parallel.shardings(mesh, params))
 
 
 def train(config: ConfigDict, workdir: str | Path, init_from: str | Path | None = None) -> Model:
@@ -181,13 +206,29 @@ def with_tokenizer(model: Model, spec: str) -> Model:
     """Adds a tokenizer to a model without one. UserError if it has one, or if the vocabulary sizes differ."""
     if model.tokenizer is not None:
         raise UserError(f"this model has a tokenizer of its own; leave out tokenizer={spec}")
-    tokenizer = pretrained_tokenizer(spec)
-    if tokenizer.vocab_size != model.vocab_size:
-        raise UserError(
-            f"the tokenizer {spec} has {tokenizer.vocab_size} tokens, the model {model.vocab_size}; give the "
-            "tokenizer it was trained with"
-        )
+    tokenizer = _fitting(pretrained_tokenizer(spec), model.network, f"the tokenizer {spec}")
     return dataclasses.replace(model, tokenizer=tokenizer)
+
+
+def _with_cached_tokenizer(model: Model, form: Format | None) -> Model:
+    """Adds the tokenizer of the published models to one without, if it is in the local cache of the hub and fits."""
+    tokenizer = form.cached_tokenizer() if form is not None and model.tokenizer is None else None
+    if tokenizer is None:
+        return model
+    try:
+        return dataclasses.replace(model, tokenizer=_fitting(tokenizer, model.network, ""))
+    except UserError:
+        return model
+
+
+def _fitting(tokenizer: Tokenizer, network: Network, name: str) -> Tokenizer:
+    """Returns the tokenizer of a network; Duo adds the token [PAD] to GPT-2's. UserError if the sizes differ."""
+    if network.process.mask_id is None and tokenizer.vocab_size + 1 == network.vocab_size:
+        tokenizer = tokenizer.with_padding()
+    if tokenizer.vocab_size != network.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, the model {network.vocab_size}"
+        raise UserError(f"{name} has {sizes}; give the tokenizer it was trained with")
+    return tokenizer
 
 
 def _trained(directory: epath.Path, step: int | None, config: ConfigDict, like: dict) -> dict:

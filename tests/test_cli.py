@@ -174,7 +174,10 @@ def test_html_page_has_the_printed_text(place, capsys):
         ("train --workdir={0}/new --config.data.corpus={0}/corpus --config.mesh.data=3", "does not fit the 8"),
         ("train", "--workdir"),
         ("train --workdir={0}/new --config.data.corpus={0}/corpus --init_from={0}/absent", "no folder"),
-        ("train --workdir={0}/new --config.data.corpus={0}/corpus --init_from={0}/run", "cannot start this run"),
+        (
+            "train --workdir={0}/new --config.data.corpus={0}/corpus --init_from={0}/run --config.network.width=32",
+            "cannot start this run",
+        ),
         ("train --dry_run --config.data.corpus={0}/absent", "no folder"),
         ("train --dry_run --config.data.vocab_size=9 --config.mesh.data=3", "does not fit the 8"),
         ("train --workdir={0}/new --worksdir=x", "does not accept --worksdir=x; the nearest is --workdir"),

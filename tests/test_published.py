@@ -17,6 +17,7 @@ import sedd
 from sedd import config as configs
 from sedd.cli import main
 from sedd.data.layout import Layout
+from sedd.data.tokenizer_huggingface import gpt2_data
 from sedd.diffusion import keyed_random
 from sedd.diffusion.discrete.score import clean_stats
 from sedd.model import Model
@@ -344,6 +345,29 @@ def gpt2(folder):
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e\n")
     return len(vocabulary)
+
+
+@pytest.mark.parametrize("name, more", [("mdlm", 0), ("duo", 1)])
+def test_the_tokenizer_of_published_models_is_found_in_the_cache_of_the_hub(tmp_path, monkeypatch, name, more):
+    """Without --tokenizer; Duo adds [PAD] to it. One that does not fit the model is left out, a given one is taken."""
+    vocab_size = gpt2(tmp_path / "gpt2")
+    cache = tmp_path / "hub/models--openai-community--gpt2"
+    (cache / "snapshots/1").mkdir(parents=True)
+    (cache / "snapshots/1/tokenizer.json").write_bytes(gpt2_data(tmp_path / "gpt2"))
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("1")
+    settings = ["process.name=uniform", "network.prediction=denoiser", "network.conditioning=sigma"] if more else []
+    random_model(*settings, vocab_size=vocab_size + more).save(tmp_path / "model", name)
+    assert sedd.load(tmp_path / "model").tokenizer is None
+    given = sedd.load(tmp_path / "model", tokenizer=f"gpt2:{tmp_path}/gpt2").tokenizer
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = sedd.load(tmp_path / "model").tokenizer
+    assert found.vocab_size == vocab_size + more and found.end_of_text == vocab_size - 1
+    assert found.decode(found.encode("the cat")) == "the cat" and len(found.encode("the")) == 1
+    assert found.fingerprint == given.fingerprint
+    assert sedd.load(PUBLISHED / name).tokenizer is None
+    again = sedd.load(tmp_path / "model", tokenizer=f"gpt2:{tmp_path}/gpt2").tokenizer
+    assert again.fingerprint == given.fingerprint
 
 
 @pytest.mark.slow

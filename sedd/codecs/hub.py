@@ -84,6 +84,14 @@ def cached(cache: Path, name: HubName) -> Path | None:
     return snapshot if has_weights and (snapshot / CONFIG).is_file() else None
 
 
+def cached_file(cache: Path, repo: str, file: str) -> Path | None:
+    """Returns a file of the branch `main` of a repository in a cache, None if it is not there."""
+    folder = cache / f"models--{repo.replace('/', '--')}"
+    reference = folder / "refs" / "main"
+    path = folder / "snapshots" / reference.read_text().strip() / file if reference.is_file() else None
+    return path if path is not None and path.is_file() else None
+
+
 def _downloaded(spec: str, name: HubName) -> Path:
     """Downloads what is read of a model, and returns its folder. The PyTorch file only if there is no other."""
     missing = f"there is no folder {spec}, and it is not in the local cache of the Hugging Face Hub"

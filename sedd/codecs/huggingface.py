@@ -1,12 +1,14 @@
 """Folders in the format of Hugging Face: config.json, model.safetensors and tokenizer.json, without their libraries."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
+from safetensors.numpy import load_file
 
 from sedd.codecs import torch_files
 from sedd.errors import UserError
@@ -43,11 +45,16 @@ def read_tensors(place: Path) -> tuple[dict[str, np.ndarray], Path]:
         if (place / INDEX).is_file():
             raise UserError(f"{place}: its weights are split into several files; save them as one {WEIGHTS}")
     try:
-        return load_arrays(_file(place, WEIGHTS).read_bytes()), file
+        return _safetensors(_file(place, WEIGHTS)), file
     except SafetensorError as error:
         raise UserError(f"{file} is damaged ({error}); copy it again") from None
     except KeyError as error:
         raise UserError(f"{file} has tensors of type {error.args[0]}; save them as float32") from None
+
+
+def _safetensors(file: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a file, which need not be on a disk."""
+    return load_arrays(file.read_bytes()) if "://" in os.fspath(file) else load_file(os.fspath(file))
 
 
 def read_vocabulary(folder: Path) -> tuple[dict[str, int], dict[str, int]]:

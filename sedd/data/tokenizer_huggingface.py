@@ -126,6 +126,13 @@ class HuggingFace:
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
+def with_special_token(data: bytes, text: str) -> bytes:
+    """Returns a `tokenizer.json` with one more special token, whose id is the next one."""
+    tokenizer = _library().Tokenizer.from_str(data.decode("utf-8"))
+    tokenizer.add_special_tokens([text])
+    return tokenizer.to_str().encode("utf-8")
+
+
 def gpt2_data(folder: Path) -> bytes:
     """Returns the `tokenizer.json` for a folder with GPT-2's `vocab.json` and `merges.txt`.
 

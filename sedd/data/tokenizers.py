@@ -17,7 +17,7 @@ from etils import epath
 from sedd.data.source import split_document
 from sedd.data.tokenizer_bytes import Bytes
 from sedd.data.tokenizer_characters import Characters
-from sedd.data.tokenizer_huggingface import HuggingFace, gpt2_data
+from sedd.data.tokenizer_huggingface import HuggingFace, gpt2_data, with_special_token
 from sedd.data.tokenizer_sentencepiece import SentencePiece
 from sedd.data.tokenizer_wordpieces import prune_wordpieces
 from sedd.errors import UserError
@@ -214,6 +214,12 @@ class Tokenizer:
             raise ValueError(f"ids must be from 0 to {self.vocab_size - 1}, got {ids.min()} to {ids.max()}")
         first, *others = np.split(ids, np.flatnonzero(ids == self._end))
         return END_OF_TEXT.join(self.backend.decode(one) for one in [first, *(one[1:] for one in others)])
+
+    def with_padding(self) -> "Tokenizer":
+        """Returns the tokenizer with one more token, [PAD], if it is of the kind `huggingface`; else itself."""
+        if not isinstance(self.backend, HuggingFace):
+            return self
+        return Tokenizer(self.kind, HuggingFace(with_special_token(self.backend.data, "[PAD]")), self.has_end_of_text)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,7 +1,9 @@
 """What a published format is: how its config.json and its tensors translate to a config and parameters, and back."""
 
 import abc
+import importlib.util
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save
 
 from sedd import config as configs
-from sedd.codecs.huggingface import CONFIG, WEIGHTS, read_tensors
+from sedd.codecs.hub import cache_folder, cached_file
+from sedd.codecs.huggingface import CONFIG, TOKENIZER, WEIGHTS, read_tensors
 from sedd.codecs.tensor_table import Table, params_from, tensors_from
-from sedd.data.tokenizers import Tokenizer, load_tokenizer
+from sedd.data.tokenizers import Tokenizer, load_tokenizer, pretrained_tokenizer
 from sedd.diffusion.keyed_random import root_key
 from sedd.errors import UserError
 from sedd.network.network import Network
@@ -24,17 +27,20 @@ from sedd.recipes import resolved
 from sedd.runtime.trees import fitted, named
 from sedd.trained import Trained
 
+GPT2 = ("openai-community/gpt2", "gpt2")
 _FREE = ("dtype", "scan", "remat", "attention", "embedding_std")  # settings that do not change what a network computes
 
 
 class Format(abc.ABC):
     """A published format, in a file of its own.
 
-    name: that of `sedd convert --to`; title: what it holds.
+    name: that of `sedd convert --to`; title: what it holds; tokenizers: names on the hub of the tokenizer that its
+    models are published with; the first that is in the local cache is used.
     """
 
     name: str
     title: str
+    tokenizers: tuple[str, ...] = GPT2
 
     @abc.abstractmethod
     def is_mine(self, about: dict) -> bool:
@@ -67,8 +73,18 @@ class Format(abc.ABC):
         return params_from(tensors, self.table(network), folder, self.constants(network))
 
     def tokenizer(self, about: dict, folder: Path) -> Tokenizer | None:
-        """Returns the tokenizer of a checkpoint, None if it has none. UserError if it does not fit."""
-        return load_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+        """Returns the tokenizer in the folder of a checkpoint, None if there is none."""
+        if (folder / "tokenizer").is_dir():
+            return load_tokenizer(folder / "tokenizer")
+        return pretrained_tokenizer(f"huggingface:{folder / TOKENIZER}") if (folder / TOKENIZER).is_file() else None
+
+    def cached_tokenizer(self) -> Tokenizer | None:
+        """Returns the tokenizer of `tokenizers` in the local cache of the hub; None if there is none."""
+        cache = cache_folder(os.environ)
+        file = next(filter(None, (cached_file(cache, repo, TOKENIZER) for repo in self.tokenizers)), None)
+        if file is None or importlib.util.find_spec("tokenizers") is None:
+            return None
+        return pretrained_tokenizer(f"huggingface:{file}")
 
 
 def read(form: Format, about: dict, place: Path) -> tuple[ConfigDict, dict, Tokenizer | None]:

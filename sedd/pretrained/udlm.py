@@ -7,5 +7,6 @@ class Udlm(TransformersDiT):
     """The output is the distribution of a token given all others, `denoiser`, and is not converted."""
 
     name, title = "udlm", "UDLM, uniform diffusion"
+    tokenizers = ("google-bert/bert-base-uncased", "bert-base-uncased")
     process = "uniform"
     fixed = (("cfg", False),)

@@ -77,7 +77,9 @@ def load(folder, name):
     done.set()
     watcher.join()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    print(f"{name:12} {model.network.num_parameters():11,} {seconds:8.1f} {(peak[0] - before) / size:17.2f}", flush=True)
+    print(
+        f"{name:12} {model.network.num_parameters():11,} {seconds:8.1f} {(peak[0] - before) / size:17.2f}", flush=True
+    )
 
 
 def private_memory():

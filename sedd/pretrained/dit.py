@@ -1,9 +1,14 @@
 """The diffusion transformer that SEDD, MDLM, Duo, UDLM and RADD publish: this project's own trunk.
 
-`dit_table` lists its tensors; `TransformersDiT` is a format with the config.json of the library transformers.
+`dit_table` lists its tensors. Its config.json is that of the library transformers (`TransformersDiT`), or the config of
+the training run (`RunDiT`).
 """
 
+import abc
+from pathlib import Path
+
 import numpy as np
+from ml_collections import ConfigDict
 
 from sedd import config as configs
 from sedd.codecs.tensor_table import JOINED, Entry, Table, columns, layers, linear, norm, rows
@@ -12,8 +17,10 @@ from sedd.network.adapters import CONSTANT as NO_NOISE
 from sedd.network.adapters import padded
 from sedd.network.network import Network
 from sedd.pretrained.format import Format
+from sedd.recipes import resolved
 
 _PREFIX = "backbone."
+_RUN_SIZES = {"width": "hidden_size", "layers": "n_blocks", "heads": "n_heads", "dropout": "dropout"}
 _SIZES = {"width": "hidden_dim", "layers": "n_blocks", "heads": "n_heads", "cond_dim": "cond_dim", "dropout": "dropout"}
 
 
@@ -107,3 +114,56 @@ class TransformersDiT(Format):
 
     def constants(self, network):
         return dit_constants(network, _PREFIX)
+
+
+class RunDiT(Format):
+    """A format whose config.json is the config of the training run, in groups.
+
+    training: settings of the group of this name, by name; the others of a published run are not read.
+    """
+
+    training: tuple[tuple[str, str], ...] = ()
+
+    @abc.abstractmethod
+    def process(self, about: dict) -> str:
+        """Returns the name of the process."""
+
+    @abc.abstractmethod
+    def network(self, about: dict, folder: Path) -> dict:
+        """Returns the settings of the network but for its sizes. UserError if it is of a kind that is not supported."""
+
+    @abc.abstractmethod
+    def groups(self, config: ConfigDict) -> dict[str, dict]:
+        """Returns what the groups of config.json hold beside sizes, noise and EMA."""
+
+    def config(self, about, folder):
+        model, noise = about["model"], about["noise"]
+        sizes = {ours: model[theirs] for ours, theirs in _RUN_SIZES.items()}
+        limits = {name: float(noise[name]) for name in ("sigma_min", "sigma_max")}
+        return configs.from_dict(
+            {
+                "process": {"name": self.process(about)},
+                "schedule": {"name": noise["type"], **limits},
+                "network": sizes | self.network(about, folder),
+                "data": {"block_length": model["length"], "vocab_size": about["tokens"]},
+                "training": {"ema_decay": about["training"]["ema"], **dict(self.training)},
+            }
+        )
+
+    def about(self, config, vocab_size):
+        sizes = {theirs: config.network[ours] for ours, theirs in _RUN_SIZES.items()}
+        limits = {name: config.schedule[name] for name in ("sigma_min", "sigma_max")}
+        groups = self.groups(config)
+        return {
+            **groups,
+            "model": groups["model"] | sizes | {"length": config.data.block_length},
+            "noise": {"type": resolved(config).schedule.name, **limits},
+            "tokens": vocab_size,
+            "training": {"ema": config.training.ema_decay},
+        }
+
+    def table(self, network):
+        return dit_table(network)
+
+    def constants(self, network):
+        return dit_constants(network)

@@ -1,73 +1,41 @@
 """SEDD (Lou, Meng, Ermon, arXiv 2310.16834): the score entropy models of the authors, such as louaaron/sedd-small."""
 
-from sedd import config as configs
 from sedd.errors import UserError
-from sedd.pretrained.dit import dit_constants, dit_table
-from sedd.pretrained.format import Format
+from sedd.pretrained.dit import RunDiT
 
 _PROCESSES = {"absorb": "absorbing", "uniform": "uniform"}
 
 
-class Sedd(Format):
+class Sedd(RunDiT):
+    """Scores of absorbing models are shifted by the noise (`scale_by_sigma`), those of uniform models are not."""
+
     name, title = "sedd", "SEDD, score entropy"
+    training = (("loss", "bound"), ("noise_sampling", "time"))
 
     def is_mine(self, about):
         return {"graph", "noise", "model", "tokens"} <= about.keys()
 
-    def config(self, about, folder):
-        graph, noise, model = about["graph"], about["noise"], about["model"]
-        if model["scale_by_sigma"] != (graph["type"] == "absorb"):
-            raise UserError(f"{folder}: scale_by_sigma={model['scale_by_sigma']} with {graph['type']} is not supported")
-        return configs.from_dict(
-            {
-                "process": {"name": _PROCESSES[graph["type"]]},
-                "schedule": {
-                    "name": noise["type"],
-                    "sigma_min": float(noise["sigma_min"]),
-                    "sigma_max": float(noise["sigma_max"]),
-                },
-                "network": {
-                    "prediction": "score",
-                    "conditioning": "sigma",
-                    "width": model["hidden_size"],
-                    "layers": model["n_blocks"],
-                    "heads": model["n_heads"],
-                    "cond_dim": model["cond_dim"],
-                    "dropout": model["dropout"],
-                },
-                "data": {"block_length": model["length"], "vocab_size": about["tokens"]},
-                "training": {"ema_decay": about["training"]["ema"], "loss": "bound", "noise_sampling": "time"},
-            }
-        )
+    def process(self, about):
+        return _PROCESSES.get(about["graph"]["type"], "absorbing")  # `network` refuses others
 
-    def about(self, config, vocab_size):
-        network, absorbing = config.network, config.process.name == "absorbing"
+    def network(self, about, folder):
+        kind, scaled = about["graph"]["type"], about["model"]["scale_by_sigma"]
+        if kind not in _PROCESSES:
+            raise UserError(f"{folder}: the graph {kind} is not supported, only {' and '.join(_PROCESSES)}")
+        if scaled != (kind == "absorb"):
+            raise UserError(f"{folder}: scale_by_sigma={scaled} with {kind} is not supported")
+        return {"prediction": "score", "conditioning": "sigma", "cond_dim": about["model"]["cond_dim"]}
+
+    def groups(self, config):
+        absorbing = config.process.name == "absorbing"
         return {
             "graph": {"type": "absorb" if absorbing else "uniform", "file": "data", "report_all": False},
             "model": {
                 "name": "small",
                 "type": "ddit",
-                "hidden_size": network.width,
-                "cond_dim": network.cond_dim,
-                "length": config.data.block_length,
-                "n_blocks": network.layers,
-                "n_heads": network.heads,
+                "cond_dim": config.network.cond_dim,
                 "scale_by_sigma": absorbing,
-                "dropout": network.dropout,
-            },
-            "noise": {
-                "type": config.schedule.name or "loglinear",
-                "sigma_min": config.schedule.sigma_min,
-                "sigma_max": config.schedule.sigma_max,
             },
             "ngpus": 1,
             "sampling": {"predictor": "euler", "steps": 128, "noise_removal": True},
-            "tokens": vocab_size,
-            "training": {"ema": config.training.ema_decay},
         }
-
-    def table(self, network):
-        return dit_table(network)
-
-    def constants(self, network):
-        return dit_constants(network)

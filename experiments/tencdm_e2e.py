@@ -13,7 +13,7 @@ Launch     python tpu_launch/launch.py up --name=tencdm-e2e --zone=us-central1-a
                --push=data/e2e_minilm --push=data/minilm -- \
                sedd train --config=experiments/tencdm_e2e.py --workdir=gs://BUCKET/runs/tencdm_e2e
 Hardware   two CPU cores.
-Time       84 minutes on one core, beside other work on the other; 392 updates took 510 seconds alone.
+Time       84 minutes measured on one core, beside other work on the other; 392 updates took 510 seconds alone.
 Result     no published number is comparable; 3.84 ± .13 nats per token of the validation split, padding scored (4 draws).
            Losses, samples and quality by step are in docs/continuous.md.
 """

@@ -200,6 +200,7 @@ def test_a_run_keeps_no_weights_of_its_encoder(run, model, tmp_path):
     assert np.array_equal(loaded.sample(4, steps=3).tokens, model.sample(4, steps=3).tokens)
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_batches(model):
     model = shaken(model)
     out = model.sample(6, steps=4, trace=True)

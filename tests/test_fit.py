@@ -132,7 +132,8 @@ def evaluated(corpus, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("at, before", [("bound", 2), ("samples", 2), pytest.param("bound", 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("at, before", [("bound", 2), ("samples", 2), ("bound", 4)])
+@pytest.mark.slow
 def test_signal_interrupts_an_evaluation(corpus, evaluated, tmp_path, monkeypatch, at, before):
     """Between two batches of the bound, or two steps of the sampler. The state is saved, and the resumed run evaluates
     that step first: no record is lost or repeated. Control: without a signal the evaluation is completed."""

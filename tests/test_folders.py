@@ -172,6 +172,7 @@ def test_a_source_is_a_pattern_only_if_no_file_has_that_name(tmp_path):
     assert [path.name for path in open_source(f"text:{tmp_path}/data[1].txt").files] == ["data1.txt"]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_folder_of_any_name_finds_its_corpus_from_anywhere(tmp_path, monkeypatch, capsys):
     """The corpus is given as a relative path. If it was moved, the error is one line."""
     home = tmp_path / "home"

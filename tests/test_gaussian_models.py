@@ -30,6 +30,7 @@ def conditioned(corpus):
     return shaken(untrained_model(corpus, *GIVEN))
 
 
+@pytest.mark.slow
 def test_bound_of_uniform_text_is_log_vocab_size(corpus):
     """With its own evidence a network without any context is exact for uniform independent tokens.
 

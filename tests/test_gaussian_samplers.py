@@ -98,6 +98,7 @@ def test_drawing_all_noise_again_keeps_a_bias(exact):
     assert np.all(np.abs(distances(exact, "renoised", exact.mean(), (8, 32)) - 0.155) < 0.02)
 
 
+@pytest.mark.slow
 def test_infilling_needs_a_denoiser_conditioned_on_the_given_tokens():
     """Then it converges to the conditional distribution. Clean embeddings written back, as published, stay .06 off."""
     embedded = Embedded(MarkovChain.random().joint(3), LINE)

@@ -137,6 +137,7 @@ def test_watch_is_called_with_the_trace(model):
     assert all(np.array_equal(given, traced.given[:2]) for _, given, _ in first)
 
 
+@pytest.mark.slow
 def test_group_without_free_positions_has_a_constant_trace(model, uniform):
     """Alone it takes no network call, for either process."""
     tokens, given = np.tile(np.arange(6), (2, 1)), np.array([[True] * 6, [True] * 5 + [False]])

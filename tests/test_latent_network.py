@@ -66,6 +66,7 @@ def test_predictions_of_the_same_mean_are_equivalent():
 
 
 @pytest.mark.parametrize("prediction", ["denoiser", "x0"])
+@pytest.mark.slow
 def test_statistics_are_those_of_the_mean_and_of_the_tokens(prediction):
     """The error is that of the MeanDenoiser; a network that predicts latents rounds each by itself."""
     network = network_of(prediction=prediction)

@@ -53,9 +53,8 @@ def losses_of(objective, rows=slice(None), step=0):
     return jax.jit(objective)(params, Batch(tokens[rows], None), number, jax.random.key(step))
 
 
-@pytest.mark.parametrize(
-    "kind", ["memory", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "memory")]
-)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_losses_of_a_row_are_the_same_in_any_microbatch(corpus, kind):
     """Noise, given tokens and memory of a row follow from its global index and the step's key."""
     objective, _ = objective_of(corpus, kind)

@@ -93,6 +93,7 @@ def test_parameter_counts_of_the_published_models(kind, settings, count):
     assert 85e6 < inside < 87e6
 
 
+@pytest.mark.slow
 def test_samples_and_infilling_have_no_mask_token(bert):
     drawn = bert.sample(num_samples=3, steps=2)
     assert drawn.tokens.shape == (3, LENGTH) and drawn.texts is not None

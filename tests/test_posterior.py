@@ -244,5 +244,5 @@ def test_log_snr_tells_low_noise_levels_apart():
 def test_predictions_of_a_posterior_are_refused_where_they_are_none():
     with pytest.raises(ValueError, match="posterior is for the uniform process"):
         dataclasses.replace(NETWORK, process=Absorbing(37))
-    with pytest.raises(ValueError, match="network.conditioning must be one of sigma, log_snr, not 'time'"):
+    with pytest.raises(ValueError, match="network.conditioning must be one of sigma, log_snr, constant, not 'time'"):
         dataclasses.replace(NETWORK, conditioning="time")

@@ -118,6 +118,7 @@ def test_parameter_counts_of_the_published_models(width, layers, heads, count):
     assert build(config, 50257)[2].num_parameters() == count
 
 
+@pytest.mark.slow
 def test_samples_of_a_model_without_tokenizer_have_tokens_only(published):
     model, _ = published
     drawn = model.sample(num_samples=2, steps=4)

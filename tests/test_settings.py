@@ -69,6 +69,7 @@ def by_default(trained, corpus):
 
 
 @pytest.mark.parametrize("name", JAX_SETTINGS)
+@pytest.mark.slow
 def test_evaluation_and_sampling_do_not_depend_on_a_setting(trained, corpus, by_default, name):
     """Bit for bit. A bound depends on the batch size only by the rounding of its sums."""
     with unusual_jax_settings(name):

@@ -320,6 +320,7 @@ def test_nonfinite_steps_are_skipped_up_to_the_limit(corpus, tmp_path, monkeypat
     assert all(np.isfinite(record["loss"]) for record in records if "loss" in record)
 
 
+@pytest.mark.slow
 def test_nonfinite_step_changes_only_the_step_number(corpus):
     """Parameters, EMA and optimiser state are equal bit for bit. Control: a finite step changes them."""
     config = small_config(corpus, "training.ema_decay=0.9", "training.noise_sampling=time")

@@ -48,8 +48,8 @@ def read_tensors(place: Path) -> tuple[dict[str, np.ndarray], Path]:
         return _safetensors(_file(place, WEIGHTS)), file
     except SafetensorError as error:
         raise UserError(f"{file} is damaged ({error}); copy it again") from None
-    except KeyError as error:
-        raise UserError(f"{file} has tensors of type {error.args[0]}; save them as float32") from None
+    except (KeyError, AttributeError, TypeError) as error:  # NumPy has no such type
+        raise UserError(f"{file} has tensors of a type that NumPy has not ({error}); save them as float32") from None
 
 
 def _safetensors(file: Path) -> dict[str, np.ndarray]:

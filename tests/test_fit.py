@@ -307,18 +307,18 @@ def test_training_starts_from_given_weights(corpus, tmp_path):
     config = small_config(corpus, "training.ema_decay=0.9", "optimizer.learning_rate=1e-30", *CONSTANT)
     config.training.steps = 2
     weights = shifted_params(config, corpus)
-    fit(config, tmp_path / "run", weights, "runs/base")
+    fit(config, tmp_path / "run", weights, "my/runs/base")
     description = json.loads((tmp_path / "run/config.json").read_text())
-    assert description["init_from"] == os.path.abspath("runs/base")
+    assert description["init_from"] == os.path.abspath("my/runs/base")
     for name in ("params", "ema"):
         arrays = saved(tmp_path / "run", corpus)
         np.testing.assert_allclose(arrays[f".{name}['trunk']['embedding']"], weights["trunk"]["embedding"], rtol=1e-6)
     config.training.steps = 4
     del weights["head"]  # ignored, since the run resumes
     fit(config, tmp_path / "run", weights, None)
-    assert json.loads((tmp_path / "run/config.json").read_text())["init_from"] == os.path.abspath("runs/base")
+    assert json.loads((tmp_path / "run/config.json").read_text())["init_from"] == os.path.abspath("my/runs/base")
     with pytest.raises(sedd.UserError, match="another run: init_from"):
-        fit(config, tmp_path / "run", weights, "runs/other")
+        fit(config, tmp_path / "run", weights, "my/runs/other")
 
 
 def test_weights_that_do_not_fit_are_refused(corpus, tmp_path):

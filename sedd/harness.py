@@ -104,7 +104,7 @@ class Harness(LM):
         if isinstance(pretrained, Model):
             model = with_tokenizer(pretrained, tokenizer) if tokenizer else pretrained
         else:
-            model = load(pretrained, tokenizer, encoder)
+            model = load(pretrained, tokenizer or None, encoder)  # lm_eval passes an empty name
         accepted = {"dtype": ("auto", model.config.network.dtype), "max_length": (model.block_length,)}
         settings.check_model_args(others, OWN, accepted)
         self.model = model

@@ -7,6 +7,7 @@ import numpy as np
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.network.network import Network
+from sedd.runtime import processes
 from sedd.runtime.trees import named
 
 
@@ -21,7 +22,8 @@ def translated(weights: dict, initial: dict, network: Network, old: Tokenizer, n
     common = [(theirs[text], ours[text]) for text in ours if text in theirs]
     if not common:
         raise UserError(f"{origin} has no token in common with the corpus; choose another --init_from")
-    print(f"sedd: {len(common):,} of {new.vocab_size:,} tokens of the corpus start as in {origin}", file=sys.stderr)
+    if processes.is_first():
+        print(f"sedd: {len(common):,} of {new.vocab_size:,} tokens of the corpus start as in {origin}", file=sys.stderr)
     if network.process.mask_id is not None and network.vocab_size < network.columns:
         common.append((old.vocab_size, new.vocab_size))
     before, after = np.array(common).T

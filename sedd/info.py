@@ -10,7 +10,6 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sedd import config as configs
-from sedd import pretrained
 from sedd.codecs import huggingface
 from sedd.codecs.frozen import FILE, Normalisation, load_npz
 from sedd.codecs.hub import folder_of
@@ -25,6 +24,7 @@ from sedd.model import WEIGHTS
 from sedd.network.adapters import CONSTANT
 from sedd.network.bert import Bert
 from sedd.network.network import Network
+from sedd.pretrained.format import config_of, read
 from sedd.recipes import ENCODER, GAUSSIAN, kind_of, resolved
 from sedd.runtime import parallel, storage
 from sedd.runtime.settings import jax_defaults
@@ -101,13 +101,7 @@ def _opened(found: Found) -> _Model:
 
 def _config(found: Found) -> ConfigDict:
     """Returns the config of a model. UserError if it cannot be read."""
-    if found.form is None:
-        return saved_config(found.about)
-    try:
-        return found.form.config(found.about, _folder(found))
-    except Exception:
-        pretrained.read(found.directory, found.about)  # raises the UserError that names the setting
-        raise
+    return saved_config(found.about) if found.form is None else config_of(found.form, found.about, _folder(found))
 
 
 def _folder(found: Found) -> epath.Path:
@@ -212,8 +206,8 @@ def _problem_of_arrays(model: _Model) -> str | None:
     """Returns why the arrays of a model cannot be used, None if all verify or none is saved."""
     try:
         if model.found.form is not None:
-            published = pretrained.read(model.found.directory, model.found.about)
-            return None if published is None else _not_finite(named(published.params))
+            _, params, _ = read(model.found.form, model.found.about, model.found.directory)
+            return _not_finite(named(params))
         if kind_of(model.config) == ENCODER:
             arrays = load_npz(model.found.directory / FILE, Normalisation)._asdict()
             if problem := _not_finite({f"{name} of {FILE}": array for name, array in arrays.items()}):

@@ -22,7 +22,7 @@ from sedd.diffusion.keyed_random import root_key
 from sedd.errors import UserError
 from sedd.model import WEIGHTS, Model
 from sedd.network.network import Network
-from sedd.pretrained.format import Format
+from sedd.pretrained.format import Format, read
 from sedd.recipes import ENCODER, kind_of
 from sedd.runtime import parallel
 from sedd.runtime.parallel import abstract_arrays
@@ -93,10 +93,9 @@ def find(path: str | Path) -> Found:
 
 
 def _load(found: Found, path: str | Path, encoder: str | None) -> Model:
-    directory, step, about, _ = found
-    published = pretrained.read(directory, about)
-    if published is not None:
-        config, params, tokenizer = published
+    directory, step, about, form = found
+    if form is not None:
+        config, params, tokenizer = read(form, about, directory)
         vocab_size = config.data.vocab_size
     else:
         config, vocab_size, tokenizer = saved_config(about), about["vocab_size"], saved_tokenizer(directory)

@@ -5,13 +5,12 @@ To add a format, write a file like `mdlm.py` and add a line to `FORMATS`.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from sedd.codecs.torch_files import SUFFIXES
-from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.pretrained import format, hydra
 from sedd.pretrained.duo import Duo
@@ -24,14 +23,6 @@ from sedd.pretrained.udlm import Udlm
 from sedd.trained import Trained
 
 FORMATS: dict[str, Format] = {form.name: form for form in (Sedd(), Mdlm(), Duo(), Udlm(), Radd(), MaskedLM())}
-
-
-class Published(NamedTuple):
-    """What a checkpoint contains: a config of sedd, parameters that fit it, and a tokenizer, None if it has none."""
-
-    config: ConfigDict
-    params: dict
-    tokenizer: Tokenizer | None
 
 
 def format_of(about: dict) -> Format | None:
@@ -61,14 +52,3 @@ def described(file: Path) -> tuple[dict[str, Any], Format]:
     if form is None:
         raise UserError(f"{file} is of no format that sedd reads, by its config: {', '.join(FORMATS)}")
     return about, form
-
-
-def read(place: Path, about: dict) -> Published | None:
-    """Reads a published checkpoint; None if it is of no known format.
-
-    place: its folder, or a file of PyTorch. about: the contents of its config.json, or those that `described` returns.
-
-    UserError if the checkpoint is damaged, or is of a kind that is not supported.
-    """
-    form = format_of(about)
-    return None if form is None else Published(*format.read(form, about, place))

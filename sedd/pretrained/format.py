@@ -94,7 +94,7 @@ def read(form: Format, about: dict, place: Path) -> tuple[ConfigDict, dict, Toke
     supported.
     """
     folder = place.parent if place.is_file() else place
-    config = _config(form, about, folder)
+    config = config_of(form, about, folder)
     tensors, file = read_tensors(place)
     layers = config.network.layers
     if layers > len(tensors):
@@ -111,7 +111,8 @@ def read(form: Format, about: dict, place: Path) -> tuple[ConfigDict, dict, Toke
     return config, params, tokenizer
 
 
-def _config(form: Format, about: dict, folder: Path) -> ConfigDict:
+def config_of(form: Format, about: dict, folder: Path) -> ConfigDict:
+    """Returns the config of a checkpoint. UserError for a config.json that lacks a setting, or is not supported."""
     try:
         return form.config(about, folder)
     except KeyError as error:

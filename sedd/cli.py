@@ -214,6 +214,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     text = "of Gaussian noise: the sigma at which the bound passes to the tokens (that of the config)"
     evaluate.add_argument("--low", type=float, help=text)
+    text = "of an absorbing model: the bound on sampling in this number of steps (continuous time)"
+    evaluate.add_argument("--steps", type=_integer, help=text)
     evaluate.add_argument("--seed", type=_integer, help="seed of the noise (0)")
     evaluate.add_argument(
         "--batch_size", type=_integer, help="blocks per batch over all devices; does not change the result"
@@ -258,7 +260,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     convert = command("convert", commands.convert, "Write a model in a published format, which other code reads.")
     _add_model(convert)
-    formats = "sedd, mdlm, duo, udlm, radd; or export, that of this project"
+    formats = "sedd, mdlm, duo, udlm, radd, bd3lm, masked_lm; or export, that of this project"
     convert.add_argument("--to", action=_Once, required=True, metavar="FORMAT", help=formats)
     convert.add_argument("--out", action=_Once, required=True, help="folder to write")
 

@@ -108,7 +108,7 @@ def evaluate(args, _):
     _join()
     models = load_all([path for path in (args.model, args.against) if path], args.tokenizer, args.encoder)
     text = sources.open_source(args.source) if args.source else _corpus(args, models[0])
-    settings = {name: getattr(args, name) for name in ("split", "draws", "low", "batch_size")} | {
+    settings = {name: getattr(args, name) for name in ("split", "draws", "low", "steps", "batch_size")} | {
         "seed": args.seed or 0
     }
     if args.against:
@@ -160,7 +160,8 @@ def _eval_samples(args):
     """Prints the quality of the samples in a file."""
     from sedd.evaluation.quality import quality, read_samples
 
-    for name in ("against", "data", "source", "split", "protocol", "draws", "low", "seed", "batch_size", "out"):
+    of_model = ("against", "data", "source", "split", "protocol", "draws", "low", "steps", "seed", "batch_size", "out")
+    for name in of_model:
         if getattr(args, name) is not None:
             raise UserError(f"--{name} goes with --model; the samples in a file need only --judge and --tokenizer")
     tokenizer = args.tokenizer and tokenizers.pretrained_tokenizer(args.tokenizer)

@@ -5,6 +5,7 @@
 
 import ast
 import difflib
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from sedd.diffusion.gaussian.process import Gaussian
 from sedd.diffusion.schedule import Schedule
 from sedd.errors import UserError
 from sedd.network.bert import Bert
+from sedd.network.block_network import AutoregressiveNetwork, BlockNetwork
 from sedd.network.latent_network import LatentNetwork
 from sedd.network.masked_lm import ARCHITECTURES, DIT, MLP, SPECIAL, MaskedLanguageModel
 from sedd.network.network import Network
@@ -210,6 +212,7 @@ def build(
     of_network = {name: of_trunk.pop(name) for name in _OF_NETWORK}
     of_latents = {name: of_trunk.pop(name) for name in OF_LATENTS}
     of_masked = {name: of_trunk.pop(name) for name in OF_MASKED}
+    block_size = of_trunk.pop("block_size")
     of_network["trunk"] = Trunk(**of_trunk)
     of_network["sigma_range"] = (float(schedule.sigma(config.training.min_time)), float(schedule.sigma(1.0)))
     network: Network
@@ -220,5 +223,7 @@ def build(
     elif config.network.architecture != DIT:
         network = _masked_lm(Absorbing(vocab_size), of_network, of_trunk, **of_masked)
     else:
-        network = TokenNetwork(process=PROCESSES[config.process.name](vocab_size), **of_network)
+        process = PROCESSES[config.process.name](vocab_size)
+        make = functools.partial(BlockNetwork, block_size=block_size) if block_size else TokenNetwork
+        network = (AutoregressiveNetwork if block_size == 1 else make)(process=process, **of_network)
     return network.process, schedule, network

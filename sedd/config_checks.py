@@ -63,6 +63,7 @@ _POSITIVE = {
     "evaluation": ("draws",),
 }
 _NOT_NEGATIVE = (
+    "network.block_size",
     "network.cond_dim",
     "network.evidence_snr",
     "evaluation.low",
@@ -86,6 +87,8 @@ def validate(config: ConfigDict) -> ConfigDict:
         raise UserError(f"config: {error}") from None
     _validate_sizes(config)
     _validate_architecture(config)
+    if config.network.block_size:
+        _validate_blocks(config)
     if config.process.name == GAUSSIAN:
         _validate_latents(config, schedule)
     else:
@@ -154,7 +157,7 @@ def _validate_architecture(config: ConfigDict):
     kind = f"config: network.architecture={network.architecture}"
     if config.process.name != "absorbing" or network.prediction != "denoiser":
         raise UserError(f"{kind} needs process.name=absorbing and network.prediction=denoiser")
-    for_dit = ("cond_dim", "embedding_std", "scan", "long_skips")
+    for_dit = ("block_size", "cond_dim", "embedding_std", "scan", "long_skips")
     _check_unset(config, tuple(f"network.{name}" for name in for_dit), f"network.architecture={DIT}")
     if network.attention == "splash":
         raise UserError(f"{kind} has an attention mask, which network.attention=splash does not take; choose xla")
@@ -162,6 +165,26 @@ def _validate_architecture(config: ConfigDict):
     longest = constants["positions"] - constants["position_offset"] - 1
     if config.data.block_length > longest:
         raise UserError(f"{kind} takes rows of at most {longest} tokens after the start token; lower data.block_length")
+
+
+def _validate_blocks(config: ConfigDict):
+    """UserError for settings that do not go with blocks that are generated from left to right."""
+    network, size, length = config.network, config.network.block_size, config.data.block_length
+    kind = f"config: network.block_size={size}"
+    if config.process.name != "absorbing" or network.architecture != DIT or network.prediction != "denoiser":
+        raise UserError(
+            f"{kind} needs process.name=absorbing, network.architecture={DIT} and network.prediction=denoiser"
+        )
+    if network.conditioning != CONSTANT:
+        raise UserError(f"{kind} needs network.conditioning={CONSTANT}: each block has a noise level of its own")
+    if config.training.loss != "bound":
+        raise UserError(f"{kind} needs training.loss=bound")
+    if length % size or size == length:
+        raise UserError(
+            f"{kind} must divide data.block_length={length}, and be less; network.block_size=0 is one block a row"
+        )
+    if network.attention == "splash":
+        raise UserError(f"{kind} has an attention mask, which network.attention=splash does not take; choose xla")
 
 
 def _validate_tokens(config: ConfigDict):

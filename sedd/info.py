@@ -152,7 +152,7 @@ def _of_model(model: _Model) -> dict[str, Any]:
 
 
 def _of_network(model: _Model) -> dict[str, Any]:
-    sizes = {name: model.config.network[name] for name in ("architecture", "width", "layers", "heads")}
+    sizes = {name: model.config.network[name] for name in ("architecture", "block_size", "width", "layers", "heads")}
     return {**sizes, "parameters": model.network.num_parameters(), "weight_bytes": _size(_weights(model))}
 
 

@@ -32,10 +32,11 @@ from sedd.evaluation.scorers import ScoredTexts
 from sedd.evaluation.text import check_compatible, from_texts
 from sedd.generation import prompts
 from sedd.generation.generate import Samples, generate, sample
-from sedd.generation.options import SamplingOptions
+from sedd.generation.options import MAX_STEPS, SamplingOptions
 from sedd.generation.rows import Row, as_document, check_size
 from sedd.network.latent_network import LatentNetwork
 from sedd.network.network import Network
+from sedd.network.token_network import TokenNetwork
 from sedd.runtime import disk, folders, processes, storage
 from sedd.runtime.settings import jax_defaults
 from sedd.runtime.trees import fingerprint, named
@@ -160,9 +161,10 @@ class Model(Trained):
         Returns a Report: bound, perplexity, bits per byte, with standard errors. settings: split, of a corpus (that of
         the protocol, else "test"); protocol, a name in `sedd.evaluation.protocols` ("clean"); draws, noise levels per
         block (that of the protocol, else `config.evaluation.draws`); low, of a Gaussian model the sigma at which the
-        bound passes to the tokens (`config.evaluation.low`); seed, of the noise (0); batch_size, blocks per batch,
-        which does not change the result; out, a folder that keeps the scores, from which an interrupted
-        evaluation resumes; progress, True to show it.
+        bound passes to the tokens (`config.evaluation.low`); steps, of an absorbing model: the bound is that of
+        sampling in this number of steps (`DiscreteTimeBound`), not of continuous time; seed, of the noise (0);
+        batch_size, blocks per batch, which does not change the result; out, a folder that keeps the scores, from which
+        an interrupted evaluation resumes; progress, True to show it.
 
         UserError if there is no text to score, or if the corpus has another tokenizer than the model.
         """
@@ -186,8 +188,7 @@ class Model(Trained):
         outs = (None, None) if out is None else (out / "first", out / "second")
         protocol = get_protocol(settings.get("protocol", "clean"))
         for model in (self, other):
-            if settings.get("low") is not None:
-                model._with_low(settings["low"])
+            model._network_for(settings.get("low"), settings.get("steps"))
         if settings.get("draws") is None:
             settings["draws"] = protocol.draws or self.config.evaluation.draws
         with folders.locked_by_first(out):
@@ -239,9 +240,10 @@ class Model(Trained):
     def save(self, directory: str | Path, format: str = EXPORT):
         """Exports weights, config and tokenizer to a folder that `load` reads.
 
-        format: that of published checkpoints, which their authors' code reads too: sedd, mdlm, duo, udlm or radd; or
-        EXPORT, that of this project. Atomic: a write that fails leaves no file. With several processes all of them
-        call it, and process 0 writes. UserError if the folder is not empty, or if the format cannot hold the model.
+        format: that of published checkpoints, which their authors' code reads too: sedd, mdlm, duo, udlm, radd or
+        masked_lm; or EXPORT, that of this project. Atomic: a write that fails leaves no file. With several processes
+        all of them call it, and process 0 writes. UserError if the folder is not empty, or if the format cannot hold
+        the model.
         """
         directory = storage.folder_of(directory)
         write = self._write if format == EXPORT else pretrained.writer(format, self, self.config)
@@ -274,6 +276,7 @@ class Model(Trained):
         protocol: str = "clean",
         draws: int | None = None,
         low: float | None = None,
+        steps: int | None = None,
         seed: int = 0,
         batch_size: int | None = None,
         out: str | Path | None = None,
@@ -288,7 +291,9 @@ class Model(Trained):
         data = [texts_or_corpus] if isinstance(texts_or_corpus, str) else texts_or_corpus
         if split is not None and not isinstance(data, Corpus):
             raise UserError(f"there is no split {split!r}: a corpus has splits, a source or a list of texts has none")
-        trained: Trained = self if low is None else dataclasses.replace(self, network=self._with_low(low))
+        if steps is not None and not rules.is_bound:
+            raise UserError(f"steps goes with the protocol clean; {protocol} has a loss of its own")
+        trained: Trained = dataclasses.replace(self, network=self._network_for(low, steps))
         if isinstance(data, Corpus):
             check_compatible(data, self)
             trained = dataclasses.replace(trained, tokenizer=data.tokenizer)
@@ -299,24 +304,35 @@ class Model(Trained):
         settings |= {"batch_size": batch_size, "progress": progress}
         return perplexity(trained, rows, rules, draws, seed, **settings)
 
-    def _with_low(self, low: float) -> Network:
-        """The network whose bound passes to the tokens at noise `low`. UserError for one that cannot."""
-        if not isinstance(self.network, LatentNetwork):
-            raise UserError("low is a noise level of the bound of Gaussian models; leave it out")
-        high = float(self.schedule.sigma(1.0))
-        if not MIN_LOW <= low < high:
-            raise UserError(f"low must be a sigma from {MIN_LOW:g} to below that of the schedule's end, {high:.3g}")
-        return dataclasses.replace(self.network, bound_low=low)
+    def _network_for(self, low: float | None, steps: int | None) -> Network:
+        """The network with the bound of these settings of `perplexity`. UserError for one that has no such bound."""
+        network = self.network
+        if low is not None:
+            if not isinstance(network, LatentNetwork):
+                raise UserError("low is a noise level of the bound of Gaussian models; leave it out")
+            high = float(self.schedule.sigma(1.0))
+            if not MIN_LOW <= low < high:
+                raise UserError(f"low must be a sigma from {MIN_LOW:g} to below that of the schedule's end, {high:.3g}")
+            network = dataclasses.replace(network, bound_low=low)
+        if steps is not None:
+            if not isinstance(network, TokenNetwork) or self.process.mask_id is None:
+                raise UserError("steps is a bound in discrete time of absorbing models; leave it out")
+            if not 1 <= steps <= MAX_STEPS:
+                raise UserError(f"steps must be at least 1 and at most {MAX_STEPS:,}, not {steps}")
+            network = dataclasses.replace(network, bound_steps=steps)
+        return network
 
     def _of_texts(self, templates: Sequence[str] | None, prefix: str, suffix: str, length: int | None) -> list[Row]:
         """Returns prompts from templates, or from a prefix and a suffix, formatted like documents of training."""
-        tokenizer = self.require_tokenizer()
+        tokenizer, in_order = self.require_tokenizer(), self.network.block_of_generation is not None
         if templates is not None:
             rows = [prompts.of_template(text, tokenizer) for text in templates]
         else:
             length = self.block_length if length is None else length
-            end = int(self.layout.padded)  # the end-of-text token is part of the length
+            end = int(self.layout.padded and not in_order)  # the end-of-text token is part of the length
             rows = [prompts.between(prefix, suffix, length - end, tokenizer)]
+        if in_order:
+            return rows  # the end of the text is generated too
         return [as_document(row, self.layout, self.block_length, tokenizer.end_of_text) for row in rows]
 
 

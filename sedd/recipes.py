@@ -5,11 +5,19 @@ from typing import Any
 from ml_collections import ConfigDict
 
 GAUSSIAN, EMBEDDINGS, ENCODER = "gaussian", "embeddings", "encoder"  # the process over latents, and its codecs
-RECIPES: dict[str, dict] = {  # by process, or for a frozen encoder its own; measured in docs/measurements.md
+BLOCKS = "blocks"  # the kind of models with network.block_size
+RECIPES: dict[str, dict] = {  # by process, or for a frozen encoder or blocks their own; see docs/measurements.md
     "absorbing": {
         "schedule.name": "loglinear",
         "network.prediction": "denoiser",
         "network.conditioning": "sigma",
+        "training.loss": "bound",
+        "training.noise_sampling": "mask_count",
+    },
+    "blocks": {
+        "schedule.name": "loglinear",
+        "network.prediction": "denoiser",
+        "network.conditioning": "constant",
         "training.loss": "bound",
         "training.noise_sampling": "mask_count",
     },
@@ -79,6 +87,7 @@ DEFAULT: dict[str, dict[str, Any]] = {
         "prediction": None,  # "denoiser", "score" as in the paper; uniform: "posterior"; gaussian: "x0", "eps", "v"
         "conditioning": None,  # the noise level as "sigma", as in the paper, or as "log_snr"; "constant": none
         "architecture": "dit",  # absorbing: also that of "bert" or "roberta", which is not conditioned on the noise
+        "block_size": 0,  # absorbing: tokens of a block, in order; 1: autoregressive; 0: those of a row
         "mask_token": -1,  # bert, roberta: the id of [MASK] or <mask>; -1: that of the published models
         "start_token": -1,  # bert, roberta: the id of [CLS] or <s>, which precedes each row; -1: likewise
         "width": 128,
@@ -148,7 +157,9 @@ DEFAULT: dict[str, dict[str, Any]] = {
 
 def kind_of(config: ConfigDict) -> str:
     """Returns the key in RECIPES of the kind of model that a config describes."""
-    return ENCODER if (config.process.name, config.codec.name) == (GAUSSIAN, ENCODER) else config.process.name
+    if (config.process.name, config.codec.name) == (GAUSSIAN, ENCODER):
+        return ENCODER
+    return BLOCKS if config.process.name == "absorbing" and config.network.block_size else config.process.name
 
 
 def resolved(config: ConfigDict) -> ConfigDict:

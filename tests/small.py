@@ -107,7 +107,9 @@ def trained_of(network, schedule, params, block_length, tokenizer=None, layout=L
 
 def without_network(tokenizer, process, block_length, layout=Layout()):
     """A Trained that encodes text, but whose network cannot be called."""
-    network = types.SimpleNamespace(process=process, vocab_size=process and process.vocab_size)
+    network = types.SimpleNamespace(
+        process=process, vocab_size=process and process.vocab_size, block_of_generation=None
+    )
     return trained_of(network, None, None, block_length, tokenizer, layout)
 
 

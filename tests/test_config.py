@@ -102,7 +102,8 @@ def test_invalid_settings_are_one_line(setting, message):
 def test_settings_that_are_none_follow_the_process():
     """In any order and after a file; what is set stays set, and a resolved config is complete."""
     config = configs.override(configs.default(), ["training.steps=5"])
-    kinds = {name: [f"process.name={name}"] for name in RECIPES} | {"encoder": ENCODER}
+    kinds = {name: [f"process.name={name}"] for name in RECIPES}
+    kinds |= {"encoder": ENCODER, "blocks": ["network.block_size=4"]}
     recipes = {name: configs.resolved(configs.override(config, kinds[name])) for name in RECIPES}
     assert {kind_of(recipe) for recipe in recipes.values()} == RECIPES.keys()
     assert recipes["absorbing"].network.prediction == "denoiser" and recipes["absorbing"].training.loss == "bound"

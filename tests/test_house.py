@@ -54,6 +54,7 @@ DIFFUSION = [
     "discrete.exact_likelihood",
     "discrete.likelihood",
     "discrete.loss",
+    "discrete.blocks",
     "discrete.process",
     "discrete.jump_process",
     "discrete.score",

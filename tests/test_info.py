@@ -95,6 +95,7 @@ def test_a_run_is_described(place):
     }
     assert facts["network"] == {
         "architecture": "dit",
+        "block_size": 0,
         "width": 16,
         "layers": 2,
         "heads": 2,

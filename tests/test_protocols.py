@@ -20,6 +20,8 @@ from sedd.diffusion.discrete.process import Absorbing
 from sedd.diffusion.discrete.score import ScoreStats
 from sedd.diffusion.schedule import LogLinear
 from sedd.evaluation.protocols import CLEAN, PROTOCOLS, get_protocol, grouped, scoring_rows
+from sedd.network.token_network import TokenNetwork
+from sedd.network.trunk import Trunk
 
 LENGTH = 12
 LETTERS = "abcdefgh "
@@ -255,8 +257,9 @@ def test_number_of_a_protocol_is_that_of_the_papers_formula(kind, prediction, na
 
 
 def absorbing(schedule):
-    """A model without network."""
-    return dataclasses.replace(without_network(None, Absorbing(3), LENGTH), schedule=schedule)
+    """A model without parameters."""
+    network = TokenNetwork(Absorbing(3), "denoiser", Trunk(width=8, layers=1, heads=1), (1e-3, 1.0))
+    return dataclasses.replace(without_network(None, Absorbing(3), LENGTH), network=network, schedule=schedule)
 
 
 @pytest.mark.parametrize("strata", [1, 16, 64])
@@ -290,11 +293,11 @@ def test_times_are_uniform_on_the_range_of_the_papers(name):
 
 def test_default_draws_and_split_of_each_protocol(tmp_path):
     """Arguments override them."""
-    assert [get_protocol(name).draws for name in PROTOCOLS] == [None, 1000, 1, 1]
+    assert [get_protocol(name).draws for name in PROTOCOLS] == [None, 1000, 1, 1, 1]
     (tmp_path / "text").write_text("a few letters\nand more\n")
     corpus = sedd.prepare({"train": f"lines:{tmp_path}/text"}, "characters", tmp_path / "corpus")
     model = random_model(tokenizer=corpus.tokenizer)
-    for name, split in zip(PROTOCOLS, ("test", "test", "validation", "validation")):
+    for name, split in zip(PROTOCOLS, ("test", "test", "validation", "validation", "validation")):
         for expected, settings in ((split, {}), ("mine", {"split": "mine"})):
             with pytest.raises(sedd.UserError, match=f"has no split '{expected}'"):
                 model.perplexity(corpus, protocol=name, **settings)

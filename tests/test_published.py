@@ -31,6 +31,7 @@ PUBLISHED = Path(__file__).parent / "published"
 FOLDERS = {name: PUBLISHED / name for name in ("mdlm", "duo", "udlm", "radd")}
 FOLDERS["sedd"] = Path(__file__).parent / "parity" / "absorb"
 UNIFORM = ["process.name=uniform", "network.conditioning=sigma"]
+BERT = ["network.architecture=bert", "network.mask_token=7", "network.start_token=9"]
 GPT2 = {"hidden_dim": 768, "n_blocks": 12, "n_heads": 12, "cond_dim": 128, "dropout": 0.1}
 
 
@@ -220,6 +221,8 @@ def random_model(*settings, vocab_size=36):
         ("udlm", [*UNIFORM, "network.prediction=denoiser", "network.scan=true"]),
         ("sedd", ["network.prediction=score", "training.noise_sampling=time", "schedule.name=geometric"]),
         ("sedd", [*UNIFORM, "network.prediction=score", "training.loss=bound", "network.scan=true"]),
+        ("masked_lm", [*BERT, "network.dropout=0.2"]),
+        ("masked_lm", [*BERT, "network.architecture=roberta", "data.block_length=511"]),
     ],
 )
 def test_models_trained_here_are_the_same_in_published_formats(tmp_path, name, settings):
@@ -230,7 +233,8 @@ def test_models_trained_here_are_the_same_in_published_formats(tmp_path, name, s
     table = FORMATS[name].table(again.network)  # without the padding of the vocabulary
     theirs, ours = (tensors_from(named(unrolled(one.params)), table) for one in (again, model))
     assert all(np.array_equal(theirs[tensor], ours[tensor]) for tensor in ours)
-    network = dataclasses.replace(model.network, trunk=model.network.trunk.clone(scan=False))
+    unscanned = {"scan": False} if "network.scan=true" in settings else {}
+    network = dataclasses.replace(model.network, trunk=model.network.trunk.clone(**unscanned))
     assert again.network == network and again.schedule == model.schedule
     assert (again.block_length, again.vocab_size) == (model.block_length, model.vocab_size)
 
@@ -246,7 +250,9 @@ def test_models_trained_here_are_the_same_in_published_formats(tmp_path, name, s
         ("radd", [], "cannot hold network.cond_dim=128; its models have 0"),
         ("sedd", [], "cannot hold network.prediction=denoiser; its models have score"),
         ("sedd", ["network.prediction=score", "network.long_skips=true"], "cannot hold network.long_skips=True"),
-        ("masked_lm", [], "reads the format masked_lm, and does not write it"),
+        ("masked_lm", [], "cannot hold network.architecture=dit; its models have bert or roberta"),
+        ("masked_lm", [*BERT, "schedule.eps=1e-2"], "cannot hold schedule=LogLinear"),
+        ("mdlm", BERT, "cannot hold network.architecture=bert; its models have dit"),
         ("gpt2", [], "there is no format gpt2; choose one of"),
     ],
 )

@@ -55,6 +55,13 @@ class Sampler(abc.ABC):
         """Number of network calls in the first `steps` steps."""
         return steps
 
+    def in_blocks(self, size: int) -> "Sampler":
+        """The sampler that generates rows as this one does, but block after block of `size` tokens, left to right.
+
+        ValueError if there is none.
+        """
+        raise ValueError(f"{type(self).__name__} does not generate block after block")
+
 
 class Interval(NamedTuple):
     """One step of a grid of noise levels. Each Float[], or Float[steps] in the plan."""

@@ -29,6 +29,7 @@ from sedd.seeds import check_seed
 from sedd.trained import Trained
 
 METHODS = ("auto", "exact", "bound", "orders", "margin", "entropy")
+LEFT_TO_RIGHT = "left_to_right"  # what "exact" is for an autoregressive model
 MAX_EXACT_TOKENS = 12  # 4095 network rows
 _PICKERS = {"margin": Margin(), "entropy": Entropy()}
 _REPLICATE = 4  # draws of the bound in a replicate, stratified together; the spread of replicates gives the error
@@ -40,7 +41,8 @@ class LogLikelihood:
 
     method: the estimator, and with it the decoding order whose likelihood this is. "exact": of decoding one token at a
     time in random order; "bound", "orders": lower bounds on that; "margin", "entropy": exact, of decoding the most
-    certain position first; "levels": a lower bound for a uniform model. is_bound: True for the lower bounds.
+    certain position first; "left_to_right": exact, of an autoregressive model; "levels": a lower bound for a uniform
+    model. is_bound: True for the lower bounds.
     """
 
     nats: float
@@ -67,8 +69,13 @@ def log_likelihoods(
         raise UserError(f"draws must be a multiple of {_REPLICATE}, and at least {2 * _REPLICATE}, not {num_draws}")
     if trained.process.mask_id is None:
         estimator = _estimator_without_mask(trained, answers, method)
+    elif trained.network.block_of_generation is not None:
+        estimator = _estimator_of_blocks(trained, method)
     else:
         estimator = _estimator_with_mask(answers, method, num_draws)
+    if estimator == LEFT_TO_RIGHT:
+        nats = (answer.nats for answer in _bounds(trained, answers, estimator, _REPLICATE, seed))
+        return [LogLikelihood(value, None, LEFT_TO_RIGHT, False) for value in nats]
     if estimator == "exact":
         return _exact(trained, answers)
     if estimator in _PICKERS:
@@ -89,6 +96,18 @@ def _estimator_with_mask(answers: Rows, method: str, num_draws: int) -> str:
     if method != "auto":
         return method
     return "exact" if count <= MAX_EXACT_TOKENS and 2**count - 1 <= 4 * num_draws else "bound"
+
+
+def _estimator_of_blocks(trained: Trained, method: str) -> str:
+    """Returns the estimator that a method is for a model that generates block after block."""
+    size = trained.network.block_of_generation
+    names = ("auto", "exact") if size == 1 else ("auto", "bound")
+    if method not in names:
+        raise UserError(
+            f"method={method!r} is for models that decode in any order; one with network.block_size={size} has "
+            f"{names[1]!r}"
+        )
+    return LEFT_TO_RIGHT if size == 1 else "bound"
 
 
 def _estimator_without_mask(trained: Trained, answers: Rows, method: str) -> str:
@@ -187,7 +206,7 @@ def _replicates(network, bound, params, key, tokens, free, lengths, replicates):
 
 def _mean(replicates: np.ndarray, method: str) -> LogLikelihood:
     """The mean of independent replicates of a bound, Float64[R] in nats, and its standard error."""
-    error = replicates.std(ddof=1) / math.sqrt(len(replicates))
+    error = replicates.std(ddof=1) / math.sqrt(len(replicates)) if len(replicates) > 1 else 0.0
     return LogLikelihood(-float(replicates.mean()), float(error), method, True)
 
 

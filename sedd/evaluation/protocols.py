@@ -4,30 +4,29 @@
     sedd-paper   Lou, Meng and Ermon, arXiv 2310.16834, section 5 and the data loader of its authors
     mdlm         Sahoo et al., arXiv 2406.07524, and its authors' code
     duo          Sahoo et al., arXiv 2506.10892, zero-shot, and its authors' code
+    bd3lm        Arriola et al., arXiv 2503.09573, zero-shot, and its authors' code; and of autoregressive models that
+                 of MDLM and Duo too
 
-The last three reproduce the numbers of those papers, for comparison with their tables. They concatenate documents in
+All but the first reproduce the numbers of those papers, for comparison with their tables. They concatenate documents in
 groups of 1,000 and drop the tokens at the end of a group that do not fill a block; they integrate from t = 1e-3, and
-leave out the prior and the noise below. Detokenisers belong to the source (`sedd.data.source_benchmarks`). The default
-split is that of their zero-shot tables.
+leave out the prior and the noise below. Of an autoregressive model nothing is left out. Detokenisers belong to the
+source (`sedd.data.source_benchmarks`). The default split is that of their zero-shot tables.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 
 from sedd.data.corpus import Corpus
 from sedd.data.source import Source
 from sedd.diffusion.bounds import Bound
-from sedd.diffusion.discrete.likelihood import TimeLoss
-from sedd.diffusion.discrete.process import Process
 from sedd.diffusion.schedule import LogLinear
 from sedd.errors import UserError
 from sedd.evaluation.text import ScoringRows, documents, from_corpus, from_rows, from_source, from_texts
 from sedd.trained import Trained
 
-GROUP_SIZE = 1000  # documents that the data loaders of the three papers concatenate at a time
+GROUP_SIZE = 1000  # documents that the data loaders of these papers concatenate at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +40,22 @@ class Protocol:
     eps: float = 1e-3  # the earliest time
     strata: int = 1  # consecutive rows whose times are stratified over [eps, 1] together
     tightened: bool = True  # the number is that of tightened scores, else of unnormalised ones
-    own_schedule: bool = False  # the model's schedule, else log-linear with eps 1e-3
+    own_schedule: bool = False  # the model's schedule, else log-linear
+    schedule_eps: float = 1e-3  # of the log-linear schedule
     shards: int = 1  # contiguous parts of the documents, each cut on its own
     append_eos: bool = True  # an end-of-text id after each document
     wrap_with_eos: bool = False  # one before and one after each block, also scored
+    given: int = 0  # tokens at the start of each block that are given, not scored
 
     def __str__(self) -> str:
         return self.name
 
     def bound(self, trained: Trained) -> Bound:
-        """Returns the bound, or the loss of a paper. UserError for a loss of jump processes and a model of another."""
+        """Returns the bound, or the loss of a paper. UserError for a model that has no such loss."""
         if self.is_bound:
             return trained.network.bound(trained.schedule)
-        if trained.process.over_latents:
-            raise UserError(f"the protocol {self} is that of a discrete process; use {CLEAN}")
-        schedule = trained.schedule if self.own_schedule else LogLinear(1e-3)
-        return TimeLoss(cast(Process, trained.process), schedule, self.eps, self.strata)
+        schedule = trained.schedule if self.own_schedule else LogLinear(self.schedule_eps)
+        return trained.network.loss_at_times(schedule, self.eps, self.strata)
 
 
 CLEAN = Protocol("clean", split="test", draws=None, is_bound=True)
@@ -67,6 +66,7 @@ PROTOCOLS = {
         Protocol("sedd-paper", split="test", draws=1000, tightened=False, own_schedule=True, shards=8),
         Protocol("mdlm", split="validation", draws=1, strata=64, wrap_with_eos=True),
         Protocol("duo", split="validation", draws=1, strata=16, append_eos=False, wrap_with_eos=True),
+        Protocol("bd3lm", split="validation", draws=1, strata=64, wrap_with_eos=True, given=1, schedule_eps=1e-6),
     )
 }
 
@@ -99,7 +99,7 @@ def scoring_rows(
             f"the protocol {protocol} leaves nothing of {sum(map(len, ids))} tokens in {len(ids)} documents: tokens "
             f"that do not fill a block of {block_length} at the end of a group of documents are dropped; use clean"
         )
-    return from_rows(rows, trained.layout, data, len(ids))
+    return from_rows(rows, trained.layout, data, len(ids), protocol.given)
 
 
 def grouped(documents: Sequence[np.ndarray], block_length: int, protocol: Protocol, end: int | None) -> np.ndarray:

@@ -46,7 +46,7 @@ def score(
     num_rows, length = scored.tokens.shape
     size = min(batch_size or trained.network.rows_at_once(length) * devices, num_rows)
     size = -(-size // devices) * devices
-    static = (trained.network, bound, num_draws, trained.uses_lengths, mesh)
+    static = (trained.network, bound, num_draws, trained.uses_lengths, scored.given, mesh)
     run = functools.partial(_records, *static, trained.all_params, keyed_random.root_key(seed))
     here = parallel.local_rows(mesh, size)
     for first in range(start, num_rows, size):
@@ -55,16 +55,18 @@ def score(
         yield np.asarray(run(*batch))[: num_rows - first]
 
 
-@functools.partial(jax.jit, static_argnums=range(5))
-def _records(network, bound, num_draws, uses_lengths, mesh, params, key, tokens, lengths, rows):
+@functools.partial(jax.jit, static_argnums=range(6))
+def _records(network, bound, num_draws, uses_lengths, given, mesh, params, key, tokens, lengths, rows):
     """The records of a batch, Float[B M K].
 
     uses_lengths: condition the network on the lengths; else the positions after a short text stay masked, which gives
-    the model's exact marginal.
+    the model's exact marginal. given: the first tokens of each row that are not scored.
     """
-    free = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    position = jnp.arange(tokens.shape[1])[None]
+    within = position < lengths[:, None]
+    free = within & (position >= given)
     if not uses_lengths:
-        tokens, lengths = network.process.mask_tokens(tokens, ~free), None
+        tokens, lengths = network.process.mask_tokens(tokens, ~within), None
     stats = bound_stats(network, bound, num_draws, params, tokens, lengths)
     clean = network.clean(params, tokens, lengths)
     draws = bound.draws(stats, keyed_random.row_keys(key, rows), clean, num_draws, free, lengths, rows)

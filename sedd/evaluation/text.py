@@ -32,12 +32,14 @@ class ScoringRows:
     layout: Layout
     data: dict[str, Any]  # origin of the text, for the report
     documents: int  # number of documents
+    given: int = 0  # tokens at the start of each row that are given, not scored
 
     @property
     def hash(self) -> str:
         """SHA-256, in hexadecimal, of the rows, lengths, counts and clusters."""
         arrays = (self.tokens, self.lengths, self.counts, self.clusters)
-        digest = hashlib.sha256(f"{self.tokens.shape} {self.layout.name}".encode())
+        given = f" {self.given} given" if self.given else ""
+        digest = hashlib.sha256(f"{self.tokens.shape} {self.layout.name}{given}".encode())
         for array in arrays:
             digest.update(np.ascontiguousarray(array, np.int32).tobytes())
         return digest.hexdigest()
@@ -131,10 +133,13 @@ def from_texts(texts: Sequence[str], trained: Trained, has_eos_markers: bool = F
     return _scoring_rows(*arrays, size, trained.layout, data, len(texts))
 
 
-def from_rows(rows: np.ndarray, layout: Layout, data: dict[str, Any], num_documents: int) -> ScoringRows:
-    """Full blocks, Int32[N L], in clusters of 16; every token is scored and counted."""
-    counts, clusters = np.full(len(rows), rows.shape[1], np.int32), np.arange(len(rows)) // CLUSTER_BLOCKS
-    return _scoring_rows(rows, counts, clusters, (None, None), layout, data, num_documents)
+def from_rows(
+    rows: np.ndarray, layout: Layout, data: dict[str, Any], num_documents: int, given: int = 0
+) -> ScoringRows:
+    """Full blocks, Int32[N L], in clusters of 16; all tokens but the first `given` are scored and counted."""
+    lengths, clusters = np.full(len(rows), rows.shape[1], np.int32), np.arange(len(rows)) // CLUSTER_BLOCKS
+    scored = _scoring_rows(rows, lengths, clusters, (None, None), layout, data, num_documents)
+    return dataclasses.replace(scored, counts=lengths - given, given=given)
 
 
 def documents(text: Corpus | Source | Sequence[str], split: str, tokenizer: Tokenizer) -> tuple[list, dict[str, Any]]:

@@ -61,8 +61,8 @@ def sample(
 def generate(trained: Trained, rows: list[Row], options: SamplingOptions = SamplingOptions()) -> Samples:
     """Samples the free positions of prompts, conditioned on the given ones.
 
-    Rows longer than a block are sampled semi-autoregressively: each further block has its first half given.
-    UserError for an invalid argument, before compilation.
+    Rows longer than a block are sampled semi-autoregressively: each further block has its first half given, or all but
+    `options.stride` tokens. UserError for an invalid argument, before compilation.
     """
     if not rows:
         raise UserError("there is nothing to fill in")
@@ -71,11 +71,7 @@ def generate(trained: Trained, rows: list[Row], options: SamplingOptions = Sampl
     check_size(len(rows) * (options.steps if options.trace else 1), max(len(row.tokens) for row in rows))
     _check_options(trained, options)
     batch = collate(rows, trained)
-    if not trained.network.infills and _has_given(trained, batch):
-        raise UserError(
-            "this model cannot fill in text, nor continue after a block: the encoding of a given token depends on the "
-            "tokens that are to be filled in; take a model of tokens or of their embeddings"
-        )
+    _check_given(trained, batch)
     sampler = sampler_for(trained, options, batch)
     parts = parallel.num_batch_shards(trained.all_params)
     size = min(len(rows), options.batch_size or parts * trained.rows_at_once)
@@ -94,21 +90,27 @@ def sampler_for(trained: Trained, options: SamplingOptions, batch: Rows | None =
 
     UserError if there is no sampler of that name, or if it is not for the process of the model.
     """
-    process, sampler = trained.process, options.sampler
+    process, sampler, block = trained.process, options.sampler, trained.network.block_of_generation
     if isinstance(sampler, Sampler):
         if sampler.process != process:
             raise UserError(f"the sampler is for {sampler.process}, the model for {process}")
-        return sampler
+        try:
+            return sampler if block is None else sampler.in_blocks(block)
+        except ValueError as error:
+            raise UserError(f"this model generates blocks of {block} tokens from left to right: {error}") from None
     if batch is None:
         batch = collate([prompts.blank(trained.block_length)], trained)
-    largest, ignored = _largest_block(trained, batch), _ignores_given(trained, batch)
-    return named_sampler(sampler, SamplerContext(process, trained.schedule, options.steps, *largest, ignored))
+    largest, ignored = _largest_block(trained, batch, options.stride), _ignores_given(trained, batch)
+    return named_sampler(sampler, SamplerContext(process, trained.schedule, options.steps, *largest, ignored, block))
 
 
-def _largest_block(trained: Trained, batch: Rows) -> tuple[int, int, int]:
+def _largest_block(trained: Trained, batch: Rows, stride: int | None = None) -> tuple[int, int, int]:
     """Returns, for the block with the most free tokens, the number of free and of given tokens, and its length."""
+    block = trained.network.block_of_generation
+    if block is not None:
+        return block, 0, block
     largest = (0, 0, trained.block_length)
-    for at, free in windows_of(batch, trained.block_length):
+    for at, free in windows_of(batch, trained.block_length, stride):
         count = free.sum(axis=1)
         row = int(np.argmax(count))
         if count[row] > largest[0]:
@@ -130,8 +132,33 @@ def _has_given(trained: Trained, batch: Rows) -> bool:
     return bool(np.any(~batch.free & batch.within) or batch.lengths.max() > trained.block_length)
 
 
+def _check_given(trained: Trained, batch: Rows):
+    """UserError for given tokens that the network cannot take account of."""
+    if not trained.network.infills and _has_given(trained, batch):
+        raise UserError(
+            "this model cannot fill in text, nor continue after a block: the encoding of a given token depends on the "
+            "tokens that are to be filled in; take a model of tokens or of their embeddings"
+        )
+    size = trained.network.block_of_generation
+    if size is not None:
+        block, given = np.arange(batch.free.shape[1])[None] // size, ~batch.free & batch.within
+        last_given = np.max(np.where(given, block, -1), axis=1)
+        first_free = np.min(np.where(batch.free, block, block.size), axis=1)
+        if np.any(last_given > first_free):
+            one_by_one = "token after token" if size == 1 else f"blocks of {size} tokens one after the other"
+            raise UserError(
+                f"this model generates {one_by_one}, so that it cannot fill in what comes before given tokens; give a "
+                "prefix only, or take a model with network.block_size=0"
+            )
+
+
 def _check_options(trained: Trained, options: SamplingOptions):
-    network = trained.network
+    network, multiple = trained.network, trained.network.block_of_generation or 1
+    if options.stride is not None and (options.stride > trained.block_length or options.stride % multiple):
+        of_blocks = f", and a multiple of {multiple}" if multiple > 1 else ""
+        raise UserError(
+            f"stride must be at most the block length, {trained.block_length}{of_blocks}, not {options.stride}"
+        )
     if options.adjusts_logits and not network.has_logits:
         raise UserError("this model predicts latents, which have no temperature or top_p; leave them out")
     if options.round_below and not trained.process.over_latents:

@@ -51,7 +51,8 @@ class Loop:
         count = len(rows.tokens)
         group = rows.take(numbers % count)
         full_rows = _FullRows(group, self.trained.process.mask_id)
-        windows = list(windows_of(group, self.trained.block_length))
+        trained, stride = self.trained, self.options.stride
+        windows = list(windows_of(group, trained.block_length, stride, trained.network.block_of_generation or 1))
         calls, states = 0, []
         for number, (at, free) in enumerate(windows):
             full_rows.begin(at)

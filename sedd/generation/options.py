@@ -26,9 +26,10 @@ def _flag(default: Any, kind: type, text: str) -> Any:
 class SamplingOptions:
     """The options of sampling. UserError for a value that is out of range, when the object is made.
 
-    round_below: as of `sedd.diffusion.gaussian.guidance.rounded`; sampler: a name in `sedd.generation.samplers`, for
-    which `steps` is the number of steps, or a Sampler; batch_size: None: by size of the network; trace: return the
-    state after each step; watch: called after each step.
+    stride: of text longer than a block, the tokens by which each further block begins later, the others being given;
+    None: half a block. round_below: as of `sedd.diffusion.gaussian.guidance.rounded`; sampler: a name in
+    `sedd.generation.samplers`, for which `steps` is the number of steps, or a Sampler; batch_size: None: by size of the
+    network; trace: return the state after each step; watch: called after each step.
     """
 
     steps: int = _flag(128, int, "steps of the sampler")
@@ -37,6 +38,9 @@ class SamplingOptions:
     top_p: float = _flag(1.0, float, "nucleus sampling: keep the most probable tokens of this total probability")
     round_below: float = _flag(
         0.0, float, "Gaussian noise: round to the nearest embedding up to this sigma; inf: always"
+    )
+    stride: int | None = _flag(
+        None, int, "text longer than a block: new tokens of each further block, the others given (half a block)"
     )
     seed: int = _flag(0, int, "random seed")
     batch_size: int | None = _flag(None, int, "rows per batch; does not change the samples")
@@ -53,6 +57,8 @@ class SamplingOptions:
             raise UserError(f"temperature must be positive, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must lie in (0, 1], not {self.top_p}")
+        if self.stride is not None and self.stride < 1:
+            raise UserError(f"stride must be at least 1, not {self.stride}")
         if not self.round_below >= 0:
             raise UserError(f"round_below must be a noise level, at least 0, not {self.round_below}")
         if self.batch_size is not None and self.batch_size < 1:

@@ -62,12 +62,15 @@ def collate(rows: list[Row], trained: Trained) -> Rows:
 
     If the network is conditioned on the lengths, tokens after the end of a row have no effect. Otherwise a process with
     a mask keeps them masked, and one without samples the full block, to be cut; either way the row is sampled from its
-    exact marginal under the model.
+    exact marginal under the model. Rows longer than a block end with a whole block of generation, the rest unknown.
     """
     mask = trained.process.mask_id
     cut = mask is None and not trained.layout.masks_padding
     lengths = np.array([len(row.tokens) for row in rows], np.int32)
-    shape = (len(rows), max(int(lengths.max()), trained.block_length if cut else 0))
+    length = max(int(lengths.max()), trained.block_length if cut else 0)
+    if length > trained.block_length:
+        length += -length % (trained.network.block_of_generation or 1)
+    shape = (len(rows), length)
     tokens, free = np.full(shape, 0 if mask is None else mask, np.int32), np.zeros(shape, bool)
     for number, row in enumerate(rows):
         tokens[number, : lengths[number]] = row.tokens
@@ -76,21 +79,26 @@ def collate(rows: list[Row], trained: Trained) -> Rows:
     return Rows(tokens, free, lengths)
 
 
-def windows_of(rows: Rows, block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def windows_of(
+    rows: Rows, block: int, stride: int | None = None, multiple: int = 1
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields, for each of the `windows`, its positions, Int[N block], and which are free in no window before, Bool."""
     free = rows.free.copy()
-    for start in windows(rows.lengths, block):
+    for start in windows(rows.lengths, block, stride, multiple):
         at = start[:, None] + np.arange(min(block, free.shape[1]))
         yield at, np.take_along_axis(free, at, axis=1)
         np.put_along_axis(free, at, False, axis=1)
 
 
-def windows(lengths: np.ndarray, block: int) -> Iterator[np.ndarray]:
+def windows(lengths: np.ndarray, block: int, stride: int | None = None, multiple: int = 1) -> Iterator[np.ndarray]:
     """Yields the start of each row's window, Int[B], for semi-autoregressive sampling. lengths: Int[B].
 
-    Windows overlap by half a block. The last window of a row ends with the row; shorter rows repeat their last.
+    A window begins `stride` positions after the one before it, by default half a block. The last window of a row ends
+    with the row; shorter rows repeat their last. multiple: of which all starts are multiples, so that the last window
+    may end after the row.
     """
     last = np.maximum(lengths - block, 0)
-    stride = block - block // 2
+    last += -last % multiple
+    stride = stride or max(multiple, (block - block // 2) // multiple * multiple)
     for number in range(-(-int(last.max()) // stride) + 1):
         yield np.minimum(number * stride, last)

@@ -33,11 +33,17 @@ class SamplerContext(NamedTuple):
     num_given: int = 0  # tokens that are given
     length: int = 0  # positions that the network sees; those past the text stay masked
     ignores_given: bool = False  # True if there are given tokens that the network treats as noisy
+    block: int | None = None  # tokens of a block, if the model generates block after block; the sizes are then its own
 
 
 def _on_grid(kind):
     """A sampler over a grid of `steps` noise levels of the schedule."""
     return lambda context: kind(context.process, context.schedule, context.steps)
+
+
+def _tweedie(context: SamplerContext) -> Sampler:
+    """Tweedie; of blocks the sampler of its distribution, since a grid of noise levels knows no blocks."""
+    return _on_grid(Tweedie if context.block is None else Counts)(context)
 
 
 def _absorbing(context: SamplerContext) -> Absorbing:
@@ -73,7 +79,7 @@ GIBBS_STRIDE = 8  # a Gibbs round redraws one position in 8: redrawing neighbour
 
 SAMPLERS: dict[str, Callable[[SamplerContext], Sampler]] = {
     "euler": _by_state(_with_gibbs_if_needed(_on_grid(Euler)), _on_grid(EulerMaruyama)),
-    "tweedie": _by_state(_with_gibbs_if_needed(_on_grid(Tweedie)), _on_grid(DDIM)),
+    "tweedie": _by_state(_with_gibbs_if_needed(_tweedie), _on_grid(DDIM)),
     "trapezoidal": _with_gibbs_if_needed(_on_grid(Trapezoidal)),
     "first_hitting": lambda context: FirstHitting(_absorbing(context)),
     "counts": _on_grid(Counts),
@@ -105,15 +111,22 @@ def named_sampler(name: str, context: SamplerContext) -> Sampler:
     if counts is None and name not in SAMPLERS:
         raise UserError(f"there is no sampler {name!r}; there are {', '.join(SAMPLERS)} and {PLANNED}")
     try:
-        return SAMPLERS[name](context) if counts is None else FixedCounts(_absorbing(context), counts)
+        make = SAMPLERS[name] if counts is None else lambda of: FixedCounts(_absorbing(of), counts)
+        return _made(make, context)
     except ValueError as error:
         usable = ", ".join(other for other in SAMPLERS if _makes(other, context))
         raise UserError(f"the sampler {name} is not for this model; use one of {usable} ({error})") from None
 
 
+def _made(make: Callable[[SamplerContext], Sampler], context: SamplerContext) -> Sampler:
+    """ValueError if the sampler is not for the process, or for a model of blocks."""
+    sampler = make(context)
+    return sampler if context.block is None else sampler.in_blocks(context.block)
+
+
 def _makes(name: str, context: SamplerContext) -> bool:
     try:
-        return bool(SAMPLERS[name](context))
+        return bool(_made(SAMPLERS[name], context))
     except ValueError:
         return False
 

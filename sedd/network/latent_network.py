@@ -14,6 +14,7 @@ from sedd.diffusion.gaussian.likelihood import bound_of
 from sedd.diffusion.gaussian.loss import LatentStatsFn, statistics, stats_from
 from sedd.diffusion.gaussian.process import Gaussian
 from sedd.diffusion.schedule import log_snr
+from sedd.errors import UserError
 from sedd.network.adapters import TokenHead, padded
 from sedd.network.latent_adapters import LatentEmbedding, LatentHead, LayerEstimates
 from sedd.network.latent_predictions import DENOISER, MEANS
@@ -238,6 +239,9 @@ class LatentNetwork(Network):
 
     def bound(self, schedule):
         return bound_of(self.process, schedule, self.bound_low)
+
+    def loss_at_times(self, schedule, eps, strata):
+        raise UserError("this protocol is that of a discrete process, and latents diffuse here; use the protocol clean")
 
     def bound_stats(self, params, tokens, lengths=None, given=None, masked_pairs=False):
         stats = self.stats(params, tokens, None, lengths, given)

@@ -102,7 +102,7 @@ class MaskedLanguageModel(TokenNetwork):
         trunk = self.trunk.init(for_trunk, tokens, jnp.ones((1, 2), bool))["params"]
         return {"trunk": trunk, "head": self.masked_head.init(for_head, hidden, trunk["embedding"])["params"]}
 
-    def hidden(self, params, x, sigma, keys=None, lengths=None, given=None):
+    def hidden(self, params, x, sigma, keys=None, lengths=None, given=None, context=None):
         self._checked(given)
         valid = jnp.ones(x.shape, bool)
         if lengths is not None:

@@ -107,6 +107,18 @@ class Network(abc.ABC):
         return True
 
     @property
+    def block_of_generation(self) -> int | None:
+        """The number of tokens of a block, if rows are generated block after block, each given those before it.
+
+        None: all of a row together, given any tokens. A given token is taken account of in its own and later blocks.
+        """
+        return None
+
+    def trunk_length(self, length: int) -> int:
+        """The number of positions at which the trunk runs for a row of `length` tokens."""
+        return length
+
+    @property
     @abc.abstractmethod
     def outer_parameters(self) -> int:
         """The number of parameters of the embedding of the state and of the head's outputs, without padding."""
@@ -173,6 +185,13 @@ class Network(abc.ABC):
     @abc.abstractmethod
     def bound(self, schedule: Schedule) -> Bound:
         """The bound of the process, for a network that is trained with a schedule."""
+
+    @abc.abstractmethod
+    def loss_at_times(self, schedule: Schedule, eps: float, strata: int) -> Bound:
+        """The loss at times in [eps, 1] that papers report in place of the bound, or the negative log-likelihood.
+
+        strata: as of `TimeLoss`. UserError for a network that has no such loss.
+        """
 
     @abc.abstractmethod
     def bound_stats(

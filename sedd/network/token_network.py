@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
+from sedd.diffusion.bounds import Bound
 from sedd.diffusion.denoiser import Denoiser
-from sedd.diffusion.discrete.likelihood import bound_of
+from sedd.diffusion.discrete.blocks import by_token, num_blocks
+from sedd.diffusion.discrete.likelihood import DiscreteTimeBound, TimeLoss, bound_of
 from sedd.diffusion.discrete.process import Process
 from sedd.diffusion.discrete.score import PosteriorFn, StatsFn
 from sedd.network.adapters import TokenEmbedding, TokenHead, padded
@@ -23,13 +25,17 @@ class TokenNetwork(Network):
     """A network that predicts the scores or the clean tokens of a jump process; prediction: a key of PREDICTIONS.
 
     given_embedding is for the uniform process only, where a token does not show whether it is corrupted; under the
-    absorbing process any token but the mask is clean.
+    absorbing process any token but the mask is clean. bound_steps: T of a bound in discrete time, absorbing process
+    only; 0: continuous time.
     """
 
     process: Process
+    bound_steps: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
+        if self.bound_steps and self.process.mask_id is None:
+            raise ValueError("bound_steps is for the absorbing process; the uniform one has no bound in discrete time")
         if self.given_embedding and self.process.mask_id is not None:
             raise ValueError(
                 "network.given_embedding is for the uniform process; the absorbing process does not need it"
@@ -119,19 +125,21 @@ class TokenNetwork(Network):
         """Returns the StatsFn of these parameters. keys: Key[B] for dropout; lengths: Int[B]; given: Bool[B L].
 
         masked_pairs: the head runs at masked positions only, without those that are masked in x0 too. Rows 2i and
-        2i + 1 together may hold at most L + 1 of them, as antithetic mask counts do. At other positions the statistics
-        are 0; Absorbing does not use them. tightened: for an unnormalised score only; the statistics get a leading axis
-        of size two, for the score as it is and for `process.tightened` of it.
+        2i + 1 together may hold at most L + 1 of them, of blocks one more a block, as antithetic mask counts do. At
+        other positions the statistics are 0; Absorbing does not use them. tightened: for an unnormalised score only;
+        the statistics get a leading axis of size two, for the score as it is and for `process.tightened` of it.
         """
 
         def stats(x, sigma, x0):
             sigma, clipped_sigma = sigma.astype(jnp.float32), self._clipped(sigma)
-            hidden, condition = self.hidden(params, x, clipped_sigma, keys, lengths, given)
+            hidden, condition = self.hidden(params, x, clipped_sigma, keys, lengths, given, x0)
             sites = (hidden, jnp.broadcast_to(condition[:, None], (*x.shape, self.cond_dim)), x, x0)
-            sites = (*sites, *(jnp.broadcast_to(level[:, None], x.shape) for level in (sigma, clipped_sigma)))
+            levels = (by_token(level, x.shape[1]) for level in (sigma, clipped_sigma))
+            sites = (*sites, *(jnp.broadcast_to(level, x.shape) for level in levels))
             if not masked_pairs:
                 return at_sites(*sites)
-            gather, scatter = _masked_of_pairs((x == self.process.mask_id) & (x0 != self.process.mask_id))
+            masked = (x == self.process.mask_id) & (x0 != self.process.mask_id)
+            gather, scatter = _masked_of_pairs(masked, num_blocks(x.shape[1], self.block_of_generation or 0))
             return jax.tree.map(scatter, at_sites(*map(gather, sites)))
 
         def at_sites(hidden, condition, *sites):
@@ -140,7 +148,12 @@ class TokenNetwork(Network):
         return stats
 
     def bound(self, schedule):
-        return bound_of(self.process, schedule)
+        if self.bound_steps:
+            return DiscreteTimeBound(self.process, self.bound_steps, self.block_of_generation or 0)
+        return bound_of(self.process, schedule, self.block_of_generation or 0)
+
+    def loss_at_times(self, schedule, eps, strata) -> Bound:
+        return TimeLoss(self.process, schedule, eps, strata, self.block_of_generation or 0)
 
     def bound_stats(self, params, tokens, lengths=None, given=None, masked_pairs=False):
         tightened = self.has_unnormalised_scores
@@ -157,7 +170,7 @@ class TokenNetwork(Network):
 
         def posterior(x, sigma, x0):
             clipped_sigma = self._clipped(sigma)
-            hidden, condition = self.hidden(params, x, clipped_sigma, keys, lengths, given)
+            hidden, condition = self.hidden(params, x, clipped_sigma, keys, lengths, given, x0)
             logits = self.logits(params, hidden, condition[:, None])
             log_posterior = self._meaning.log_posterior(logits, x, clipped_sigma[:, None])
             return jnp.take_along_axis(log_posterior, x0[..., None], axis=-1)[..., 0]
@@ -189,10 +202,12 @@ class TokenNetwork(Network):
         keys: jax.Array | None = None,
         lengths: jax.Array | None = None,
         given: jax.Array | None = None,
+        context: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Hidden states, Float32[B L W], and the embedding of sigma, Float32[B C]. Arguments: as of `stats`.
 
-        Conditioned on sigma without clipping.
+        Conditioned on sigma without clipping. context: Int[B L], the clean tokens, of which a network of blocks takes
+        those of the blocks before a token's own; others do not read it. None: x, in which these blocks are clean.
         """
         given = self._checked(given)
         h = apply(self.embedding, params["trunk"], x, given)
@@ -204,20 +219,20 @@ class TokenNetwork(Network):
         return apply(self.head, params["head"], hidden, condition)
 
 
-def _masked_of_pairs(masked: jax.Array):
-    """Gather and scatter between all positions and the L + 1 masked ones of each pair of rows.
+def _masked_of_pairs(masked: jax.Array, blocks: int):
+    """Gather and scatter between all positions and the L + `blocks` masked ones of each pair of rows.
 
-    masked: Bool[B L]. Returns gather: [B L ...] -> [B/2 L+1 ...], and its inverse scatter, 0 elsewhere. A pair with
+    masked: Bool[B L]. Returns gather: [B L ...] -> [B/2 L+N ...], and its inverse scatter, 0 elsewhere. A pair with
     fewer masks is filled up with positions that are not masked.
     """
     # Pair by pair under `vmap`, so that no device needs the pairs of another.
     batch, length = masked.shape
-    indices = jnp.argsort(~masked.reshape(batch // 2, 2 * length), axis=-1, stable=True)[:, : length + 1]
+    indices = jnp.argsort(~masked.reshape(batch // 2, 2 * length), axis=-1, stable=True)[:, : length + blocks]
 
     def gather(values):
         return jax.vmap(lambda row, at: row[at])(values.reshape(batch // 2, 2 * length, *values.shape[2:]), indices)
 
-    def scatter(values):  # [... B/2 L+1], with or without a leading axis
+    def scatter(values):  # [... B/2 L+N], with or without a leading axis
         def one(row, at):
             return jnp.zeros((*row.shape[:-1], 2 * length), row.dtype).at[..., at].set(row)
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from sedd.codecs.torch_files import SUFFIXES
 from sedd.errors import UserError
 from sedd.pretrained import format, hydra
+from sedd.pretrained.bd3lm import Bd3lm
 from sedd.pretrained.duo import Duo
 from sedd.pretrained.format import Format
 from sedd.pretrained.masked_lm import MaskedLM
@@ -22,7 +23,7 @@ from sedd.pretrained.score_entropy import Sedd
 from sedd.pretrained.udlm import Udlm
 from sedd.trained import Trained
 
-FORMATS: dict[str, Format] = {form.name: form for form in (Sedd(), Mdlm(), Duo(), Udlm(), Radd(), MaskedLM())}
+FORMATS: dict[str, Format] = {form.name: form for form in (Sedd(), Mdlm(), Duo(), Udlm(), Radd(), Bd3lm(), MaskedLM())}
 
 
 def format_of(about: dict) -> Format | None:

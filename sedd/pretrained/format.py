@@ -35,12 +35,14 @@ class Format(abc.ABC):
     """A published format, in a file of its own.
 
     name: that of `sedd convert --to`; title: what it holds; tokenizers: names on the hub of the tokenizer that its
-    models are published with; the first that is in the local cache is used.
+    models are published with; the first that is in the local cache is used; unread: names of tensors with which nothing
+    is computed, of any value.
     """
 
     name: str
     title: str
     tokenizers: tuple[str, ...] = GPT2
+    unread: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def is_mine(self, about: dict) -> bool:
@@ -53,19 +55,16 @@ class Format(abc.ABC):
         KeyError if a setting is missing; UserError if the checkpoint is of a kind that is not supported.
         """
 
+    @abc.abstractmethod
     def about(self, config: ConfigDict, vocab_size: int) -> dict[str, Any]:
-        """Returns the config.json of a config, the inverse of `config` as far as the format can hold it.
-
-        UserError for a format that is only read.
-        """
-        raise UserError(f"sedd reads the format {self.name}, and does not write it")
+        """Returns the config.json of a config, the inverse of `config` as far as the format can hold it."""
 
     @abc.abstractmethod
     def table(self, network: Network) -> Table:
         """The tensors of the parameters of a network, with unrolled layers."""
 
     def constants(self, network: Network) -> dict[str, np.ndarray]:
-        """Returns the tensors that are no parameters, and equal in all models of these sizes."""
+        """Returns the tensors that are no parameters: those equal in all models of these sizes, and `unread`."""
         return {}
 
     def params(self, tensors: Mapping[str, np.ndarray], network: Network, folder: Path) -> dict:
@@ -77,6 +76,10 @@ class Format(abc.ABC):
         if (folder / "tokenizer").is_dir():
             return load_tokenizer(folder / "tokenizer")
         return pretrained_tokenizer(f"huggingface:{folder / TOKENIZER}") if (folder / TOKENIZER).is_file() else None
+
+    def save_tokenizer(self, tokenizer: Tokenizer, folder: epath.Path):
+        """Writes a tokenizer to the folder of a checkpoint, from which `tokenizer` reads it."""
+        tokenizer.save(folder / "tokenizer")
 
     def cached_tokenizer(self) -> Tokenizer | None:
         """Returns the tokenizer of `tokenizers` in the local cache of the hub; None if there is none."""
@@ -96,6 +99,7 @@ def read(form: Format, about: dict, place: Path) -> tuple[ConfigDict, dict, Toke
     folder = place.parent if place.is_file() else place
     config = config_of(form, about, folder)
     tensors, file = read_tensors(place)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in form.unread}
     layers = config.network.layers
     if layers > len(tensors):
         raise UserError(f"{folder}: {CONFIG} has {layers} layers, and {file.name} {len(tensors)} tensors")
@@ -136,7 +140,7 @@ def writer(form: Format, model: Trained, config: ConfigDict) -> Callable[[epath.
         tensors = tensors_from(named(unrolled(jax.device_get(model.params))), table)
         (folder / WEIGHTS).write_bytes(save(tensors | constants, metadata={"format": "pt"}))
         if model.tokenizer is not None:
-            model.tokenizer.save(folder / "tokenizer")
+            form.save_tokenizer(model.tokenizer, folder)
         (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n")  # last: it marks a complete folder
 
     return write

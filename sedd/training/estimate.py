@@ -128,8 +128,9 @@ def step_flops(objective: Objective, rows: int, length: int, recomputed: bool = 
     """
     network, sites = objective.network, objective.head_positions(rows, length)
     trunk, width, cond_dim = network.trunk, network.trunk.width, network.cond_dim
-    attention = trunk.layers * rows * length * 4 * length * width  # scores and values
-    maps = trunk.layers * rows * (length * 24 * width**2 + 12 * cond_dim * width)  # qkv, out, up, down; modulation
+    inner = network.trunk_length(length)
+    attention = trunk.layers * rows * inner * 4 * inner * width  # scores and values
+    maps = trunk.layers * rows * (inner * 24 * width**2 + 12 * cond_dim * width)  # qkv, out, up, down; modulation
     conditioning = 2 * rows * cond_dim * (FREQUENCIES + cond_dim)
     outer = 2 * sites * (network.outer_products + 2 * width * cond_dim)
     recomputation = {"none": 0, "dots": attention, "full": attention + maps}[trunk.remat]
@@ -142,13 +143,15 @@ def step_flops(objective: Objective, rows: int, length: int, recomputed: bool = 
 
 def activation_bytes(objective: Objective, rows: int, length: int, model: int = 1) -> int:
     """Estimated bytes that the backward pass of `rows` rows needs on a device. model: devices that share the heads."""
-    network, tokens, sites = objective.network, rows * length, objective.head_positions(rows, length)
+    network, sites = objective.network, objective.head_positions(rows, length)
+    inner = network.trunk_length(length)
+    tokens = rows * inner
     trunk, width, size = network.trunk, network.trunk.width, 2 if network.trunk.dtype == "bfloat16" else 4
     # A layer, per token: in float32 the residual stream, its norm, and the branch before and after its gate, each
     # twice, with the dropout masks; in the trunk's dtype the inputs of all matrices, q, k and v, and the rotated q and
     # k; and the attention's logits and weights, in float32 and in the trunk's dtype, which only XLA's attention stores.
     replicated = (2 * 4 * 4 + 2 * bool(trunk.dropout) + 2 * size) * width
-    sharded = (5 + 1 + 8) * size * width + (trunk.attention == "xla") * trunk.heads * length * (8 + size)
+    sharded = (5 + 1 + 8) * size * width + (trunk.attention == "xla") * trunk.heads * inner * (8 + size)
     layer = tokens * (replicated + sharded // model)
     # Recomputed layers save the residual stream ("dots": and the outputs of their linear maps); one layer is live.
     maps = tokens * (2 + 7 / model) * size * width

@@ -16,6 +16,7 @@ from sedd.training.score_entropy import ScoreEntropy
 _TOKENS: dict[str, Callable[..., Objective]] = {"bound": ScoreEntropy, "cross_entropy": CrossEntropy}
 OBJECTIVES: dict[str, dict[str, Callable[..., Objective]]] = {  # by the kind of model, then by `training.loss`
     "absorbing": _TOKENS,
+    "blocks": {"bound": ScoreEntropy},
     "uniform": _TOKENS,
     "gaussian": {"bound": LatentBoundLoss, "cross_entropy": LatentCrossEntropy, "regression": Regression},
     "encoder": {"regression": Encodings, "denoising": Denoising, "decoder": Decoding},

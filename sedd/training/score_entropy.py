@@ -7,6 +7,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
+from sedd.diffusion.discrete.blocks import num_blocks
 from sedd.diffusion.discrete.loss import count_loss, denoising_loss
 from sedd.diffusion.discrete.process import Absorbing
 from sedd.training.token_objective import TokenObjective
@@ -17,7 +18,9 @@ class ScoreEntropy(TokenObjective):
     """The paper's loss, an unbiased estimate of each row's NLL bound.
 
     noise_sampling: "time": times stratified over [min_time, 1] (SEDD, algorithm 1); "mask_count": antithetic pairs, in
-    which rows 2i and 2i + 1 mask k and L + 1 - k tokens, so that the head runs at L + 1 positions per pair.
+    which rows 2i and 2i + 1 mask k and L + 1 - k tokens, so that the head runs at L + 1 positions per pair. Of a
+    network of blocks every block has a level of its own, stratified over the blocks of the batch; with blocks of one
+    token that is the cross-entropy of the autoregressive model.
     """
 
     noise_sampling: str = "time"
@@ -26,32 +29,56 @@ class ScoreEntropy(TokenObjective):
         stats, process = self.network.stats(params, **inputs, masked_pairs=self._is_paired), self.network.process
         if not self._is_paired:
             loss = denoising_loss(process, self.schedule, stats, keys, tokens, levels, free)
-            return {"loss": loss}, self.schedule.sigma(levels)
+            return {"loss": loss}, self.schedule.sigma(_of_rows(levels))
         lengths = inputs["lengths"]
         loss = count_loss(cast(Absorbing, process), stats, keys, tokens, levels, free, lengths)
-        n = jnp.maximum(tokens.shape[1] if lengths is None else lengths, 1)
-        return {"loss": loss}, -jnp.log1p(-(levels.astype(jnp.float32) - 0.5) / n.astype(jnp.float32))
+        n = jnp.maximum(self._lengths_of_blocks(tokens.shape[1], lengths), 1)
+        ratio = (levels.astype(jnp.float32) - 0.5) / n.astype(jnp.float32)
+        return {"loss": loss}, -jnp.log1p(-_of_rows(ratio))
 
-    def levels(self, rows, key, lengths):
-        return self.counts(rows, key, lengths) if self._is_paired else self.times(rows, key)
+    def levels(self, rows, key, length, lengths=None):
+        blocks = num_blocks(length, self.network.block_of_generation or 0)
+        if self._is_paired:
+            return self.counts(rows, key, self._lengths_of_blocks(length, lengths), blocks)
+        return self.times(_of_blocks(rows, blocks), key, blocks)
 
     def head_positions(self, rows, length):
         """The number of positions at which the head runs: the masked ones of antithetic pairs, or all."""
-        return math.ceil(rows * (length + 1) / 2) if self._is_paired else rows * length
+        blocks = num_blocks(length, self.network.block_of_generation or 0)
+        return math.ceil(rows * (length + blocks) / 2) if self._is_paired else rows * length
 
     @property
     def _is_paired(self) -> bool:
         return self.noise_sampling == "mask_count"
 
-    def counts(self, rows: jax.Array, key: jax.Array, lengths: jax.Array | int) -> jax.Array:
-        """Stratified mask counts, antithetic in the two rows of a pair. Int[B] -> Int[B].
+    def counts(self, rows: jax.Array, key: jax.Array, lengths: jax.Array | int, blocks: int = 1) -> jax.Array:
+        """Stratified mask counts, antithetic in the two rows of a pair. Int[B] -> Int[B], or Int[B N] of N blocks.
 
-        lengths: n, number of tokens of each row, Int[B] or one number for all. At level u the even row of a pair masks
-        1 + floor(u n) of its n tokens, the odd row n' - floor(u n') of its n': k and L + 1 - k if both have L tokens.
+        lengths: n, number of tokens of each row, or of each block, or one number for all. At level u the even row of a
+        pair masks 1 + floor(u n) of its n tokens, the odd row n' - floor(u n') of its n': k and L + 1 - k if both have
+        L tokens.
         """
         # A pair masks at most L + 1 tokens: 1 + n' + floor(u n) - floor(u n'), where floor(u n) - floor(u n') is at
         # most ceil(u (n - n')) <= n - n' for n > n', and at most 0 else; so it is 1 + max(n, n') or less.
-        level = self._level(rows // 2, key, self.batch_size // 2)
+        level = self._level(_of_blocks(rows // 2, blocks), key, self.batch_size // 2 * blocks)
         lengths = jnp.maximum(lengths, 1)  # a row without tokens has no loss at any count
         below = jnp.minimum((level * lengths.astype(level.dtype)).astype(jnp.int32), lengths - 1)
-        return jnp.where(rows % 2 == 0, 1 + below, lengths - below)
+        is_even = jnp.reshape(rows % 2 == 0, (-1, *[1] * (level.ndim - 1)))
+        return jnp.where(is_even, 1 + below, lengths - below)
+
+    def _lengths_of_blocks(self, length: int, lengths: jax.Array | None) -> jax.Array | int:
+        """The number of tokens of each row, Int[B] or one for all; of blocks that of each, Int[B N] or one for all."""
+        size = self.network.block_of_generation
+        if not size:
+            return length if lengths is None else lengths
+        return size if lengths is None else jnp.clip(lengths[:, None] - jnp.arange(0, length, size)[None], 0, size)
+
+
+def _of_blocks(rows: jax.Array, blocks: int) -> jax.Array:
+    """The global numbers of the blocks of each row, Int[B] -> Int[B N]; with one block the rows' own, Int[B]."""
+    return rows if blocks == 1 else rows[:, None] * blocks + jnp.arange(blocks)[None]
+
+
+def _of_rows(levels: jax.Array) -> jax.Array:
+    """The levels of rows, or the means of those of their blocks. Float[B] or Float[B N] -> Float[B]."""
+    return levels if levels.ndim == 1 else levels.mean(axis=1)

@@ -76,7 +76,7 @@ class TokenObjective(abc.ABC):
         keys = keyed_random.row_keys(key, rows)
         noise, dropout = keyed_random.fold(keys, _NOISE), keyed_random.fold(keys, _DROPOUT)
         free, given = self.free_and_given(rows, key, tokens.shape[1], lengths)
-        levels = self.levels(rows, key, tokens.shape[1] if lengths is None else lengths)
+        levels = self.levels(rows, key, tokens.shape[1], lengths)
         inputs = dict(keys=dropout, lengths=lengths, given=given)
         terms, sigma = self.losses(params, tokens, levels, noise, free, inputs, key)
         terms = {name: jnp.sum(term, axis=-1) for name, term in terms.items()}
@@ -100,8 +100,8 @@ class TokenObjective(abc.ABC):
         `free_and_given`; inputs: the arguments keys, lengths and given of the network's `stats`; key: of the step.
         """
 
-    def levels(self, rows: jax.Array, key: jax.Array, lengths: jax.Array | int) -> jax.Array:
-        """The noise of each row: stratified times. lengths: number of tokens, Int[B] or one for all."""
+    def levels(self, rows: jax.Array, key: jax.Array, length: int, lengths: jax.Array | None = None) -> jax.Array:
+        """The noise of each row of `length` positions: stratified times. lengths: numbers of tokens, Int[B]."""
         return self.times(rows, key)
 
     def head_positions(self, rows: int, length: int) -> int:
@@ -123,11 +123,12 @@ class TokenObjective(abc.ABC):
         given = random_given(keyed_random.fold(keyed_random.row_keys(key, rows), _GIVEN), valid)
         return valid & ~given, given
 
-    def times(self, rows: jax.Array, key: jax.Array) -> jax.Array:
-        """Stratified times. Int[B] -> Float[B] in [min_time, 1]."""
-        return self.min_time + (1 - self.min_time) * self._level(rows, key, self.batch_size)
+    def times(self, rows: jax.Array, key: jax.Array, blocks: int = 1) -> jax.Array:
+        """Stratified times, Int[...] -> Float[...] in [min_time, 1]. blocks: of a row, if `rows` numbers blocks."""
+        return self.min_time + (1 - self.min_time) * self._level(rows, key, self.batch_size * blocks)
 
     def _level(self, index, key, count):
-        """A uniform draw from the stratum of each index, of `count` strata of [0, 1). Int[B] -> Float[B]."""
-        within = keyed_random.uniform(keyed_random.fold(keyed_random.row_keys(key, index), _LEVEL))
+        """A uniform draw from the stratum of each index, of `count` strata of [0, 1). Int[...] -> Float[...]."""
+        keys = keyed_random.row_keys(key, jnp.ravel(index))
+        within = keyed_random.uniform(keyed_random.fold(keys, _LEVEL)).reshape(jnp.shape(index))
         return (jnp.asarray(strata(count), within.dtype)[index] + within) / count

@@ -8,7 +8,13 @@ follows the scores down to noise `low`, and takes one step from there to 0 (SEDD
 by mask count, for the absorbing process: p is the distribution of decoding one token at a time in a uniformly random
 order, the network conditioned on the number of masks only. That is the first form with `low` 0 and `high` infinite,
 averaged over all noise levels that mask the same number (Ou et al., arXiv 2406.03736): nothing is cut off, and the
-draws have less variance.
+draws have less variance;
+
+in discrete time, for the absorbing process: p is the distribution of the ancestral sampler in T steps, which draws the
+tokens of a step independently (MDLM, arXiv 2406.07524, equation 7). It falls to the second form as T grows.
+
+A network of blocks is bounded block after block, each given those before (`sedd.diffusion.discrete.blocks`): fields
+named `block_size` are the tokens of a block, 0: all of a row.
 """
 
 import dataclasses
@@ -20,6 +26,7 @@ import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
 from sedd.diffusion.bounds import Bound, BoundTerms, Draws, in_halves, in_stratum
+from sedd.diffusion.discrete.blocks import block_keys, by_token, num_blocks, split
 from sedd.diffusion.discrete.loss import count_loss, denoising_loss
 from sedd.diffusion.discrete.process import Absorbing, Process
 from sedd.diffusion.discrete.score import ScoreStats, StatsFn
@@ -83,36 +90,53 @@ class MaskCountBound(TokenBound):
 
     If the number of strata of a half is even, its draws come in antithetic pairs: k and n + 1 - k of a row's n free
     tokens, which mask every token once and one of them twice. The StatsFn is then called with pairs of rows 2i and
-    2i + 1 that hold at most n + 1 masked free tokens together; otherwise with independent rows.
+    2i + 1 that hold at most n + 1 masked free tokens together; otherwise with independent rows. Of blocks, each has a k
+    of its own, and n counts its tokens. With blocks of one token it is no bound but the negative log-likelihood itself,
+    by one call.
 
     The bound is that of the network conditioned on `process.sigma_from_mask_ratio` of each state. A position that is
     masked in x0 stays masked: with free False there, the rows are part of a block whose other positions are unknown.
     """
 
-    likelihood_of = "decoding one token at a time in random order, conditioned on the number of masked tokens"
+    block_size: int = 0
+
+    @property
+    def likelihood_of(self):
+        if not self.block_size:
+            return "decoding one token at a time in random order, conditioned on the number of masked tokens"
+        if self.block_size == 1:
+            return "decoding one token at a time from left to right"
+        return f"decoding blocks of {self.block_size} tokens from left to right, each in random order"
 
     def takes_pairs(self, num_draws):
-        return num_draws % 4 == 0
+        return num_draws % 4 == 0 and self.block_size != 1
 
     def draws(self, stats_fn, keys, x0, num_draws, free=None, lengths=None, rows=None):
         process = cast(Absorbing, self.process)
         free = jnp.ones(x0.shape, bool) if free is None else free
-        n = jnp.maximum(jnp.sum(free, axis=-1), 1)
+        blocks = num_blocks(x0.shape[1], self.block_size)
+        n = jnp.maximum(jnp.sum(split(free, blocks), axis=-1), 1)  # Int[B], or Int[B N] of blocks
+        if self.block_size == 1:
+            exact = count_loss(process, stats_fn, keys, x0, n, free, lengths).sum(-1)
+            return in_halves(lambda *_: _of_counts(jnp.ones((1, len(x0))), exact[None]), keys, num_draws, 1)
         pairs = self.takes_pairs(num_draws)
 
         def at(keys, stratum, strata):
-            u = in_stratum(stratum, strata, keyed_random.fold(keys, 0))
+            u = in_stratum(stratum, strata, block_keys(keyed_random.fold(keys, 0), blocks))
             k = jnp.minimum(1 + (u * n.astype(u.dtype)).astype(jnp.int32), n)
+            level = u if u.ndim == 1 else u.mean(axis=1)
             rows = (keyed_random.fold(keys, 1), x0, k, free, lengths)
             if not pairs:
                 loss = count_loss(process, stats_fn, *rows).sum(-1)[None]
-                return _of_counts(u[None], loss)
+                return _of_counts(level[None], loss)
             rows = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), rows)
             mirrored = jnp.arange(2 * len(n)) % 2 == 1
-            k_of_pairs = jnp.where(mirrored, jnp.repeat(n, 2) + 1 - rows[2], rows[2])
+            n_of_pairs = jnp.repeat(n, 2, axis=0)
+            odd = jnp.reshape(mirrored, (-1, *[1] * (n.ndim - 1)))
+            k_of_pairs = jnp.where(odd, n_of_pairs + 1 - rows[2], rows[2])
             loss = count_loss(process, stats_fn, *rows[:2], k_of_pairs, *rows[3:], mirrored).sum(-1)
             loss = jnp.moveaxis(loss.reshape(*loss.shape[:-1], -1, 2), -1, 0)
-            return _of_counts(jnp.stack([u, 1 - u]), loss)
+            return _of_counts(jnp.stack([level, 1 - level]), loss)
 
         return in_halves(at, keys, num_draws, 2 if pairs else 1)
 
@@ -120,6 +144,51 @@ class MaskCountBound(TokenBound):
 def _of_counts(level: jax.Array, loss: jax.Array) -> Draws:
     """Draws at even levels, without prior and reconstruction."""
     return Draws(level, jnp.ones_like(level), jnp.zeros_like(level), loss, jnp.zeros_like(loss))
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscreteTimeBound(TokenBound):
+    """The bound on `Tweedie` in T even steps of the mask ratio, for a process with a mask: MDLM's with T = `steps`.
+
+    The step from the mask ratio i / T to (i - 1) / T unmasks each masked token with probability 1 / i, at a cost of its
+    cross-entropy, and i is stratified over 1 .. T. Nothing is left out: at i = T all is masked, after i = 1 nothing.
+    The tokens of a step are drawn independently, so that the bound exceeds that of decoding one token at a time; with
+    one step it is the negative log-likelihood of independent tokens. The network is conditioned on
+    `process.sigma_from_mask_ratio` of each state, as the samplers' is. MDLM, equation 7 with alpha = 1 - t.
+    """
+
+    steps: int
+    block_size: int = 0
+
+    def __post_init__(self):
+        if self.process.mask_id is None:
+            raise ValueError(f"DiscreteTimeBound needs the absorbing process, not {self.process}")
+        if self.steps < 1:
+            raise ValueError(f"DiscreteTimeBound needs at least one step, not {self.steps}")
+
+    @property
+    def likelihood_of(self):
+        of_blocks = f", block after block of {self.block_size} tokens" if self.block_size else ""
+        return f"the sampler tweedie in {self.steps:,} even steps of the mask ratio{of_blocks}"
+
+    def draws(self, stats_fn, keys, x0, num_draws, free=None, lengths=None, rows=None):
+        process = cast(Absorbing, self.process)
+        free = jnp.ones(x0.shape, bool) if free is None else free
+        blocks = num_blocks(x0.shape[1], self.block_size)
+
+        def at(keys, stratum, strata):
+            u = in_stratum(stratum, strata, block_keys(keyed_random.fold(keys, 0), blocks))
+            ratio = jnp.minimum(1 + jnp.floor(u * self.steps), self.steps) / self.steps
+            of_token = jnp.broadcast_to(by_token(ratio, x0.shape[1]), x0.shape)
+            of_position = keyed_random.position_keys(keyed_random.fold(keys, 1), jnp.arange(x0.shape[1]))
+            masked = free & keyed_random.bernoulli(of_position, of_token)
+            x = process.mask_tokens(x0, masked)
+            sigma = process.sigma_from_mask_ratio(x, lengths)
+            entropy = process.cross_entropy(stats_fn(x, sigma, x0), x, sigma[:, None])
+            loss = jnp.sum(jnp.where(masked, entropy / of_token, 0.0), axis=-1)
+            return _of_counts((ratio if ratio.ndim == 1 else ratio.mean(axis=1))[None], loss[None])
+
+        return in_halves(at, keys, num_draws, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +219,14 @@ class TimeLoss(TokenBound):
 
     It is the integral over [eps, 1] divided by 1 - eps. The integral over [0, eps], the prior and the reconstruction
     are left out; the bounds include them. The draws are independent, each at a time in the row's stratum. strata:
-    consecutive rows whose times are stratified over [eps, 1] together, a power of two.
+    consecutive rows whose times are stratified over [eps, 1] together, a power of two; of blocks, each has a time of
+    its own, and consecutive blocks are stratified.
     """
 
     schedule: Schedule
     eps: float
     strata: int
+    block_size: int = 0
 
     likelihood_of = "not a bound: the loss that those papers report, without prior and reconstruction"
 
@@ -166,11 +237,15 @@ class TimeLoss(TokenBound):
 
     def draws(self, stats_fn, keys, x0, num_draws, free=None, lengths=None, rows=None):
         assert rows is not None  # their strata depend on them
+        count = num_blocks(x0.shape[1], self.block_size)
+        numbers = rows if count == 1 else rows[:, None] * count + jnp.arange(count)[None]
 
         def at(keys, *_):
-            u = in_stratum(self.stratum(rows), self.strata, keyed_random.fold(keys, 0))
+            u = in_stratum(self.stratum(numbers), self.strata, block_keys(keyed_random.fold(keys, 0), count))
             t = self.eps + (1 - self.eps) * u
-            loss = denoising_loss(self.process, self.schedule, stats_fn, keyed_random.fold(keys, 1), x0, t).sum(-1)
+            noise = keyed_random.fold(keys, 1)
+            loss = denoising_loss(self.process, self.schedule, stats_fn, noise, x0, t, free).sum(-1)
+            t = t if t.ndim == 1 else t.mean(axis=1)
             sigma, rate = self.schedule.sigma(t), self.schedule.rate(t)
             level, width = -jnp.expm1(-sigma), (1 - self.eps) * rate * jnp.exp(-sigma)  # width: d(1 - alpha) / du
             zeros = jnp.zeros_like(loss)
@@ -179,10 +254,13 @@ class TimeLoss(TokenBound):
         return in_halves(at, keys, num_draws, 1)
 
 
-def bound_of(process: Process, schedule: Schedule) -> Bound:
-    """Returns the bound of a process that is trained with a schedule: by mask counts if it has a mask."""
+def bound_of(process: Process, schedule: Schedule, block_size: int = 0) -> Bound:
+    """Returns the bound of a process that is trained with a schedule: by mask counts if it has a mask.
+
+    block_size: tokens of a block, for a process with a mask only; 0: all of a row.
+    """
     if process.mask_id is not None:
-        return MaskCountBound(process)
+        return MaskCountBound(process, block_size)
     return NoiseLevelBound(process, float(schedule.sigma(0.0)), max(float(schedule.sigma(1.0)), MIN_HIGH))
 
 

@@ -78,6 +78,18 @@ class EntropyBounded:
         return masked & ((ranks < self.count) | (jnp.take_along_axis(before, ranks, axis=-1) <= self.gamma))
 
 
+@dataclasses.dataclass(frozen=True)
+class FirstBlock:
+    """Picks as `picker` does, in the first block of `size` positions that has a masked position."""
+
+    picker: Picker
+    size: int
+
+    def __call__(self, log_clean: jax.Array, masked: jax.Array) -> jax.Array:
+        block = jnp.arange(masked.shape[-1])[None] // self.size
+        return self.picker(log_clean, masked & (block == jnp.argmax(masked, axis=-1)[:, None] // self.size))
+
+
 def _ranks(uncertainty: jax.Array, masked: jax.Array) -> jax.Array:
     """Ranks the masked positions, ties by position, before all others. Float[B L], Bool[B L] -> Int[B L]."""
     order = jnp.lexsort((uncertainty, ~masked), axis=-1)

@@ -4,6 +4,8 @@
 number, with its own key, and from it a bucket; the calls of a row are its nonempty buckets, in order. So the order
 differs by row, no call is wasted, and the network is evaluated only where a token is drawn.
 
+`Blockwise` unmasks block after block, each as one of these unmasks a row.
+
 `Adaptive` evaluates the network at all positions, and a picker (`sedd.diffusion.discrete.pickers`) chooses the masked
 positions to unmask next. So the order of a sequence is a function of the sequence, and the sampler has an exact
 likelihood.
@@ -25,7 +27,7 @@ import numpy as np
 
 from sedd.diffusion import keyed_random
 from sedd.diffusion.denoiser import Denoiser
-from sedd.diffusion.discrete.pickers import Picker
+from sedd.diffusion.discrete.pickers import FirstBlock, Picker
 from sedd.diffusion.discrete.process import Absorbing, Jump
 from sedd.diffusion.discrete.samplers import TokenSampler, Tweedie, move, unmask
 from sedd.diffusion.schedule import Schedule
@@ -66,6 +68,9 @@ class PlannedUnmasking(TokenSampler):
     @abc.abstractmethod
     def plan_shape(self, length: int) -> tuple[int, int]:
         """The maximum number of calls of a row, and the maximum number of positions of a row that a call unmasks."""
+
+    def in_blocks(self, size):
+        return Blockwise(self.process, self, size)
 
     def plan(self, keys, free):
         return _calls(self.bucket(keys, free), free, *self.plan_shape(free.shape[-1]))
@@ -199,6 +204,41 @@ class FixedCounts(PlannedUnmasking):
 
 
 @dataclasses.dataclass(frozen=True)
+class Blockwise(PlannedUnmasking):
+    """Unmasks block after block of `size` positions, from left to right, each as `sampler` unmasks a row.
+
+    Needs the absorbing process. The order in which a network of blocks generates (Arriola et al., arXiv 2503.09573):
+    with `FirstHitting` its distribution; with blocks of one position that of autoregressive decoding. The calls of
+    `sampler`, such as the `steps` of `Counts`, are those of each block.
+    """
+
+    sampler: PlannedUnmasking
+    size: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.size < 1:
+            raise ValueError(f"Blockwise: a block has at least one position, not {self.size}")
+
+    def in_blocks(self, size):
+        if size != self.size:
+            raise ValueError(f"the sampler is for blocks of {self.size} tokens, the model for blocks of {size}")
+        return self
+
+    def bucket(self, keys, free):
+        rows, length = free.shape
+        count = -(-length // self.size)
+        blocks = jnp.pad(free, ((0, 0), (0, -length % self.size))).reshape(rows * count, self.size)
+        of_blocks = keyed_random.position_keys(keys, jnp.arange(count)).ravel()
+        within = jnp.where(blocks, self.sampler.bucket(of_blocks, blocks), 0).reshape(rows, -1)[:, :length]
+        return within + (1 + jnp.max(within)) * (jnp.arange(length) // self.size)[None]
+
+    def plan_shape(self, length):
+        calls, width = self.sampler.plan_shape(min(self.size, length))
+        return calls * -(-length // self.size), width
+
+
+@dataclasses.dataclass(frozen=True)
 class Adaptive(TokenSampler):
     """Decodes in an order chosen from the unmasked tokens; each call unmasks all positions that the picker picks.
 
@@ -216,6 +256,9 @@ class Adaptive(TokenSampler):
 
     def __post_init__(self):
         _check_absorbing(self)
+
+    def in_blocks(self, size):
+        return Adaptive(self.process, FirstBlock(self.picker, size))
 
     def plan(self, keys, free):
         # At most L calls. Each needs `free`, since given masks must stay. One byte for each pair of positions is small

@@ -240,10 +240,10 @@ class Model(Trained):
     def save(self, directory: str | Path, format: str = EXPORT):
         """Exports weights, config and tokenizer to a folder that `load` reads.
 
-        format: that of published checkpoints, which their authors' code reads too: sedd, mdlm, duo, udlm, radd or
-        masked_lm; or EXPORT, that of this project. Atomic: a write that fails leaves no file. With several processes
-        all of them call it, and process 0 writes. UserError if the folder is not empty, or if the format cannot hold
-        the model.
+        format: that of published checkpoints, which their authors' code reads too: sedd, mdlm, duo, udlm, radd,
+        bd3lm or masked_lm; or EXPORT, that of this project. Atomic: a write that fails leaves no file. With several
+        processes all of them call it, and process 0 writes. UserError if the folder is not empty, or if the format
+        cannot hold the model.
         """
         directory = storage.folder_of(directory)
         write = self._write if format == EXPORT else pretrained.writer(format, self, self.config)
@@ -317,6 +317,10 @@ class Model(Trained):
         if steps is not None:
             if not isinstance(network, TokenNetwork) or self.process.mask_id is None:
                 raise UserError("steps is a bound in discrete time of absorbing models; leave it out")
+            if network.block_of_generation == 1:
+                raise UserError(
+                    "steps has no meaning for an autoregressive model, whose likelihood is exact; leave it out"
+                )
             if not 1 <= steps <= MAX_STEPS:
                 raise UserError(f"steps must be at least 1 and at most {MAX_STEPS:,}, not {steps}")
             network = dataclasses.replace(network, bound_steps=steps)

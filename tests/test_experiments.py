@@ -153,7 +153,7 @@ def test_commands_on_published_checkpoints_parse_and_agree(name):
         "sedd prepare --tokenizer=bytes",
         "sedd train --config=x.py --workdir=runs/x --config.training.step=3",
         "sedd train --config=x.py --workdirs=runs/x",
-        "sedd eval --model=runs/x --steps=3",
+        "sedd eval --model=runs/x --temperature=3",
         "sed train --workdir=runs/x",
     ],
 )

@@ -1,4 +1,4 @@
-"""Published checkpoints of MDLM, Duo, UDLM and RADD against what the authors' code computes from them (float32)."""
+"""Published checkpoints of MDLM, Duo, UDLM, RADD and BD3-LM against what the authors' code computes (float32)."""
 
 import dataclasses
 import json
@@ -22,16 +22,19 @@ from sedd.data.tokenizer_huggingface import gpt2_data
 from sedd.diffusion import keyed_random
 from sedd.diffusion.discrete.score import clean_stats
 from sedd.model import Model
-from sedd.network import layers, predictions, trunk
+from sedd.network import block_network, layers, predictions, trunk
+from sedd.network.token_network import TokenNetwork
 from sedd.network.trunk import scanned, unrolled
 from sedd.pretrained import FORMATS, format_of
 from sedd.runtime.trees import named
 
 PUBLISHED = Path(__file__).parent / "published"
-FOLDERS = {name: PUBLISHED / name for name in ("mdlm", "duo", "udlm", "radd")}
+FOLDERS = {name: PUBLISHED / name for name in ("mdlm", "duo", "udlm", "radd", "bd3lm")}
 FOLDERS["sedd"] = Path(__file__).parent / "parity" / "absorb"
 UNIFORM = ["process.name=uniform", "network.conditioning=sigma"]
+CONSTANT = "network.conditioning=constant"
 BERT = ["network.architecture=bert", "network.mask_token=7", "network.start_token=9"]
+BLOCK_MASK = block_network.block_mask
 GPT2 = {"hidden_dim": 768, "n_blocks": 12, "n_heads": 12, "cond_dim": 128, "dropout": 0.1}
 
 
@@ -126,6 +129,11 @@ def interleaved(x, positions=None):
     return layers.rotary(x[..., order], positions)[..., np.argsort(order)]
 
 
+def with_mask(self, logits, x, sigma):
+    """The log probabilities of clean tokens, with the mask's logit left in the softmax."""
+    return jax.nn.log_softmax(logits)[..., : self.process.vocab_size]
+
+
 @pytest.mark.parametrize("change", ["rotary", "modulation", "mask"])
 def test_a_wrong_network_is_noticed(published, monkeypatch, change):
     """Control: each change moves the log probabilities by more than a hundred times the tolerance."""
@@ -135,15 +143,116 @@ def test_a_wrong_network_is_noticed(published, monkeypatch, change):
     elif change == "modulation":  # scale, shift, gate
         monkeypatch.setattr(trunk, "modulate", lambda x, shift, scale: layers.modulate(x, scale, shift))
     else:
-
-        def with_mask(self, logits, x, sigma):
-            return jax.nn.log_softmax(logits)[..., : self.process.vocab_size]
-
         monkeypatch.setattr(predictions.DenoiserPrediction, "log_clean", with_mask)
     theirs, where = log_probs(model, expected)
     moved = np.abs(np.where(where, log_clean(model, expected) - theirs, 0)).max()
     unaffected = (change == "modulation" and name == "radd") or (change == "mask" and model.process.mask_id is None)
     assert moved < 1e-4 if unaffected else moved > 1e-2
+
+
+@pytest.fixture(scope="module")
+def of_blocks():
+    """The model of BD3-LM, of blocks of 4 tokens, and the arrays of the authors' code."""
+    with np.load(PUBLISHED / "bd3lm" / "expected.npz") as expected:
+        return sedd.load(PUBLISHED / "bd3lm"), dict(expected)
+
+
+def nats_of_blocks(model, expected, network=None, params=None):
+    """-log p of each masked token given its noisy block and the clean blocks before it, by the StatsFn. Float[B L]."""
+    network, params = network or model.network, params or model.params
+    x, sigma = expected["xt"], jnp.ones(len(expected["xt"]))  # any: the network is not conditioned on it
+    stats = jax.jit(network.stats(params))(x, sigma, expected["x0"])
+    return np.asarray(model.process.cross_entropy(stats, x, sigma[:, None]))
+
+
+def expected_nats(expected):
+    return -np.take_along_axis(expected["log_probs"], expected["x0"][..., None], axis=-1)[..., 0]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_log_probabilities_of_all_blocks_are_those_of_the_authors(of_blocks, scan):
+    """Of [xt, x0], the input of their validation; the logits before anything is done to them, that of the mask too."""
+    model, expected = of_blocks
+    network = dataclasses.replace(model.network, trunk=model.network.trunk.clone(scan=scan))
+    params = scanned(model.params) if scan else model.params
+
+    @jax.jit
+    def logits_of(params):
+        hidden, condition = network.hidden(params, expected["xt"], expected["sigma"], context=expected["x0"])
+        return network.logits(params, hidden, condition[:, None])
+
+    logits = np.asarray(logits_of(params))
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-4)
+    masked = expected["xt"] == model.process.mask_id
+    ours = predictions.DenoiserPrediction(model.process).log_clean(logits, expected["xt"], expected["sigma"])
+    np.testing.assert_allclose(ours[masked], expected["log_probs"][masked][:, :40], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        nats_of_blocks(model, expected, network, params), expected_nats(expected), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_hidden_states_of_noisy_tokens_are_those_of_the_authors(of_blocks, num_layers):
+    """After each layer. They are as large as 105, so that float32 errs by 2e-4."""
+    model, expected = of_blocks
+    network = dataclasses.replace(model.network, trunk=model.network.trunk.clone(layers=num_layers))
+    run = jax.jit(lambda params: network.hidden(params, expected["xt"], expected["sigma"], context=expected["x0"])[0])
+    np.testing.assert_allclose(run(model.params), expected["hidden"][num_layers - 1][:, :16], rtol=0, atol=5e-4)
+
+
+def test_a_denoiser_predicts_the_first_block_that_has_masks(of_blocks):
+    """Given the clean blocks before it, as the authors sample; all is masked after it. Also at the positions alone."""
+    model, expected = of_blocks
+    mask, block, number = model.process.mask_id, np.arange(16) // 4, np.arange(4)[:, None, None]
+    x = np.where(block < number, expected["x0"], np.where(block == number, expected["xt"], mask)).reshape(12, 16)
+    positions = np.tile(4 * number + np.arange(4), (1, 3, 1)).reshape(12, 4)
+    theirs = np.concatenate([expected[f"sample_logits_{number}"] for number in range(4)])
+    theirs = np.asarray(jax.nn.log_softmax(theirs[..., :40]))
+    masked = np.take_along_axis(x, positions, axis=1) == mask
+    denoiser, sigma = jax.jit(model.denoiser()), jnp.ones(12)
+    whole = np.asarray(denoiser(x, sigma, None))
+    for ours in (np.take_along_axis(whole, positions[..., None], axis=1), denoiser(x, sigma, positions)):
+        np.testing.assert_allclose(np.asarray(ours)[masked], theirs[masked], rtol=0, atol=1e-4)
+    assert all(masked.reshape(4, 12).any(axis=1))
+
+
+def test_losses_of_blocks_are_those_of_the_authors(of_blocks):
+    """Of each token, -log p / t; of each row without its first token; and per token, the number of their validation."""
+    model, expected = of_blocks
+    loss = nats_of_blocks(model, expected) / expected["t"]
+    np.testing.assert_allclose(loss, expected["loss"], rtol=1e-5, atol=1e-4)
+    of_rows = (loss * expected["token_mask"]).sum(axis=1)
+    np.testing.assert_allclose(of_rows, expected["row_loss"], rtol=1e-5)
+    np.testing.assert_allclose(of_rows.sum() / expected["token_mask"].sum(), expected["nll"], rtol=1e-5)
+
+
+def own_clean_block(positions, noisy, size):
+    """A mask with which noisy tokens also see the clean tokens of their own block."""
+    block = positions // size
+    return BLOCK_MASK(positions, noisy, size) | (~noisy & (block[:, :, None] >= block[:, None]))
+
+
+def causal_context(positions, noisy, size):
+    """A mask with which a clean token does not see the later ones of its block."""
+    later = positions[:, :, None] < positions[:, None]
+    return BLOCK_MASK(positions, noisy, size) & ~(later & ~noisy[:, None] & ~noisy)
+
+
+@pytest.mark.parametrize("change", ["rotary", "positions", "leak", "causal", "modulation", "mask"])
+def test_a_wrong_network_of_blocks_is_noticed(of_blocks, monkeypatch, change):
+    """Control: each change moves the log probabilities by more than a hundred times the tolerance."""
+    model, expected = of_blocks
+    if change == "rotary":
+        monkeypatch.setattr(trunk, "rotary", interleaved)
+    elif change == "positions":  # of the clean tokens after those of the noisy ones
+        monkeypatch.setattr(trunk, "rotary", lambda x, positions: layers.rotary(x))
+    elif change == "modulation":  # scale, shift, gate
+        monkeypatch.setattr(trunk, "modulate", lambda x, shift, scale: layers.modulate(x, scale, shift))
+    elif change == "mask":
+        monkeypatch.setattr(predictions.DenoiserPrediction, "log_clean", with_mask)
+    else:
+        monkeypatch.setattr(block_network, "block_mask", own_clean_block if change == "leak" else causal_context)
+    assert np.abs(nats_of_blocks(model, expected) - expected_nats(expected)).max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["mdlm", "radd"])
@@ -162,6 +271,10 @@ def test_models_that_are_not_conditioned_on_noise(name):
     "about, count",
     [
         ({"model_type": "mdlm", "vocab_size": 50258, "model_length": 1024, **GPT2}, 169_627_218),
+        (
+            {"model_type": "bd3lm", "vocab_size": 50258, "model_length": 1024, "block_size": 4, **GPT2},
+            169_627_218,
+        ),
         ({"architectures": ["DUO"], "vocab_size": 50258, "model_length": 1024, **GPT2}, 169_627_218),
         ({"model_type": "udlm", "vocab_size": 30522, "model_length": 128, "cfg": False, **GPT2}, 139_292_986),
         (
@@ -214,9 +327,11 @@ def random_model(*settings, vocab_size=36):
 @pytest.mark.parametrize(
     "name, settings",
     [
-        ("mdlm", ["network.conditioning=constant", "network.scan=true"]),
+        ("mdlm", [CONSTANT, "network.scan=true"]),
         ("mdlm", ["training.min_time=1e-3"]),  # conditioned on the noise
-        ("radd", ["network.conditioning=constant", "network.cond_dim=0", "network.scan=true"]),
+        ("bd3lm", [CONSTANT, "network.block_size=4", "network.scan=true"]),
+        ("bd3lm", [CONSTANT]),
+        ("radd", [CONSTANT, "network.cond_dim=0", "network.scan=true"]),
         ("duo", [*UNIFORM, "network.prediction=denoiser"]),
         ("udlm", [*UNIFORM, "network.prediction=denoiser", "network.scan=true"]),
         ("sedd", ["network.prediction=score", "training.noise_sampling=time", "schedule.name=geometric"]),
@@ -247,8 +362,18 @@ def test_models_trained_here_are_the_same_in_published_formats(tmp_path, name, s
         ("mdlm", ["schedule.name=geometric"], "cannot hold schedule=Geometric"),
         ("mdlm", ["network.conditioning=log_snr"], "cannot hold network.conditioning=log_snr"),
         ("duo", ["process.name=uniform"], "cannot hold network.conditioning=log_snr"),
+        ("mdlm", [CONSTANT, "network.block_size=4"], "cannot hold network.block_size=4; its models have 0"),
+        ("mdlm", [CONSTANT, "network.block_size=1"], "cannot hold network.block_size=1; its models have 0"),
+        ("bd3lm", [CONSTANT, "network.block_size=1"], "block_size=1"),
+        ("bd3lm", [CONSTANT, "network.block_size=4", "schedule.name=geometric"], "cannot hold schedule=Geometric"),
         ("radd", [], "cannot hold network.cond_dim=128; its models have 0"),
+        (
+            "radd",
+            [CONSTANT, "network.block_size=4", "network.cond_dim=0"],
+            "cannot hold network.block_size=4; its models have 0",
+        ),
         ("sedd", [], "cannot hold network.prediction=denoiser; its models have score"),
+        ("sedd", [CONSTANT, "network.block_size=4"], "cannot hold network.block_size=4; its models have 0"),
         ("sedd", ["network.prediction=score", "network.long_skips=true"], "cannot hold network.long_skips=True"),
         ("masked_lm", [], "cannot hold network.architecture=dit; its models have bert or roberta"),
         ("masked_lm", [*BERT, "schedule.eps=1e-2"], "cannot hold schedule=LogLinear"),
@@ -268,17 +393,21 @@ def test_padded_documents_with_their_lengths_are_in_no_published_format(tmp_path
         model.save(tmp_path / "out", "mdlm")
 
 
-def test_the_command_converts(tmp_path, capsys):
-    assert main(["convert", f"--model={PUBLISHED}/mdlm", "--to=export", f"--out={tmp_path}/export"]) == 0
-    assert main(["convert", f"--model={tmp_path}/export", "--to=mdlm", f"--out={tmp_path}/mdlm"]) == 0
-    before, after = (load_file(folder / "model.safetensors") for folder in (PUBLISHED / "mdlm", tmp_path / "mdlm"))
-    assert all(np.array_equal(after[name], before[name]) for name in before)
-    assert "in the format mdlm" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "name, refused",
+    [("mdlm", "network.conditioning=constant; its models have sigma"), ("bd3lm", "network.block_size=4;")],
+)
+def test_the_command_converts(tmp_path, capsys, name, refused):
+    assert main(["convert", f"--model={PUBLISHED}/{name}", "--to=export", f"--out={tmp_path}/export"]) == 0
+    assert main(["convert", f"--model={tmp_path}/export", f"--to={name}", f"--out={tmp_path}/{name}"]) == 0
+    before, after = (load_file(folder / name / "model.safetensors") for folder in (PUBLISHED, tmp_path))
+    assert all(np.array_equal(after[tensor], before[tensor]) for tensor in before)
+    assert f"in the format {name}" in capsys.readouterr().out
     assert main(["convert", f"--model={tmp_path}/export", "--to=sedd", f"--out={tmp_path}/sedd"]) == 2
-    assert "cannot hold network.conditioning=constant; its models have sigma" in capsys.readouterr().err
+    assert f"cannot hold {refused}" in capsys.readouterr().err
 
 
-@pytest.fixture(params=["mdlm", "radd"])
+@pytest.fixture(params=["mdlm", "radd", "bd3lm"])
 def folder(request, tmp_path):
     """A copy of a checkpoint, to be changed."""
     return Path(shutil.copytree(PUBLISHED / request.param, tmp_path / "model"))
@@ -339,6 +468,95 @@ def test_settings_that_do_not_fit_the_tensors_are_refused(tmp_path, change, word
     refused(folder, "config.json lacks hidden_dim, which the format mdlm has")
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"block_size": 1}, "block_size=1 of bd3lm is not supported, only blocks of several tokens"),
+        ({"block_size": 5}, "block_size=5 must divide data.block_length=16"),
+        ({"block_size": 32}, "block_size=32 must divide data.block_length=16"),
+        ({"cross_attn": False}, "cross_attn=False of bd3lm is not supported"),
+        ({"causal": True}, "causal=True of bd3lm is not supported"),
+        ({"time_conditioning": True}, "needs network.conditioning=constant"),
+        ({"block_size": None}, "network.block_size must be of type int"),
+    ],
+)
+def test_blocks_that_are_not_supported_are_refused(tmp_path, change, words):
+    folder = Path(shutil.copytree(PUBLISHED / "bd3lm", tmp_path / "model"))
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | change))
+    refused(folder, words)
+    del about["block_size"]
+    (folder / "config.json").write_text(json.dumps(about))
+    refused(folder, "config.json lacks block_size, which the format bd3lm has")
+
+
+def test_limits_of_the_times_of_training_may_have_any_value(tmp_path):
+    """A search keeps adjusting them in training; nothing here depends on them. Control: a size of blocks counts."""
+    folder = Path(shutil.copytree(PUBLISHED / "bd3lm", tmp_path / "model"))
+    about, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    limits = {"sampling_eps_min": 0.3, "sampling_eps_max": 0.8}
+    (folder / "config.json").write_text(json.dumps(about | limits))
+    tensors |= {name: np.array(limit, np.float32) for name, limit in limits.items()}
+    save_file(tensors, folder / "model.safetensors")
+    model, again = sedd.load(PUBLISHED / "bd3lm"), sedd.load(folder)
+    assert again.network == model.network and again.schedule == model.schedule
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    (folder / "config.json").write_text(json.dumps(about | {"block_size": 8}))
+    assert sedd.load(folder).network == dataclasses.replace(model.network, block_size=8)
+
+
+def test_one_block_a_row_is_plain_diffusion(tmp_path):
+    """The model is the same, written as BD3-LM and as MDLM, but for what `block_size` says."""
+    for name in ("bd3lm", "mdlm"):
+        random_model(CONSTANT).save(tmp_path / name, name)
+    about = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in ("bd3lm", "mdlm")}
+    assert about["bd3lm"]["block_size"] == about["bd3lm"]["model_length"] and "block_size" not in about["mdlm"]
+    blocks, mdlm = sedd.load(tmp_path / "bd3lm"), sedd.load(tmp_path / "mdlm")
+    assert type(blocks.network) is TokenNetwork and blocks.network == mdlm.network
+    assert (blocks.config.network.block_size, blocks.network.block_of_generation) == (0, None)
+    jax.tree.map(np.testing.assert_array_equal, blocks.params, mdlm.params)
+
+
+def test_a_model_of_blocks_is_described(capsys):
+    assert main(["info", f"{PUBLISHED}/bd3lm", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["model"]["format"], facts["network"]["block_size"], facts["verified"]) == ("bd3lm", 4, True)
+
+
+def test_a_model_of_blocks_continues_a_prefix(of_blocks):
+    """By one token a call. A prefix may end within a block; what comes before given tokens is one line."""
+    model, expected = of_blocks
+    given = np.arange(16) < [[6], [12]]
+    out = model.infill(tokens=expected["x0"][:2], given=given, sampler="first_hitting")
+    assert out.network_calls == 10 and out.tokens.max() < 40
+    np.testing.assert_array_equal(out.tokens[given], expected["x0"][:2][given])
+    with pytest.raises(sedd.UserError, match="give a prefix only, or take a model with network.block_size=0"):
+        model.infill(tokens=expected["x0"], given=np.tile(np.arange(16) > 3, (3, 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_size, settings", [(4, []), (8, ["network.block_size=8"])])
+def test_a_run_starts_from_a_model_of_blocks(tmp_path, capsys, block_size, settings):
+    """Without --config its blocks are those of the model. A size of its own is another model with the same weights."""
+    vocab_size = gpt2(tmp_path / "gpt2")
+    source = write_files(tmp_path / "texts", [f"the cat sat on the mat {number} times" for number in range(60)])
+    corpus = sedd.prepare(source, f"gpt2:{tmp_path}/gpt2", tmp_path / "corpus")
+    random_model(CONSTANT, "network.block_size=4", vocab_size=vocab_size).save(tmp_path / "model", "bd3lm")
+    settings = [*settings, f"data.corpus={corpus.path}", "training.steps=1", "training.batch_size=8"]
+    settings += ["optimizer.name=adamw", "optimizer.learning_rate=1e-9", "evaluation.draws=2"]
+    flags = [f"--config.{setting}" for setting in settings]
+    assert main(["train", f"--init_from={tmp_path}/model", f"--workdir={tmp_path}/run", *flags]) == 0
+    before, after = sedd.load(tmp_path / "model"), sedd.load(tmp_path / "run")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.params, before.params)
+    assert after.network.block_size == block_size
+    after.save(tmp_path / "out", "bd3lm")
+    assert json.loads((tmp_path / "out/config.json").read_text())["block_size"] == block_size
+    assert main(["sample", f"--model={tmp_path}/out", "--steps=2", "--length=40", "--stride=8", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"]) == 40
+    assert main(["infill", f"--model={tmp_path}/out", "--prefix=the cat", "--length=16", "--steps=2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("the cat")
+
+
 def test_classifier_free_guidance_of_udlm_is_refused(tmp_path):
     folder = Path(shutil.copytree(PUBLISHED / "udlm", tmp_path / "model"))
     about = json.loads((folder / "config.json").read_text())
@@ -389,7 +607,7 @@ def test_the_page_from_a_name_to_text_and_back(tmp_path, monkeypatch, capsys):
         tmp_path / "data/mine", [f"the cat sat on the mat {number} times, and then it slept" for number in range(60)]
     )
     name = "kuleshov-group/mdlm-owt"
-    random_model("network.conditioning=constant", vocab_size=vocab_size).save(tmp_path / name, "mdlm")
+    random_model(CONSTANT, vocab_size=vocab_size).save(tmp_path / name, "mdlm")
     page = (Path(__file__).parent.parent / "docs/published.md").read_text()
     block = page.split("```")[1].strip().replace("\\\n", "")
     printed = {}

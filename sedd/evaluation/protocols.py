@@ -4,8 +4,7 @@
     sedd-paper   Lou, Meng and Ermon, arXiv 2310.16834, section 5 and the data loader of its authors
     mdlm         Sahoo et al., arXiv 2406.07524, and its authors' code
     duo          Sahoo et al., arXiv 2506.10892, zero-shot, and its authors' code
-    bd3lm        Arriola et al., arXiv 2503.09573, zero-shot, and its authors' code; and of autoregressive models that
-                 of MDLM and Duo too
+    bd3lm        Arriola et al., arXiv 2503.09573, zero-shot, and its authors' code, autoregressive models included
 
 All but the first reproduce the numbers of those papers, for comparison with their tables. They concatenate documents in
 groups of 1,000 and drop the tokens at the end of a group that do not fill a block; they integrate from t = 1e-3, and
@@ -66,7 +65,16 @@ PROTOCOLS = {
         Protocol("sedd-paper", split="test", draws=1000, tightened=False, own_schedule=True, shards=8),
         Protocol("mdlm", split="validation", draws=1, strata=64, wrap_with_eos=True),
         Protocol("duo", split="validation", draws=1, strata=16, append_eos=False, wrap_with_eos=True),
-        Protocol("bd3lm", split="validation", draws=1, strata=64, wrap_with_eos=True, given=1, schedule_eps=1e-6),
+        Protocol(
+            "bd3lm",
+            split="validation",
+            draws=1,
+            strata=64,
+            append_eos=False,
+            wrap_with_eos=True,
+            given=1,
+            schedule_eps=1e-6,
+        ),
     )
 }
 

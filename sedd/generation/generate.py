@@ -208,5 +208,6 @@ def _text_length(trained: Trained, row: Row, ids: np.ndarray) -> int:
         return len(ids)  # an unconditional sample of packed text is the whole block
     ends = ids == trained.tokenizer.end_of_text
     given = np.flatnonzero(~row.free & ~ends)
-    ends[: given[-1] + 1 if len(given) else 0] = False
+    opening = int(np.argmax(row.free | ~ends))  # given ends of text in front, such as that of the text before
+    ends[: max(opening, given[-1] + 1 if len(given) else 0)] = False
     return int(np.argmax(ends)) if ends.any() else len(ids)

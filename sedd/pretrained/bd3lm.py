@@ -25,6 +25,8 @@ class Bd3lm(TransformersDiT):
 
     def about(self, config, vocab_size):
         size = config.network.block_size or config.data.block_length
+        if size == 1:
+            raise UserError(f"the format {self.name} cannot hold network.block_size=1, an autoregressive model")
         return super().about(config, vocab_size) | _SAMPLING | {"block_size": size, "attn_backend": "sdpa"}
 
     def constants(self, network):

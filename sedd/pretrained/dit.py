@@ -1,4 +1,4 @@
-"""The diffusion transformer that SEDD, MDLM, Duo, UDLM and RADD publish: this project's own trunk.
+"""The diffusion transformer that SEDD, MDLM, Duo, UDLM, RADD and BD3-LM publish: this project's own trunk.
 
 `dit_table` lists its tensors. Its config.json is that of the library transformers (`TransformersDiT`), or the config of
 the training run (`RunDiT`).

@@ -11,7 +11,7 @@ averaged over all noise levels that mask the same number (Ou et al., arXiv 2406.
 draws have less variance;
 
 in discrete time, for the absorbing process: p is the distribution of the ancestral sampler in T steps, which draws the
-tokens of a step independently (MDLM, arXiv 2406.07524, equation 7). It falls to the second form as T grows.
+tokens of a step independently (MDLM, arXiv 2406.07524, equation 8). It falls to the second form as T grows.
 
 A network of blocks is bounded block after block, each given those before (`sedd.diffusion.discrete.blocks`): fields
 named `block_size` are the tokens of a block, 0: all of a row.
@@ -154,7 +154,7 @@ class DiscreteTimeBound(TokenBound):
     cross-entropy, and i is stratified over 1 .. T. Nothing is left out: at i = T all is masked, after i = 1 nothing.
     The tokens of a step are drawn independently, so that the bound exceeds that of decoding one token at a time; with
     one step it is the negative log-likelihood of independent tokens. The network is conditioned on
-    `process.sigma_from_mask_ratio` of each state, as the samplers' is. MDLM, equation 7 with alpha = 1 - t.
+    `process.sigma_from_mask_ratio` of each state, as the samplers' is. MDLM, equation 8 with alpha = 1 - t.
     """
 
     steps: int
@@ -169,7 +169,8 @@ class DiscreteTimeBound(TokenBound):
     @property
     def likelihood_of(self):
         of_blocks = f", block after block of {self.block_size} tokens" if self.block_size else ""
-        return f"the sampler tweedie in {self.steps:,} even steps of the mask ratio{of_blocks}"
+        steps = "1 step" if self.steps == 1 else f"{self.steps:,} even steps of the mask ratio"
+        return f"the sampler tweedie in {steps}{of_blocks}"
 
     def draws(self, stats_fn, keys, x0, num_draws, free=None, lengths=None, rows=None):
         process = cast(Absorbing, self.process)

@@ -15,16 +15,17 @@ Launch     python tpu_launch/launch.py up --name=bd3lm-owt --zone=us-central1-a 
                --push=gs://BUCKET/data/openwebtext -- sedd train --config=experiments/bd3lm_openwebtext.py \
                --config.network.block_size=16 --init_from=kuleshov-group/bd3lm-owt-block_size1024-pretrain \
                --workdir=gs://BUCKET/runs/bd3lm_openwebtext
-Hardware   8 devices of 80 GB: --dry_run estimates 61 GiB each, since the trunk runs on 2,048 positions for 1,024 tokens.
+Hardware   8 devices of 80 GB: --dry_run estimates 61 GiB each, since the trunk runs on 2,048 positions for 1,024
+           tokens.
 Time       not run here, nor are the commands on the published checkpoints. 1.3e20 FLOPs, as --dry_run counts them.
 Differs    Noise: here stratified mask counts of each block; there times within limits that a search keeps adjusting,
            [.001, .999] at first, and blocks with another share of masks are drawn again. The first token: here scored,
            there given. Attention: here dense with a mask, there kernels of sparse blocks (flex). Else as in
            mdlm_openwebtext.py.
-Result     to compare with: a validation perplexity of at most 22.27, 21.68 and 20.73 with blocks of 16, 8 and 4 (BD3-LM,
-           arXiv 2503.09573, table 4), of rows without an end of text at their ends and the first token given, after
-           850,000 steps of MDLM and 150,000 of these. In the same table 17.54 for the autoregressive model, and at most
-           22.98 for MDLM.
+Result     to compare with: a validation perplexity of at most 22.27, 21.68 and 20.73 with blocks of 16, 8 and 4
+           (BD3-LM, arXiv 2503.09573, table 4), of rows without an end of text at their ends and the first token given,
+           after 850,000 steps of MDLM and 150,000 of these. In the same table 17.54 for the autoregressive model, and
+           at most 22.98 for MDLM.
 """
 
 from sedd import config as configs

@@ -318,9 +318,7 @@ class Model(Trained):
             if not isinstance(network, TokenNetwork) or self.process.mask_id is None:
                 raise UserError("steps is a bound in discrete time of absorbing models; leave it out")
             if network.block_of_generation == 1:
-                raise UserError(
-                    "steps has no meaning for an autoregressive model, whose likelihood is exact; leave it out"
-                )
+                raise UserError("steps is not for an autoregressive model, whose likelihood is exact; leave it out")
             if not 1 <= steps <= MAX_STEPS:
                 raise UserError(f"steps must be at least 1 and at most {MAX_STEPS:,}, not {steps}")
             network = dataclasses.replace(network, bound_steps=steps)

@@ -74,12 +74,15 @@ class Bound(abc.ABC):
         """
 
     @abc.abstractmethod
-    def blank(self, num_rows: int) -> tuple[Callable[..., Any], Clean]:
-        """A function of statistics that are 0, and clean rows of one position: for `levels`."""
+    def blank(self, num_rows: int, length: int) -> tuple[Callable[..., Any], Clean]:
+        """A function of statistics that are 0, and clean rows of `length` positions: for `levels`."""
 
-    def levels(self, keys: jax.Array, num_draws: int, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Levels and widths of the draws, Float[M B] each. They are independent of text and network."""
-        stats_fn, x0 = self.blank(len(rows))
+    def levels(self, keys: jax.Array, num_draws: int, rows: jax.Array, length: int = 1) -> tuple[jax.Array, jax.Array]:
+        """Levels and widths of the draws, Float[M B] each. They are independent of text and network.
+
+        length: of the rows; only those of blocks depend on it.
+        """
+        stats_fn, x0 = self.blank(len(rows), length)
         draws = self.draws(stats_fn, keys, x0, num_draws, rows=rows)
         return draws.level, draws.width
 

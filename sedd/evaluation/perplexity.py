@@ -66,7 +66,7 @@ def perplexity(
         mesh = parallel.data_mesh()
         params = trained.all_params
         trained = trained.placed(parallel.put(params, parallel.shardings(mesh, params)))
-    levels = functools.partial(levels_of, bound, num_draws, seed)
+    levels = functools.partial(levels_of, bound, num_draws, scored.tokens.shape[1], seed)
     with (
         ResumableDraws(folder, job, record_shape(network, num_draws), len(scored.tokens), levels) as record,
         _Bar(scored, protocol.tightened, progress and processes.is_first()) as bar,

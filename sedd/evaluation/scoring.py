@@ -91,16 +91,16 @@ def bound_stats(
     return network.bound_stats(params, tokens, lengths, given, pairs)
 
 
-@functools.partial(jax.jit, static_argnums=range(2))
-def _levels(bound, num_draws, key, rows):
+@functools.partial(jax.jit, static_argnums=range(3))
+def _levels(bound, num_draws, length, key, rows):
     """Levels and widths of the draws of rows, Float32[n M 2]."""
-    levels = bound.levels(keyed_random.row_keys(key, rows), num_draws, rows)
+    levels = bound.levels(keyed_random.row_keys(key, rows), num_draws, rows, length)
     return jnp.stack(levels, axis=-1).transpose(1, 0, 2)
 
 
-def levels_of(bound: Bound, num_draws: int, seed: int, num_rows: int) -> np.ndarray:
+def levels_of(bound: Bound, num_draws: int, length: int, seed: int, num_rows: int) -> np.ndarray:
     """Levels and widths of the draws of the first rows, the first values of their records: Float32[num_rows M 2]."""
-    return np.asarray(_levels(bound, num_draws, keyed_random.root_key(seed), jnp.arange(num_rows)))
+    return np.asarray(_levels(bound, num_draws, length, keyed_random.root_key(seed), jnp.arange(num_rows)))
 
 
 def _flat(draws: Draws) -> jax.Array:

@@ -52,7 +52,7 @@ class BlockNetwork(TokenNetwork):
         lengths = jnp.full(len(x), length) if lengths is None else lengths
         hidden, condition = self._hidden(params, noisy, at, x, keys, lengths)
         rows = jnp.zeros((*x.shape, hidden.shape[-1]), hidden.dtype)
-        return rows.at[jnp.arange(len(x))[:, None], at].set(hidden, mode="drop"), condition
+        return jax.vmap(lambda row, at, hidden: row.at[at].set(hidden, mode="drop"))(rows, at, hidden), condition
 
     def _hidden(self, params, noisy, at, context, keys, lengths):
         """Hidden states of noisy tokens, Int[B P], given the context, Int[B L]. at: their positions, [B P] or [1 P]."""

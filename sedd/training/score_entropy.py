@@ -40,7 +40,7 @@ class ScoreEntropy(TokenObjective):
         blocks = num_blocks(length, self.network.block_of_generation or 0)
         if self._is_paired:
             return self.counts(rows, key, self._lengths_of_blocks(length, lengths), blocks)
-        return self.times(_of_blocks(rows, blocks), key, blocks)
+        return self.times(_of_blocks(rows, blocks, self.batch_size), key, blocks)
 
     def head_positions(self, rows, length):
         """The number of positions at which the head runs: the masked ones of antithetic pairs, or all."""
@@ -60,7 +60,8 @@ class ScoreEntropy(TokenObjective):
         """
         # A pair masks at most L + 1 tokens: 1 + n' + floor(u n) - floor(u n'), where floor(u n) - floor(u n') is at
         # most ceil(u (n - n')) <= n - n' for n > n', and at most 0 else; so it is 1 + max(n, n') or less.
-        level = self._level(_of_blocks(rows // 2, blocks), key, self.batch_size // 2 * blocks)
+        pairs = self.batch_size // 2
+        level = self._level(_of_blocks(rows // 2, blocks, pairs), key, pairs * blocks)
         lengths = jnp.maximum(lengths, 1)  # a row without tokens has no loss at any count
         below = jnp.minimum((level * lengths.astype(level.dtype)).astype(jnp.int32), lengths - 1)
         is_even = jnp.reshape(rows % 2 == 0, (-1, *[1] * (level.ndim - 1)))
@@ -74,9 +75,13 @@ class ScoreEntropy(TokenObjective):
         return size if lengths is None else jnp.clip(lengths[:, None] - jnp.arange(0, length, size)[None], 0, size)
 
 
-def _of_blocks(rows: jax.Array, blocks: int) -> jax.Array:
-    """The global numbers of the blocks of each row, Int[B] -> Int[B N]; with one block the rows' own, Int[B]."""
-    return rows if blocks == 1 else rows[:, None] * blocks + jnp.arange(blocks)[None]
+def _of_blocks(rows: jax.Array, blocks: int, count: int) -> jax.Array:
+    """The numbers of the blocks of each of `count` rows, Int[B] -> Int[B N]; with one block the rows' own, Int[B].
+
+    Blocks at one place of their rows have consecutive numbers, so that their strata span all noise levels.
+    """
+    place = jnp.arange(blocks)[None]
+    return rows if blocks == 1 else place * count + (rows[:, None] + place) % count
 
 
 def _of_rows(levels: jax.Array) -> jax.Array:

@@ -77,11 +77,11 @@ class TokenBound(Bound):
 
     process: Process
 
-    def blank(self, num_rows):
+    def blank(self, num_rows, length):
         def stats(x, *_):
             return ScoreStats(*[jnp.zeros(x.shape)] * 3)
 
-        return stats, jnp.zeros((num_rows, 1), jnp.int32)
+        return stats, jnp.zeros((num_rows, length), jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +221,7 @@ class TimeLoss(TokenBound):
     It is the integral over [eps, 1] divided by 1 - eps. The integral over [0, eps], the prior and the reconstruction
     are left out; the bounds include them. The draws are independent, each at a time in the row's stratum. strata:
     consecutive rows whose times are stratified over [eps, 1] together, a power of two; of blocks, each has a time of
-    its own, and consecutive blocks are stratified.
+    its own, and those at one place of consecutive rows are stratified.
     """
 
     schedule: Schedule
@@ -239,7 +239,7 @@ class TimeLoss(TokenBound):
     def draws(self, stats_fn, keys, x0, num_draws, free=None, lengths=None, rows=None):
         assert rows is not None  # their strata depend on them
         count = num_blocks(x0.shape[1], self.block_size)
-        numbers = rows if count == 1 else rows[:, None] * count + jnp.arange(count)[None]
+        numbers = rows if count == 1 else rows[:, None] + jnp.arange(count)[None]
 
         def at(keys, *_):
             u = in_stratum(self.stratum(numbers), self.strata, block_keys(keyed_random.fold(keys, 0), count))

@@ -258,6 +258,8 @@ class Adaptive(TokenSampler):
         _check_absorbing(self)
 
     def in_blocks(self, size):
+        if isinstance(self.picker, FirstBlock):
+            return Adaptive(self.process, FirstBlock(self.picker.picker, size))
         return Adaptive(self.process, FirstBlock(self.picker, size))
 
     def plan(self, keys, free):

@@ -69,11 +69,11 @@ class LatentBound(Bound):
     def likelihood_of(self):
         return f"the reverse process from sigma {self.high:g} to {self.low:g}, and the tokens drawn there"
 
-    def blank(self, num_rows):
+    def blank(self, num_rows, length):
         def stats(x, *_):
             return LatentStats(*[jnp.zeros(x.z.shape[:-1])] * 2)
 
-        return stats, jnp.zeros((num_rows, 1, self.process.width))
+        return stats, jnp.zeros((num_rows, length, self.process.width))
 
     def draws(self, stats_fn, keys, x0, num_draws, free=None, lengths=None, rows=None):
         def at(keys, stratum, strata):

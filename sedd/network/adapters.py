@@ -77,8 +77,13 @@ class TokenHead(nn.Module):
     states: int
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, condition: jax.Array) -> jax.Array:
-        """hidden: Float[... P W]; condition: Float[... P C] or Float[... 1 C]. Returns Float32[... P S]."""
+    def __call__(self, hidden: jax.Array, condition: jax.Array, features: bool = False) -> jax.Array:
+        """hidden: Float[... P W]; condition: Float[... P C] or Float[... 1 C]. Returns Float32[... P S].
+
+        features: returns the inputs of the last linear map in place of its outputs. Float32[... P W].
+        """
         shift, scale = modulation(condition, hidden.shape[-1], 2)
         x = modulate(norm("norm", bias=not condition.shape[-1])(hidden), shift, scale)
+        if features:
+            return x
         return Linear(padded(self.states), zero=True, split="out", name="out")(x)[..., : self.states]

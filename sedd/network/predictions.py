@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion.discrete.process import Process
-from sedd.diffusion.discrete.score import ScoreStats, clean_stats, score_stats
+from sedd.diffusion.discrete.score import Columns, ScoreStats
 
 ODDS_DISCOUNT = 4.0  # of the own token's evidence that is added to the logits of a posterior; see docs/measurements.md
 
@@ -39,17 +39,22 @@ class Prediction(abc.ABC):
     @abc.abstractmethod
     def stats(
         self,
-        logits: jax.Array,
+        columns: Columns,
         x: jax.Array,
         x0: jax.Array,
         sigma: jax.Array,
         conditioned_sigma: jax.Array,
         tightened: bool = False,
     ) -> ScoreStats:
-        """The statistics of the scores at sigma. tightened: as of `Network.stats`, for unnormalised scores only.
+        """The statistics of the scores at sigma. columns: the logits of the clean tokens; tightened: as of
+        `Network.stats`, for unnormalised scores only.
 
         conditioned_sigma: Float[...], that of the network.
         """
+
+    @abc.abstractmethod
+    def log_posterior_at(self, columns: Columns, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
+        """`log_posterior` of the tokens x0, Int[...]. Float[...]. ValueError for unnormalised scores."""
 
     def log_posterior(self, logits: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
         """The log posterior of the clean tokens, the token's own state included, normalised. Float32[... V]."""
@@ -71,12 +76,14 @@ class ScorePrediction(Prediction):
     def log_score(self, logits, x, sigma):
         return self.process.score_from_logits(logits, x, sigma)
 
-    def stats(self, logits, x, x0, sigma, conditioned_sigma, tightened=False):
-        log_score = self.log_score(logits, x, sigma)
-        if not tightened:
-            return score_stats(log_score, x, x0)
-        scores = (log_score, self.process.tightened(log_score, sigma))
-        return jax.tree.map(lambda *both: jnp.stack(both), *(score_stats(one, x, x0) for one in scores))
+    def stats(self, columns, x, x0, sigma, conditioned_sigma, tightened=False):
+        def stats(tightened):
+            return self.process.stats_of_score(columns, x, x0, sigma, tightened)
+
+        return jax.tree.map(lambda *both: jnp.stack(both), stats(False), stats(True)) if tightened else stats(False)
+
+    def log_posterior_at(self, columns, x, x0, sigma):
+        raise ValueError("an unnormalised score has no posterior")
 
 
 class DenoiserPrediction(Prediction):
@@ -89,8 +96,11 @@ class DenoiserPrediction(Prediction):
         log_noised = self.process.log_noised(self.log_clean(logits, x, sigma), sigma)
         return log_noised - jnp.take_along_axis(log_noised, x[..., None], axis=-1)
 
-    def stats(self, logits, x, x0, sigma, conditioned_sigma, tightened=False):
-        return clean_stats(self.process, self.log_clean(logits, x, conditioned_sigma), x, x0, sigma)
+    def stats(self, columns, x, x0, sigma, conditioned_sigma, tightened=False):
+        return self.process.stats_of_clean(columns, x, x0, sigma)
+
+    def log_posterior_at(self, columns, x, x0, sigma):
+        return self.process.log_posterior_at(columns, x, x0, sigma)
 
 
 class PosteriorPrediction(DenoiserPrediction):
@@ -113,6 +123,13 @@ class PosteriorPrediction(DenoiserPrediction):
     def log_posterior(self, logits, x, sigma):
         evidence = self.process.log_evidence(x, sigma, ODDS_DISCOUNT)
         return jax.nn.log_softmax(logits[..., : self.process.vocab_size] + evidence, axis=-1)
+
+    def stats(self, columns, x, x0, sigma, conditioned_sigma, tightened=False):
+        lost = self.process.lost_at_own(x, conditioned_sigma, ODDS_DISCOUNT)
+        return self.process.stats_of_clean(columns, x, x0, sigma, lost)
+
+    def log_posterior_at(self, columns, x, x0, sigma):
+        return self.process.log_posterior_at(columns, x, x0, sigma, ODDS_DISCOUNT)
 
 
 PREDICTIONS: dict[str, type[Prediction]] = {

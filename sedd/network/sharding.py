@@ -20,6 +20,11 @@ def has_mesh() -> bool:
     return set(AXES) <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
 
 
+def num_shards() -> int:
+    """The number of devices that share the logits of a batch; 1 without a mesh."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in AXES) if has_mesh() else 1
+
+
 def constrain_sharding(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """Constrains the axes of x to be sharded over the given mesh axes. Returns x itself if no mesh is set.
 

@@ -4,6 +4,7 @@ The head's logits are a prediction of the process, whose meaning is that of `sed
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,14 @@ from sedd.diffusion.denoiser import Denoiser
 from sedd.diffusion.discrete.blocks import by_token, num_blocks
 from sedd.diffusion.discrete.likelihood import DiscreteTimeBound, TimeLoss, bound_of
 from sedd.diffusion.discrete.process import Process
-from sedd.diffusion.discrete.score import PosteriorFn, StatsFn
+from sedd.diffusion.discrete.score import Array, Columns, PosteriorFn, StatsFn
 from sedd.network.adapters import TokenEmbedding, TokenHead, padded
+from sedd.network.chunked_head import HeadColumns
 from sedd.network.network import Network, apply
 from sedd.network.predictions import PREDICTIONS, Prediction
+from sedd.network.sharding import num_shards
+
+MAX_DENSE_LOGITS = 2**25  # of a device, in one array of statistics; larger ones are computed in chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +148,7 @@ class TokenNetwork(Network):
             return jax.tree.map(scatter, at_sites(*map(gather, sites)))
 
         def at_sites(hidden, condition, *sites):
-            return self._meaning.stats(self.logits(params, hidden, condition), *sites, tightened)
+            return self._meaning.stats(self.columns_of(params, hidden, condition), *sites, tightened)
 
         return stats
 
@@ -171,9 +176,8 @@ class TokenNetwork(Network):
         def posterior(x, sigma, x0):
             clipped_sigma = self._clipped(sigma)
             hidden, condition = self.hidden(params, x, clipped_sigma, keys, lengths, given, x0)
-            logits = self.logits(params, hidden, condition[:, None])
-            log_posterior = self._meaning.log_posterior(logits, x, clipped_sigma[:, None])
-            return jnp.take_along_axis(log_posterior, x0[..., None], axis=-1)[..., 0]
+            columns = self.columns_of(params, hidden, condition[:, None])
+            return self._meaning.log_posterior_at(columns, x, x0, clipped_sigma[:, None])
 
         return posterior
 
@@ -213,6 +217,16 @@ class TokenNetwork(Network):
         h = apply(self.embedding, params["trunk"], x, given)
         condition = apply(self.noise_embedding, params["trunk"], sigma)
         return apply(self.trunk, params["trunk"], h, condition, keys, lengths), condition
+
+    def columns_of(self, params: dict, hidden: jax.Array, condition: jax.Array) -> Columns:
+        """The logits of the clean tokens, for statistics: in an array, or if that is large in chunks.
+
+        Arguments as of `logits`.
+        """
+        if math.prod(hidden.shape[:-1]) * self.vocab_size <= MAX_DENSE_LOGITS * num_shards():
+            return Array(self.logits(params, hidden, condition)[..., : self.vocab_size])
+        features = apply(self.head, params["head"], hidden, condition, True)
+        return HeadColumns(features, params["head"]["out"]["kernel"], params["head"]["out"]["bias"], self.vocab_size)
 
     def logits(self, params: dict, hidden: jax.Array, condition: jax.Array) -> jax.Array:
         """The head, at any sites. Float[... P W], Float[... P C] or Float[... 1 C] -> Float32[... P S]."""

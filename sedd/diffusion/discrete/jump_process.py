@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.score import ScoreStats
+from sedd.diffusion.discrete.score import Columns, ScoreStats
 
 
 class Jump(NamedTuple):
@@ -117,6 +117,30 @@ class Process(abc.ABC):
     @abc.abstractmethod
     def tightened(self, log_score: jax.Array, sigma: jax.Array) -> jax.Array:
         """An unnormalised log score, changed so that its score entropy is never larger, for any x0. Float[... V]."""
+
+    @abc.abstractmethod
+    def stats_of_clean(
+        self, columns: Columns, x: jax.Array, x0: jax.Array, sigma: jax.Array, lost: jax.Array | float = 0.0
+    ) -> ScoreStats:
+        """The statistics of the score that r implies, of log weights whose softmax is r: those of `columns`.
+
+        lost: Float[...], subtracted from the weight of the column x. x, x0: Int[...]; sigma: Float[...].
+        """
+
+    @abc.abstractmethod
+    def stats_of_score(
+        self, columns: Columns, x: jax.Array, x0: jax.Array, sigma: jax.Array, tightened: bool = False
+    ) -> ScoreStats:
+        """The statistics of `score_from_logits` of the columns, or of `tightened` of that. Arguments as above."""
+
+    @abc.abstractmethod
+    def log_posterior_at(
+        self, columns: Columns, x: jax.Array, x0: jax.Array, sigma: jax.Array, discount: float = 1.0
+    ) -> jax.Array:
+        """log p(x0 | x) of log weights whose softmax is r, with the token's own evidence. Float[...].
+
+        discount: the odds of the evidence are divided by it. Arguments else as above.
+        """
 
     @abc.abstractmethod
     def reverse_rate(self, log_clean: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:

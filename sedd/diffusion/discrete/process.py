@@ -99,6 +99,23 @@ class Absorbing(Process):
         """
         return self.log_score(self.clean_from_score(log_score, sigma), jnp.zeros(log_score.shape[:-1]), sigma)
 
+    def stats_of_clean(self, columns, x, x0, sigma, lost=0.0):
+        sums, weight = columns.sums(x, x0), log_snr(sigma)
+        log_sum = jnp.broadcast_to(weight, sums.log_sum.shape)  # that of r is 0
+        shift = weight - sums.log_sum
+        return ScoreStats(log_sum, sums.total + self.vocab_size * shift, jnp.where(x == x0, 0.0, sums.target + shift))
+
+    def stats_of_score(self, columns, x, x0, sigma, tightened=False):
+        if tightened:
+            return self.stats_of_clean(columns, x, x0, sigma)
+        sums, shift = columns.sums(x, x0), log_snr(sigma) - math.log(self.vocab_size)
+        total, target = sums.total + self.vocab_size * shift, jnp.where(x == x0, 0.0, sums.target + shift)
+        return ScoreStats(sums.log_sum + shift, total, target)
+
+    def log_posterior_at(self, columns, x, x0, sigma, discount=1.0):
+        sums = columns.sums(x, x0)
+        return jnp.where(self.movable(x), sums.target - sums.log_sum, jnp.where(x == x0, 0.0, -jnp.inf))
+
     def reverse_rate(self, log_clean, x, sigma):
         here = jnp.zeros(x.shape, log_clean.dtype)
         return jnp.where(self.movable(x)[..., None], jnp.exp(self.log_score(log_clean, here, sigma)), 0.0)
@@ -213,6 +230,29 @@ class Uniform(Process):
         odds = self._odds(jnp.broadcast_to(sigma, log_score.shape[:-1])[..., None])
         return jnp.clip(log_score, -jnp.log1p(odds), jnp.log1p(odds))
 
+    def stats_of_clean(self, columns, x, x0, sigma, lost=0.0):
+        first = columns.sums(x, x0)
+        own = first.own - lost
+        log_total = jnp.logaddexp(first.log_sum, own)
+
+        def log_score(weights, log_total, here, sigma):
+            return self.log_score(weights - log_total[..., None], here, sigma)
+
+        at = (log_total, own - log_total, jnp.broadcast_to(sigma, x.shape))
+        sums = columns.sums(x, x0, log_score, *at)
+        target = log_score(jnp.where(x == x0, own, sums.target)[..., None], *at)[..., 0]
+        return ScoreStats(sums.log_sum, sums.total, jnp.where(x == x0, 0.0, target))
+
+    def stats_of_score(self, columns, x, x0, sigma, tightened=False):
+        sums = columns.sums(x, x0, *((self.tightened, jnp.broadcast_to(sigma, x.shape)) if tightened else ()))
+        target = self.tightened(sums.target[..., None], sigma)[..., 0] if tightened else sums.target
+        return ScoreStats(sums.log_sum, sums.total, jnp.where(x == x0, 0.0, target))
+
+    def log_posterior_at(self, columns, x, x0, sigma, discount=1.0):
+        sums = columns.sums(x, x0)
+        own = sums.own + jnp.log1p(self._odds(jnp.broadcast_to(sigma, x.shape)) / discount)
+        return jnp.where(x == x0, own, sums.target) - jnp.logaddexp(sums.log_sum, own)
+
     def reverse_rate(self, log_clean, x, sigma):
         current = jax.nn.one_hot(x, self.vocab_size, dtype=bool)
         here = jnp.take_along_axis(log_clean, x[..., None], axis=-1)[..., 0]
@@ -278,13 +318,16 @@ class Uniform(Process):
         return self._at_own(x, jnp.log1p(self._odds(jnp.broadcast_to(sigma, x.shape)) / discount))
 
     def lost_evidence(self, x: jax.Array, sigma: jax.Array, discount: float) -> jax.Array:
-        """What a discount takes from `log_evidence`, at most log discount at v = x, 0 elsewhere. Float[... V].
+        """What a discount takes from `log_evidence`: `lost_at_own` at v = x, 0 elsewhere. Float[... V]."""
+        return self._at_own(x, self.lost_at_own(x, sigma, discount))
+
+    def lost_at_own(self, x: jax.Array, sigma: jax.Array, discount: float) -> jax.Array:
+        """What a discount takes from the evidence of the own token, at most log discount. Float[...].
 
         In one logarithm, as (1 + odds) / (1 + odds / d) is 1 + (d - 1) / (1 + d / odds): finite at every noise, and XLA
         cannot merge log1p of two multiples, which it does at a fault (tests/test_compiled.py).
         """
-        odds = self._odds(jnp.broadcast_to(sigma, x.shape))
-        return self._at_own(x, jnp.log1p((discount - 1) / (1 + discount / odds)))
+        return jnp.log1p((discount - 1) / (1 + discount / self._odds(jnp.broadcast_to(sigma, x.shape))))
 
     def _at_own(self, x: jax.Array, values: jax.Array) -> jax.Array:
         """The values at v = x, 0 elsewhere. Int[...], Float[...] -> Float[... V]."""

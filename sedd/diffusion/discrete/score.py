@@ -9,6 +9,8 @@ needs. Neither depends on a network.
 A process is a `sedd.diffusion.discrete.process.Process`, whose file imports this one.
 """
 
+import abc
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,26 +31,66 @@ class ScoreStats(NamedTuple):
     target: jax.Array  # log s_{x0}, 0 where x = x0
 
 
+class Sums(NamedTuple):
+    """Sums over the columns y != x of each site, and the values of two columns. Each Float[...]."""
+
+    log_sum: jax.Array  # log sum_{y != x} exp f(w_y)
+    total: jax.Array  # sum_{y != x} f(w_y)
+    own: jax.Array  # w_x; unspecified where x has no column
+    target: jax.Array  # w_{x0}; unspecified where x0 has no column
+
+
+class Columns(abc.ABC):
+    """Log weights w_y of the tokens y at each site, Float[... V], of which no array need exist."""
+
+    @abc.abstractmethod
+    def sums(
+        self,
+        x: jax.Array,
+        x0: jax.Array,
+        function: Callable[..., jax.Array] | None = None,
+        *numbers: jax.Array,
+    ) -> Sums:
+        """The sums that the statistics at the tokens x and x0, Int[...] each, are made of.
+
+        function: f(w: Float[... C], *numbers: Float[...]) -> Float[... C], pointwise in the columns; None: w itself.
+        numbers: of each site.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Array(Columns):
+    """Log weights in an array. values: Float[... V]; a column of a mask is one of a token, that x is where it is."""
+
+    values: jax.Array
+
+    def sums(self, x, x0, function=None, *numbers):
+        last = self.values.shape[-1] - 1
+        own, target = (
+            jnp.take_along_axis(self.values, jnp.minimum(tokens, last)[..., None], axis=-1)[..., 0]
+            for tokens in (x, x0)
+        )
+        values = self.values if function is None else function(self.values, *numbers)
+        others = ~jax.nn.one_hot(x, values.shape[-1], dtype=bool)
+        count = jnp.sum(others, axis=-1, dtype=values.dtype)
+
+        def total(values):
+            return jnp.sum(jnp.where(others, values, 0.0), axis=-1)
+
+        # Summed about their mean: a plain sum of 50 000 terms of size 20 rounds away the differences that the uniform
+        # process's loss consists of.
+        mean = jax.lax.stop_gradient(total(values) / count)
+        log_sum = jax.nn.logsumexp(jnp.where(others, values, -jnp.inf), axis=-1)
+        return Sums(log_sum, total(values - mean[..., None]) + count * mean, own, target)
+
+
 def score_stats(log_score: jax.Array, x: jax.Array, x0: jax.Array) -> ScoreStats:
     """The statistics of any log score, normalised or not. Float[... V or S], Int[...], Int[...] -> Float[...].
 
     A mask column is excluded where x is the mask; elsewhere the absorbing process does not use the statistics.
     """
-    others = ~jax.nn.one_hot(x, log_score.shape[-1], dtype=bool)
-    count = jnp.sum(others, axis=-1, dtype=log_score.dtype)
-    target = jnp.take_along_axis(log_score, x0[..., None], axis=-1)[..., 0]
-
-    def total(values):
-        return jnp.sum(jnp.where(others, values, 0.0), axis=-1)
-
-    # Summed about their mean: a plain sum of 50 000 terms of size 20 rounds away the differences that the uniform
-    # process's loss consists of.
-    mean = jax.lax.stop_gradient(total(log_score) / count)
-    return ScoreStats(
-        log_sum=jax.nn.logsumexp(jnp.where(others, log_score, -jnp.inf), axis=-1),
-        sum_log=total(log_score - mean[..., None]) + count * mean,
-        target=jnp.where(x == x0, 0.0, target),
-    )
+    sums = Array(log_score).sums(x, x0)
+    return ScoreStats(sums.log_sum, sums.total, jnp.where(x == x0, 0.0, sums.target))
 
 
 def clean_stats(process, log_clean: jax.Array, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> ScoreStats:

@@ -1,10 +1,11 @@
-"""Bidirectional attention over the valid positions, by one of three implementations of the same function."""
+"""Attention over the valid positions, by one of three implementations of the same function."""
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from sedd.errors import UserError
+from sedd.network import cpu_attention
 from sedd.network.sharding import has_mesh
 from sedd.runtime.parallel import BATCH_AXES, MODEL_AXIS
 
@@ -56,6 +57,8 @@ def _xla(q, k, v, lengths, mask):
     if lengths is not None:
         valid = _valid(q, lengths)[:, None, None, :]
         mask = valid if mask is None else mask & valid
+    if jax.default_backend() == "cpu":
+        return cpu_attention.attend(q, k, v, mask)
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 

@@ -8,10 +8,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from sedd.diffusion import keyed_random
@@ -135,8 +137,16 @@ def rotary(x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
 
     positions: Int[B L] or Int[1 L]; None: 0 .. L - 1.
     """
-    position = jnp.arange(x.shape[1], dtype=jnp.float32)[None] if positions is None else positions.astype(jnp.float32)
-    angle = position[..., None] * frequencies(x.shape[-1] // 2)[None]
-    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    cos, sin = _rotations(x.shape[1], x.shape[-1] // 2)
+    if positions is not None:
+        angle = positions.astype(jnp.float32)[..., None] * frequencies(x.shape[-1] // 2)[None]
+        cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+@functools.cache
+def _rotations(length: int, count: int) -> tuple[Any, Any]:
+    """Cosines and sines at 0 .. length - 1, constants of the compiled program. Float32[1 length 1 count] each."""
+    angle = np.arange(length)[:, None] * (10000.0 ** (-np.arange(count) / count))[None]
+    return np.cos(angle).astype(np.float32)[None, :, None], np.sin(angle).astype(np.float32)[None, :, None]

@@ -192,3 +192,17 @@ def test_ranks_are_a_uniformly_random_order():
     assert np.array_equal(orders[seen], ranks[:, [0, 2, 3]])
     assert p_value(seen, np.full(6, 1 / 6)) > 1e-3
     assert p_value(seen, np.array([1.1, 0.9] * 3) / 6) < 1e-6
+
+
+def test_kept_drops_each_entry_at_the_rate_independently():
+    """Both halves of a random word, for an odd number of entries too; the share is exact. Control: another rate."""
+    keys, rate = keyed_random.row_keys(jax.random.key(0), jnp.arange(64)), 0.1
+    kept, share = keyed_random.kept(keys, rate, (41, 21))
+    dropped = ~np.asarray(kept)
+    assert dropped.shape == (64, 41, 21) and share == pytest.approx(1 - rate, abs=2**-17)
+    error = np.sqrt(rate * (1 - rate) / (64 * 41))
+    columns = dropped.mean((0, 1))
+    assert np.abs(columns - (1 - share)).max() < 4.5 * error < np.abs(columns - 2 * rate).max()
+    halves = dropped[..., :10] - columns[:10], dropped[..., 11:] - columns[11:]
+    assert abs((halves[0] * halves[1]).mean()) < 4.5 * rate * (1 - rate) / np.sqrt(halves[0].size)
+    assert keyed_random.kept(keys, 0.0, (3,))[0].all()

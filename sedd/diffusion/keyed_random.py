@@ -98,6 +98,18 @@ def bernoulli(keys: jax.Array, p: jax.Array) -> jax.Array:
     return _vmap_over_keys(lambda key, p: jax.random.bernoulli(key, p, mode="high"), keys, p)
 
 
+def kept(keys: jax.Array, rate: float, shape: tuple[int, ...]) -> tuple[jax.Array, float]:
+    """A mask that drops entries at a rate, from half a random word each, and the share that it keeps.
+
+    Key[B] -> Bool[B *shape], True where an entry is kept; the rate is rounded to a multiple of 2^-16.
+    """
+    threshold = round(rate * 2**16)
+    halves = -(-shape[-1] // 2)
+    words = _vmap_over_keys(lambda key: jax.random.bits(key, (*shape[:-1], halves), jnp.uint32), keys)
+    bits = jnp.concatenate([words >> 16, words & 0xFFFF], axis=-1)[..., : shape[-1]]
+    return bits >= threshold, 1 - threshold / 2**16
+
+
 def normal(keys: jax.Array, width: int, dtype=jnp.float32) -> jax.Array:
     """Standard normal, `width` numbers a key. Key[...] -> Float[... width]."""
     return _vmap_over_keys(lambda key: jax.random.normal(key, (width,), dtype), keys)

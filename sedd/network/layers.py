@@ -117,8 +117,8 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None, number: int | jax
     """Dropout with the key of each example, folded with `number`. x: Float[B L W]; keys: Key[B]; None: no dropout."""
     if keys is None or rate == 0:
         return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keyed_random.fold(keys, number))
-    return jnp.where(keep, x / (1 - rate), 0.0)
+    keep, share = keyed_random.kept(keyed_random.fold(keys, number), rate, x.shape[1:])
+    return jnp.where(keep, x / share, 0.0)
 
 
 def one_line(module: nn.Module) -> str:

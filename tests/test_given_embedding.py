@@ -49,6 +49,7 @@ class Exact:
     joint: Joint
     conditioned: bool = True
     process, has_unnormalised_scores, given_embedding, infills = Uniform(V), False, True, True
+    block_of_generation = None
 
     def stats(self, params, keys=None, lengths=None, given=None, masked_pairs=False, tightened=False):
         given = given if self.conditioned else jnp.zeros_like(given)

@@ -10,7 +10,7 @@ Commands   sedd prepare --source='parquet:data/raw/openwebtext/*.parquet:text' -
 Launch     python tpu_launch/launch.py up --name=autoregressive-owt --zone=us-central1-a --type=v5litepod-64 --spot \
                --push=gs://BUCKET/data/openwebtext -- sedd train --config=experiments/autoregressive_openwebtext.py \
                --workdir=gs://BUCKET/runs/autoregressive_openwebtext
-Hardware   8 devices of 80 GB: --dry_run estimates 45 GiB each. On others set --config.training.accumulation=8, 2, ...
+Hardware   8 devices of 80 GB: --dry_run estimates 36 GiB each. On others set --config.training.accumulation=8, 2, ...
 Time       not run here. 2.2e20 FLOPs, as --dry_run counts them.
 Differs    The first token of a row: here predicted from a start token, and scored under the protocol clean; there
            given. Norms: here with biases. Rows: as in mdlm_openwebtext.py.

@@ -15,7 +15,7 @@ Launch     python tpu_launch/launch.py up --name=bd3lm-owt --zone=us-central1-a 
                --push=gs://BUCKET/data/openwebtext -- sedd train --config=experiments/bd3lm_openwebtext.py \
                --config.network.block_size=16 --init_from=kuleshov-group/bd3lm-owt-block_size1024-pretrain \
                --workdir=gs://BUCKET/runs/bd3lm_openwebtext
-Hardware   8 devices of 80 GB: --dry_run estimates 61 GiB each, since the trunk runs on 2,048 positions for 1,024
+Hardware   8 devices of 80 GB: --dry_run estimates 58 GiB each, since the trunk runs on 2,048 positions for 1,024
            tokens.
 Time       not run here, nor are the commands on the published checkpoints. 1.3e20 FLOPs, as --dry_run counts them.
 Differs    Noise: here stratified mask counts of each block; there times within limits that a search keeps adjusting,

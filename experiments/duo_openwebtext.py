@@ -16,7 +16,7 @@ Published  sedd eval --model=s-sahoo/duo --tokenizer=huggingface:data/raw/gpt2_p
 Launch     python tpu_launch/launch.py up --name=duo-owt --zone=us-central1-a --type=v5litepod-64 --spot \
                --push=gs://BUCKET/data/openwebtext_pad -- sedd train --config=experiments/duo_openwebtext.py \
                --workdir=gs://BUCKET/runs/duo_openwebtext
-Hardware   8 devices of 80 GB: --dry_run estimates 45 GiB each. On others set --config.training.accumulation=8, 2, ...
+Hardware   8 devices of 80 GB: --dry_run estimates 36 GiB each. On others set --config.training.accumulation=8, 2, ...
 Time       not run here, nor are the commands on the published checkpoint. 4.5e20 FLOPs, as --dry_run counts them: 125
            hours at 1e15 a second, 40% of the peak of 8 A100s.
 Differs    Curriculum: there, in the first 500,000 steps, the network takes the softmax of Gaussian latents of the

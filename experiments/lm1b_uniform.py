@@ -11,7 +11,7 @@ Commands   sedd prepare --train='lines:data/raw/lm1b/training-monolingual.tokeni
 Launch     python tpu_launch/launch.py up --name=lm1b-uniform --zone=us-central1-a --type=v5litepod-16 --spot \
                --push=gs://BUCKET/data/lm1b -- sedd train --config=experiments/lm1b_uniform.py \
                --workdir=gs://BUCKET/runs/lm1b_uniform
-Hardware   8 devices of 24 GB: --dry_run estimates 12 GiB each. On fewer, --config.training.accumulation=2, 4, ...
+Hardware   8 devices of 24 GB: --dry_run estimates 9 GiB each. On fewer, --config.training.accumulation=2, 4, ...
 Time       not run here. 4.4e19 FLOPs with the padding, as --dry_run counts them: 12 hours at 1e15 a second, which
            is 40% of the peak of 8 A100s.
 Result     to compare with, though the protocol may differ (see lm1b_absorb.py): a perplexity of at most 40.25

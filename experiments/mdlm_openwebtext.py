@@ -17,7 +17,7 @@ Published  sedd eval --model=kuleshov-group/mdlm-owt --tokenizer=gpt2:data/raw/g
 Launch     python tpu_launch/launch.py up --name=mdlm-owt --zone=us-central1-a --type=v5litepod-64 --spot \
                --push=gs://BUCKET/data/openwebtext -- sedd train --config=experiments/mdlm_openwebtext.py \
                --workdir=gs://BUCKET/runs/mdlm_openwebtext
-Hardware   8 devices of 80 GB: --dry_run estimates 45 GiB each. On others set --config.training.accumulation=8, 2, ...
+Hardware   8 devices of 80 GB: --dry_run estimates 36 GiB each. On others set --config.training.accumulation=8, 2, ...
 Time       not run here, nor are the commands on the published checkpoint. 4.5e20 FLOPs, as --dry_run counts them: 125
            hours at 1e15 a second, 40% of the peak of 8 A100s. An author names about 5 days on a node of A100s
            (github.com/kuleshov-group/mdlm, issue 19).

@@ -8,7 +8,7 @@ Commands   sedd prepare --source='parquet:data/raw/openwebtext/*.parquet:text' -
 Launch     python tpu_launch/launch.py up --name=owt-medium-absorb --zone=us-central1-a --type=v5litepod-64 --spot \
                --push=gs://BUCKET/data/openwebtext -- sedd train --config=experiments/openwebtext_medium_absorb.py \
                --config.mesh.fsdp=8 --workdir=gs://BUCKET/runs/openwebtext_medium_absorb
-Hardware   8 devices of 80 GB: --dry_run estimates 57 GiB each. The paper has 8 A100s of 80 GB, or 16 of 40 GB. On
+Hardware   8 devices of 80 GB: --dry_run estimates 52 GiB each. The paper has 8 A100s of 80 GB, or 16 of 40 GB. On
            more devices, --config.mesh.fsdp=2, 4, ... splits the parameters too.
 Time       not run here. 5.1e20 FLOPs, as --dry_run counts them: 6 days at 1e15 a second, which is 40% of the peak
            of 8 A100s.

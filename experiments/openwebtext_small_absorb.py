@@ -10,7 +10,7 @@ Commands   sedd prepare --source='parquet:data/raw/openwebtext/*.parquet:text' -
 Launch     python tpu_launch/launch.py up --name=owt-small-absorb --zone=us-central1-a --type=v5litepod-64 --spot \
                --push=gs://BUCKET/data/openwebtext -- sedd train --config=experiments/openwebtext_small_absorb.py \
                --workdir=gs://BUCKET/runs/openwebtext_small_absorb
-Hardware   8 devices of 80 GB: --dry_run estimates 45 GiB each. On others set --config.training.accumulation=8,
+Hardware   8 devices of 80 GB: --dry_run estimates 36 GiB each. On others set --config.training.accumulation=8,
            2, ... The paper has 8 A100s of 80 GB, or 16 of 40 GB.
 Time       not run here. 1.8e20 FLOPs, as --dry_run counts them: 50 hours at 1e15 a second, which is 40% of the
            peak of 8 A100s.

@@ -12,7 +12,7 @@ Commands   sedd prepare --train='lm1b:data/raw/lm1b/training-monolingual.tokeniz
 Launch     python tpu_launch/launch.py up --name=udlm-lm1b --zone=us-central1-a --type=v5litepod-16 --spot \
                --push=gs://BUCKET/data/lm1b_detokenised -- sedd train --config=experiments/udlm_lm1b.py \
                --workdir=gs://BUCKET/runs/udlm_lm1b
-Hardware   8 devices of 24 GB: --dry_run estimates 12 GiB each. On fewer, --config.training.accumulation=2, 4, ...
+Hardware   8 devices of 24 GB: --dry_run estimates 9 GiB each. On fewer, --config.training.accumulation=2, 4, ...
 Time       not run here. 4.4e19 FLOPs with the padding, as --dry_run counts them: 12 hours at 1e15 a second, which
            is 40% of the peak of 8 A100s.
 Differs    Rows: here a sentence and [SEP], a longer one in several rows; there [CLS], the sentence, [SEP], cut at 128.

@@ -14,8 +14,10 @@ from sedd import config as configs
 from sedd.data.batches import Batch
 from sedd.diffusion.discrete.process import Absorbing, Uniform
 from sedd.diffusion.discrete.score import Array
-from sedd.network import chunked_head, token_network
+from sedd.network import chunked_head, masked_lm, token_network
+from sedd.network.bert import Bert
 from sedd.network.chunked_head import HeadColumns
+from sedd.network.masked_lm import ARCHITECTURES, MaskedLanguageModel
 from sedd.training.objectives import make_objective
 
 V, W, STORED, SITES = 37, 5, 128, (8, 11)
@@ -186,3 +188,25 @@ def test_a_large_head_takes_no_memory(name, monkeypatch):
     half = rows * length * vocab_size // 2
     assert chunked - least < (dense - least) / 10
     assert largest < half <= largest_of_dense
+
+
+def test_the_head_of_a_masked_language_model_is_taken_in_chunks_too(monkeypatch):
+    """Its columns are the rows of the embedding table. Control: without the mask's logit, which is that of no token."""
+    process, rows = Absorbing(V), (2, 6)
+    trunk = Bert(V, width=8, layers=1, heads=2, mlp_width=16, **ARCHITECTURES["bert"])
+    network = MaskedLanguageModel(process, "denoiser", trunk, (1e-3, 7.0), mask_token=3, start_token=4)
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.3 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), network.init(KEY)
+    )
+    x, x0 = jnp.full(rows, V), jnp.arange(12).reshape(rows) + 5
+
+    def total(params):
+        return jnp.sum(network.stats(params)(x, jnp.ones(2), x0).target)
+
+    expected = jax.value_and_grad(total)(params)
+    monkeypatch.setattr(token_network, "MAX_DENSE_LOGITS", 0)
+    found = jax.value_and_grad(total)(params)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found[1], expected[1])
+    monkeypatch.setattr(masked_lm, "NEVER", 0.0)
+    assert abs(total(params) - expected[0]) > 1e-2

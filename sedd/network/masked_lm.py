@@ -6,6 +6,7 @@ conditioning (Sahoo et al., arXiv 2406.07524).
 """
 
 import dataclasses
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -34,7 +35,7 @@ NEVER = -1e9  # a logit whose probability is 0 in float32; finite, so that no st
 
 
 class MaskedHead(nn.Module):
-    """Maps hidden states to logits by the rows of the embedding table.
+    """What maps hidden states to logits, by the rows of the embedding table.
 
     mask_token: the token that no text has, whose logit is NEVER; eps and activation: as of `Bert`.
     """
@@ -44,13 +45,16 @@ class MaskedHead(nn.Module):
     activation: str
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
-        """hidden: Float[... P W]; table: Float32[V W]. Returns Float32[... P V]."""
+    def __call__(self, hidden: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """hidden: Float[... P W]; table: Float32[V W].
+
+        Returns the inputs, Float32[... P W], the kernel, Float32[W V], and the bias, Float32[V], of the logits.
+        """
         rows, width = table.shape
         x = ACTIVATIONS[self.activation](Linear(width, name="dense")(hidden.reshape(-1, width)))
-        x = layer_norm(self.eps, "norm")(x) @ constrain_sharding(table, MODEL_AXIS).T
+        x = layer_norm(self.eps, "norm")(x).reshape(hidden.shape)
         bias = self.param("bias", nn.initializers.zeros, (rows,), jnp.float32).at[self.mask_token].set(NEVER)
-        return (x + bias[None]).reshape(*hidden.shape[:-1], rows)
+        return x, constrain_sharding(table, MODEL_AXIS).T, bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,5 +117,9 @@ class MaskedLanguageModel(TokenNetwork):
         hidden = apply(self.trunk, params["trunk"], tokens, jnp.pad(valid, before, constant_values=True), keys)
         return hidden[:, 1:], jnp.zeros((len(x), 0), jnp.float32)
 
+    def head_parts(self, params, hidden, condition):
+        return cast(tuple, apply(self.masked_head, params["head"], hidden, params["trunk"]["embedding"]))
+
     def logits(self, params, hidden, condition):
-        return apply(self.masked_head, params["head"], hidden, params["trunk"]["embedding"])
+        x, kernel, bias = self.head_parts(params, hidden, condition)
+        return x @ kernel + bias

@@ -18,7 +18,7 @@ from sedd.diffusion import keyed_random
 from sedd.diffusion.bounds import Bound
 from sedd.diffusion.denoiser import Clean, State
 from sedd.diffusion.schedule import Schedule
-from sedd.network.adapters import CONDITIONING, NoiseEmbedding
+from sedd.network.adapters import CONDITIONING, NoiseEmbedding, padded
 from sedd.network.bert import Bert
 from sedd.network.trunk import Trunk
 
@@ -91,6 +91,10 @@ class Network(abc.ABC):
     def wide_arrays(self) -> int:
         """About how many float32 arrays with `columns` numbers a position the backward pass needs."""
         return 3
+
+    def logits_at_once(self, sites: int, shards: int = 1) -> int:
+        """How many logits of a loss a device holds at a time. shards: devices that share the columns of its sites."""
+        return sites * padded(self.columns) // shards
 
     def codec_products(self, length: int) -> tuple[int, int]:
         """Multiply-adds at a position of rows of `length` tokens in networks beside the trunk: trained, and frozen."""

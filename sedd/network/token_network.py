@@ -17,7 +17,7 @@ from sedd.diffusion.discrete.likelihood import DiscreteTimeBound, TimeLoss, boun
 from sedd.diffusion.discrete.process import Process
 from sedd.diffusion.discrete.score import Array, Columns, PosteriorFn, StatsFn
 from sedd.network.adapters import TokenEmbedding, TokenHead, padded
-from sedd.network.chunked_head import HeadColumns
+from sedd.network.chunked_head import MAX_LOGITS, HeadColumns
 from sedd.network.network import Network, apply
 from sedd.network.predictions import PREDICTIONS, Prediction
 from sedd.network.sharding import num_shards
@@ -78,6 +78,14 @@ class TokenNetwork(Network):
     @property
     def token_axes(self):
         return {"trunk/embedding": 0, "head/out/kernel": 1, "head/out/bias": 0}
+
+    def logits_at_once(self, sites, shards=1):
+        dense = super().logits_at_once(sites, shards)
+        return min(dense, MAX_LOGITS) if self._is_large(sites, shards) else dense
+
+    def _is_large(self, sites: int, shards: int) -> bool:
+        """True if the logits of the clean tokens at `sites` positions are too many for an array."""
+        return sites * self.vocab_size > MAX_DENSE_LOGITS * shards
 
     @property
     def embedding(self) -> TokenEmbedding:
@@ -223,10 +231,16 @@ class TokenNetwork(Network):
 
         Arguments as of `logits`.
         """
-        if math.prod(hidden.shape[:-1]) * self.vocab_size <= MAX_DENSE_LOGITS * num_shards():
-            return Array(self.logits(params, hidden, condition)[..., : self.vocab_size])
-        features = apply(self.head, params["head"], hidden, condition, True)
-        return HeadColumns(features, params["head"]["out"]["kernel"], params["head"]["out"]["bias"], self.vocab_size)
+        if self._is_large(math.prod(hidden.shape[:-1]), num_shards()):
+            return HeadColumns(*self.head_parts(params, hidden, condition), self.vocab_size)
+        return Array(self.logits(params, hidden, condition)[..., : self.vocab_size])
+
+    def head_parts(
+        self, params: dict, hidden: jax.Array, condition: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The last linear map of the head: its inputs, Float32[... W], kernel, Float32[W S], and bias, Float32[S]."""
+        out = params["head"]["out"]
+        return apply(self.head, params["head"], hidden, condition, True), out["kernel"], out["bias"]
 
     def logits(self, params: dict, hidden: jax.Array, condition: jax.Array) -> jax.Array:
         """The head, at any sites. Float[... P W], Float[... P C] or Float[... 1 C] -> Float32[... P S]."""

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from sedd import config as configs
-from sedd.network.adapters import FREQUENCIES, padded
+from sedd.network.adapters import FREQUENCIES
 from sedd.runtime import parallel
 from sedd.training.objective import Objective
 from sedd.training.objectives import make_objective
@@ -157,9 +157,9 @@ def activation_bytes(objective: Objective, rows: int, length: int, model: int = 
     maps = tokens * (2 + 7 / model) * size * width
     saved = {"none": layer, "dots": tokens * 4 * width + int(maps), "full": tokens * 4 * width}[trunk.remat]
     layers = trunk.layers * saved + (layer if trunk.remat != "none" else 0)
-    # The head: its inputs, in float32, and arrays of the size of the logits.
-    logits = network.wide_arrays * 4 * padded(network.columns)
-    head = sites * (4 * (3 * width + network.cond_dim) + logits // model)
+    # The head: its inputs, in float32, and arrays of the logits that are held at a time.
+    logits = network.wide_arrays * 4 * network.logits_at_once(sites, model)
+    head = sites * 4 * (3 * width + network.cond_dim) + logits
     return layers + head
 
 

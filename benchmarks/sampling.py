@@ -18,22 +18,17 @@ three warm-up steps.
 import argparse
 import dataclasses
 import functools
-import json
-import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
-import types
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from reference import Architecture, Reference, cores
 
 import sedd
 from sedd.diffusion import sampling
@@ -42,7 +37,6 @@ from sedd.diffusion.discrete.unmasking import Counts, FirstHitting
 from sedd.diffusion.keyed_random import root_key
 
 SIZES = "8x128x128x3x1024:128 8x128x128x3x1024:1024 4x256x256x4x32000:64"
-COND_DIM, FREQUENCIES, HEAD_DIM = 128, 256, 64  # of the published models
 COLUMNS = "sampler          calls   seconds  tokens/s  floor, s  of floor"
 
 
@@ -61,47 +55,9 @@ class Size:
     def parse(cls, text: str) -> "Size":
         return cls(*map(int, text.replace(":", "x").split("x")))
 
-    def config(self) -> dict:
-        """Returns the config.json of a published model of this size."""
-        return {
-            "tokens": self.vocab_size,
-            "graph": {"type": "absorb"},
-            "noise": {"type": "loglinear", "sigma_min": 1e-4, "sigma_max": 20.0},
-            "training": {"ema": 0.9999},
-            "model": {
-                "hidden_size": self.width,
-                "cond_dim": COND_DIM,
-                "length": self.length,
-                "n_blocks": self.layers,
-                "n_heads": self.width // HEAD_DIM,
-                "scale_by_sigma": True,
-                "dropout": 0.0,
-            },
-        }
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of the tensors of such a model by name."""
-        width, states = self.width, self.vocab_size + 1
-        shapes = {"vocab_embed.embedding": (states, width)}
-
-        def linear(name, into, out, bias=True):
-            shapes[f"{name}.weight"] = (out, into)
-            if bias:
-                shapes[f"{name}.bias"] = (out,)
-
-        linear("sigma_map.mlp.0", FREQUENCIES, COND_DIM)
-        linear("sigma_map.mlp.2", COND_DIM, COND_DIM)
-        for block in (f"blocks.{layer}" for layer in range(self.layers)):
-            shapes |= {f"{block}.norm1.weight": (width,), f"{block}.norm2.weight": (width,)}
-            linear(f"{block}.attn_qkv", width, 3 * width, bias=False)
-            linear(f"{block}.attn_out", width, width, bias=False)
-            linear(f"{block}.mlp.0", width, 4 * width)
-            linear(f"{block}.mlp.2", 4 * width, width)
-            linear(f"{block}.adaLN_modulation", COND_DIM, 6 * width)
-        shapes["output_layer.norm_final.weight"] = (width,)
-        linear("output_layer.linear", width, states)
-        linear("output_layer.adaLN_modulation", COND_DIM, 2 * width)
-        return shapes
+    @property
+    def architecture(self) -> Architecture:
+        return Architecture(self.width, self.layers, self.length, self.vocab_size)
 
 
 def main():
@@ -126,10 +82,6 @@ def main():
         compare(model, args.batch, args.steps, args.repeats, {})
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def random_weights(size: Size, reference: Path | None, repeats: int):
     """Compares the programs on random weights of one size."""
     print(
@@ -138,23 +90,19 @@ def random_weights(size: Size, reference: Path | None, repeats: int):
         flush=True,
     )
     random = np.random.default_rng(0)
-    weights = {
-        name: (random.standard_normal(shape) * (0.05 if len(shape) == 1 else shape[-1] ** -0.5)).astype(np.float32)
-        for name, shape in size.shapes().items()
-    }
+    weights = size.architecture.random_weights(random)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(size.config()))
-        save_file(weights, Path(folder) / "model.safetensors")
+        size.architecture.save(folder, weights)
         model = sedd.load(folder)
     peers = {}
     if reference:
-        peer = Reference(reference, size, weights)
+        peer = Reference(reference, size.architecture, weights)
         tokens = random.integers(0, size.vocab_size + 1, (size.batch, size.length))
         sigma = np.linspace(0.1, 3.0, size.batch, dtype=np.float32)
         ours, theirs = np.asarray(model.log_score(tokens, sigma)), peer.log_score(tokens, sigma)
         difference = np.max(np.abs(ours - theirs))
         print(f"log scores of the two programs differ by {difference:.1e} at most, of {np.max(np.abs(theirs)):.1f}")
-        peers["reference"] = (size.steps + 1, peer.seconds())  # with its final denoising step
+        peers["reference"] = (size.steps + 1, reference_seconds(peer, size))  # with its final denoising step
     compare(model, size.batch, size.steps, repeats, peers)
 
 
@@ -228,70 +176,18 @@ def timed(run: Callable, repeats: int) -> float:
     return statistics.median(seconds)
 
 
-class Reference:
-    """The reference's network and analytic sampler, with these weights, on the CPU."""
+def reference_seconds(peer: Reference, size: Size) -> float:
+    """Returns the seconds in which the reference samples one batch."""
+    import sampling  # of the reference
 
-    def __init__(self, checkout: Path, size: Size, weights: dict[str, np.ndarray]):
-        warnings.filterwarnings("ignore", module="torch|model|graph_lib")  # deprecated names in the reference
-        warnings.filterwarnings("ignore", message=".*autocast.*")
-        import torch
+    def sample(steps: int):
+        shape = (size.batch, size.length)
+        return sampling.get_pc_sampler(peer.graph, peer.noise, shape, "analytic", steps)(peer.network)
 
-        torch.set_num_threads(cores())
-        install_fake_flash_attention(torch)
-        if str(checkout) not in sys.path:
-            sys.path.insert(0, str(checkout))
-        import graph_lib
-        import noise_lib
-        from model import SEDD
-
-        self.torch, self.size = torch, size
-        self.graph, self.noise = graph_lib.Absorbing(size.vocab_size), noise_lib.LogLinearNoise()
-        self.network = SEDD(size.config()).eval()
-        tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
-        left = self.network.load_state_dict(tensors, strict=False)
-        if left.unexpected_keys or left.missing_keys != ["rotary_emb.inv_freq"]:
-            sys.exit(f"{checkout} has other parameters than the published models: {left}")
-
-    def log_score(self, tokens: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-        with self.torch.no_grad():
-            return self.network(self.torch.from_numpy(tokens), self.torch.from_numpy(sigma)).numpy()
-
-    def seconds(self) -> float:
-        """Returns the seconds of sampling one batch."""
-        self._sample(3)
-        start = time.perf_counter()
-        self._sample(self.size.steps)
-        return time.perf_counter() - start
-
-    def _sample(self, steps: int):
-        import sampling
-
-        shape = (self.size.batch, self.size.length)
-        return sampling.get_pc_sampler(self.graph, self.noise, shape, "analytic", steps)(self.network)
-
-
-def install_fake_flash_attention(torch):
-    """Installs torch versions of the two functions of flash_attn that the reference calls, for equal lengths."""
-
-    def attention(qkv, bounds, length, dropout, causal):
-        """qkv: Float[B*L 3 H K] -> Float[B*L H K]."""
-        q, k, v = qkv.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
-        return out.transpose(1, 2).flatten(0, 1)
-
-    def rotate(qkv, cos, sin):
-        """Rotary positions for queries and keys, in place. qkv: Float[B L 3 H K]; cos, sin: Float[L K/2]."""
-        first, second = qkv[:, :, :2].chunk(2, dim=-1)
-        cos, sin = cos[:, None, None], sin[:, None, None]
-        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        qkv[:, :, :2] = rotated
-        return qkv
-
-    names = ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn.layers", "flash_attn.layers.rotary")
-    package, interface, layers, rotary = (types.ModuleType(name) for name in names)
-    interface.flash_attn_varlen_qkvpacked_func, rotary.apply_rotary_emb_qkv_ = attention, rotate
-    package.flash_attn_interface, package.layers, layers.rotary = interface, layers, rotary
-    sys.modules.update(zip(names, (package, interface, layers, rotary)))
+    sample(3)
+    start = time.perf_counter()
+    sample(size.steps)
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

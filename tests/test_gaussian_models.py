@@ -126,7 +126,7 @@ def test_what_is_not_for_a_model_is_one_line(corpus, model, conditioned):
         ),
         (lambda: untrained_model(corpus).sample(1, sampler="ddim"), "the sampler ddim is not for this model"),
         (lambda: model.log_score(np.zeros((1, 16), int), np.ones(1)), "no concrete score"),
-        (lambda: model.perplexity(corpus, protocol="mdlm", progress=False), "mdlm is that of a discrete process"),
+        (lambda: model.perplexity(corpus, protocol="mdlm", progress=False), "protocol is that of a discrete process"),
         (lambda: model.sample(1, round_below=-1.0), "at least 0"),
     ):
         with pytest.raises(sedd.UserError, match=message) as caught:

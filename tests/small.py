@@ -7,12 +7,14 @@ import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import sedd
 from sedd import config as configs
 from sedd.data.layout import Layout
 from sedd.data.prepare import prepare
+from sedd.diffusion.discrete.score import Array
 from sedd.runtime import parallel
 from sedd.trained import Trained
 from sedd.training.objectives import make_objective
@@ -139,3 +141,9 @@ def encoder_config(corpus, *settings, name="bert"):
     """The config of a small network over the states of an encoder of tests/encoders."""
     of_encoder = ("process.name=gaussian", "codec.name=encoder", f"codec.encoder={ENCODERS / name}")
     return small_config(corpus, *of_encoder, "codec.decoder_layers=1", *settings)
+
+
+def columns_with_mask(self, params, hidden, condition):
+    """The logits with that of the mask in the normaliser: a column after its own, which is left out."""
+    logits = self.logits(params, hidden, condition)
+    return Array(jnp.concatenate([logits, logits[..., -1:]], axis=-1))

@@ -120,14 +120,8 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("absorbing denoiser", marks=pytest.mark.slow),
-        "uniform posterior",
-        pytest.param("blocks", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", ["absorbing denoiser", "uniform posterior", "blocks"])
+@pytest.mark.slow
 def test_losses_of_a_network_are_the_same_in_chunks(name, tmp_path, monkeypatch):
     """With the head at masked positions where it is packed, and the gradients of all parameters."""
     corpus = small_corpus(tmp_path)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from small import write_files
+from small import columns_with_mask, write_files
 
 import sedd
 from sedd import config as configs
@@ -20,7 +20,7 @@ from sedd.codecs.tensor_table import tensors_from
 from sedd.data.layout import Layout
 from sedd.data.tokenizer_huggingface import gpt2_data
 from sedd.diffusion import keyed_random
-from sedd.diffusion.discrete.score import Array, clean_stats
+from sedd.diffusion.discrete.score import clean_stats
 from sedd.model import Model
 from sedd.network import block_network, layers, predictions, token_network, trunk
 from sedd.network.token_network import TokenNetwork
@@ -236,12 +236,6 @@ def causal_context(positions, noisy, size):
     """A mask with which a clean token does not see the later ones of its block."""
     later = positions[:, :, None] < positions[:, None]
     return BLOCK_MASK(positions, noisy, size) & ~(later & ~noisy[:, None] & ~noisy)
-
-
-def columns_with_mask(self, params, hidden, condition):
-    """The logits with that of the mask in the normaliser: a column after its own, which is left out."""
-    logits = self.logits(params, hidden, condition)
-    return Array(jnp.concatenate([logits, logits[..., -1:]], axis=-1))
 
 
 @pytest.mark.parametrize("change", ["rotary", "positions", "leak", "causal", "modulation", "mask"])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import NETWORK, model_of
+from small import NETWORK, columns_with_mask, model_of
 
 import sedd
 from sedd import config as configs
@@ -22,7 +22,7 @@ from sedd.diffusion import keyed_random
 from sedd.diffusion.discrete.score import ScoreStats
 from sedd.evaluation.perplexity import perplexity
 from sedd.evaluation.protocols import get_protocol, scoring_rows
-from sedd.network import predictions
+from sedd.network.token_network import TokenNetwork
 
 MDLM, BD3LM = (Path(__file__).parent / "published" / name for name in ("mdlm", "bd3lm"))
 LETTERS = " 01234567abcdefghijklmnopqrstuvwxyz"  # with an end of text the 36 tokens of the checkpoint
@@ -89,20 +89,12 @@ def test_the_noisy_tokens_given_to_the_authors_are_those_of_the_seed(model, expe
     np.testing.assert_allclose(-np.expm1(-sigma) / (1 - 1e-3), expected["t"], rtol=1e-5)
 
 
-class WithMask(predictions.DenoiserPrediction):
-    """The logit of the mask left in the softmax."""
-
-    def log_clean(self, logits, x, sigma):
-        return jax.nn.log_softmax(logits)[..., : self.process.vocab_size]
-
-
 @pytest.mark.parametrize("change", ["seed", "mask"])
 def test_another_evaluation_is_noticed(model, expected, scored, monkeypatch, change):
     """Control: each change moves the number by more than a thousand times the tolerance."""
     seed = int(expected["seed"]) + (change == "seed")
     if change == "mask":
-        monkeypatch.setitem(predictions.PREDICTIONS, "with mask", WithMask)
-        model = dataclasses.replace(model, network=dataclasses.replace(model.network, prediction="with mask"))
+        monkeypatch.setattr(TokenNetwork, "columns_of", columns_with_mask)
     report, _ = perplexity(model, scored, PROTOCOL, len(expected["t"]), seed, progress=False)
     assert abs(report.nats_per_token - expected["nll"]) > 1e-2
 

@@ -14,7 +14,7 @@ import sedd
 from sedd import config as configs
 from sedd.data.layout import Layout
 from sedd.data.prepare import prepare
-from sedd.diffusion.discrete.score import Array
+from sedd.diffusion.discrete.score import ArrayColumns
 from sedd.runtime import parallel
 from sedd.trained import Trained
 from sedd.training.objectives import make_objective
@@ -146,4 +146,4 @@ def encoder_config(corpus, *settings, name="bert"):
 def columns_with_mask(self, params, hidden, condition):
     """The logits with that of the mask in the normaliser: a column after its own, which is left out."""
     logits = self.logits(params, hidden, condition)
-    return Array(jnp.concatenate([logits, logits[..., -1:]], axis=-1))
+    return ArrayColumns(jnp.concatenate([logits, logits[..., -1:]], axis=-1))

@@ -13,7 +13,7 @@ from small import small_config, small_corpus
 from sedd import config as configs
 from sedd.data.batches import Batch
 from sedd.diffusion.discrete.process import Absorbing, Uniform
-from sedd.diffusion.discrete.score import Array
+from sedd.diffusion.discrete.score import ArrayColumns
 from sedd.network import chunked_head, masked_lm, token_network
 from sedd.network.bert import Bert
 from sedd.network.chunked_head import HeadColumns
@@ -56,7 +56,7 @@ def objective(process, kind, columns, x, x0, sigma):
 
 
 def dense(features, kernel, bias):
-    return Array((features @ kernel + bias)[..., :V])
+    return ArrayColumns((features @ kernel + bias)[..., :V])
 
 
 def chunked(features, kernel, bias):

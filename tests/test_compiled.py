@@ -14,7 +14,7 @@ from sedd.diffusion.discrete.likelihood import MaskCountBound, NoiseLevelBound, 
 from sedd.diffusion.discrete.loss import count_loss, denoising_loss
 from sedd.diffusion.discrete.process import Absorbing, Uniform
 from sedd.diffusion.discrete.samplers import halves, leap
-from sedd.diffusion.discrete.score import Array, clean_stats, score_stats
+from sedd.diffusion.discrete.score import ArrayColumns, clean_stats, score_stats
 from sedd.diffusion.sampling import Interval
 from sedd.diffusion.schedule import Geometric, LogLinear, log_snr
 from sedd.network.predictions import PosteriorPrediction
@@ -100,7 +100,9 @@ def others(p):
         functions["log_evidence"] = lambda s, t, r, f, x, x0: p.log_evidence(x, s, 4.0)
         functions["lost_evidence"] = lambda s, t, r, f, x, x0: p.lost_evidence(x, s, 4.0)
         functions["posterior"] = lambda s, t, r, f, x, x0: PosteriorPrediction(p).log_posterior(f, x, s)
-        functions["its statistics"] = lambda s, t, r, f, x, x0: PosteriorPrediction(p).stats(Array(f), x, x0, s, s)
+        functions["its statistics"] = lambda s, t, r, f, x, x0: PosteriorPrediction(p).stats(
+            ArrayColumns(f), x, x0, s, s
+        )
         functions["posterior to r"] = lambda s, t, r, f, x, x0: PosteriorPrediction(p).log_clean(f, x, s)
     return functions
 

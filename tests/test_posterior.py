@@ -14,7 +14,7 @@ from sedd.data.batches import Batch
 from sedd.diffusion import keyed_random
 from sedd.diffusion.discrete.loss import cross_entropy_loss
 from sedd.diffusion.discrete.process import Absorbing, Uniform
-from sedd.diffusion.discrete.score import Array, posterior_from, stats_from
+from sedd.diffusion.discrete.score import ArrayColumns, posterior_from, stats_from
 from sedd.diffusion.schedule import LogLinear
 from sedd.network.adapters import NoiseEmbedding
 from sedd.network.predictions import ODDS_DISCOUNT, DenoiserPrediction, PosteriorPrediction
@@ -72,7 +72,7 @@ def test_r_from_the_posterior_is_accurate_in_float32(sigma):
 
 def meaning_of(prediction, logits):
     """The StatsFn of a prediction with these logits: (Int[B L], Float[B]) -> Float[B L V]."""
-    return lambda x, sigma, x0: prediction.stats(Array(logits(x, sigma)), x, x0, sigma[:, None], sigma[:, None])
+    return lambda x, sigma, x0: prediction.stats(ArrayColumns(logits(x, sigma)), x, x0, sigma[:, None], sigma[:, None])
 
 
 def logits_of_posterior(process, log_clean, x, sigma):
@@ -115,11 +115,11 @@ def test_statistics_of_both_predictions_are_equal_jitted_or_not(joint, float64):
     for sigma in SIGMAS:
         log_clean = joint.denoiser(process)(x, jnp.full(len(x), sigma))
         at = (x, x0, jnp.full(x.shape, sigma), jnp.full(x.shape, sigma))
-        one = DenoiserPrediction(process).stats(Array(log_clean), *at)
+        one = DenoiserPrediction(process).stats(ArrayColumns(log_clean), *at)
         logits = logits_of_posterior(process, log_clean, x, sigma)
 
         def other(logits, *at):
-            return PosteriorPrediction(process).stats(Array(logits), *at)
+            return PosteriorPrediction(process).stats(ArrayColumns(logits), *at)
 
         for stats in (other(logits, *at), jax.jit(other)(logits, *at)):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), stats, one)

@@ -15,7 +15,7 @@ from sedd.diffusion.denoiser import Denoiser
 from sedd.diffusion.discrete.blocks import by_token, num_blocks
 from sedd.diffusion.discrete.likelihood import DiscreteTimeBound, TimeLoss, bound_of
 from sedd.diffusion.discrete.process import Process
-from sedd.diffusion.discrete.score import Array, Columns, PosteriorFn, StatsFn
+from sedd.diffusion.discrete.score import ArrayColumns, Columns, PosteriorFn, StatsFn
 from sedd.network.adapters import TokenEmbedding, TokenHead, padded
 from sedd.network.chunked_head import MAX_LOGITS, HeadColumns
 from sedd.network.network import Network, apply
@@ -233,7 +233,7 @@ class TokenNetwork(Network):
         """
         if self._is_large(math.prod(hidden.shape[:-1]), num_shards()):
             return HeadColumns(*self.head_parts(params, hidden, condition), self.vocab_size)
-        return Array(self.logits(params, hidden, condition)[..., : self.vocab_size])
+        return ArrayColumns(self.logits(params, hidden, condition)[..., : self.vocab_size])
 
     def head_parts(
         self, params: dict, hidden: jax.Array, condition: jax.Array

@@ -59,7 +59,7 @@ class Columns(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Array(Columns):
+class ArrayColumns(Columns):
     """Log weights in an array. values: Float[... V]; a column of a mask is one of a token, that x is where it is."""
 
     values: jax.Array
@@ -89,15 +89,13 @@ def score_stats(log_score: jax.Array, x: jax.Array, x0: jax.Array) -> ScoreStats
 
     A mask column is excluded where x is the mask; elsewhere the absorbing process does not use the statistics.
     """
-    sums = Array(log_score).sums(x, x0)
+    sums = ArrayColumns(log_score).sums(x, x0)
     return ScoreStats(sums.log_sum, sums.total, jnp.where(x == x0, 0.0, sums.target))
 
 
 def clean_stats(process, log_clean: jax.Array, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> ScoreStats:
     """The statistics of the score that log r implies. Float[... V], Int[...], Int[...], Float[...] -> Float[...]."""
-    here = jnp.minimum(x, process.vocab_size - 1)  # the mask has no clean column and needs none
-    here = jnp.take_along_axis(log_clean, here[..., None], axis=-1)[..., 0]
-    return score_stats(process.log_score(log_clean, here, sigma), x, x0)
+    return process.stats_of_clean(ArrayColumns(log_clean), x, x0, sigma)
 
 
 def stats_from(process, denoiser: Denoiser) -> StatsFn:

@@ -13,10 +13,12 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.integrate
 import scipy.linalg
 import scipy.special
 import scipy.stats
 
+from sedd.diffusion import keyed_random
 from sedd.diffusion.denoiser import clamped
 from sedd.diffusion.discrete.process import Absorbing
 from sedd.diffusion.discrete.samplers import Trapezoidal, halves
@@ -349,6 +351,28 @@ def reverse_distribution(process, rates, length, low, high, steps=150):
 
     start = jnp.broadcast_to(process.stationary()[x].prod(-1), rates(high).shape[:2])
     return jax.lax.fori_loop(0, steps, step, start)
+
+
+def by_time(k, n, eps=0.01, low=0.05):
+    """The weight of the cross-entropy of k certain masks of a block of n tokens, at a uniform time t from `low` to 1.
+
+    Each is masked with probability (1 - eps) t, and weighs 1 / t.
+    """
+
+    def at(t):
+        return ((1 - eps) * t) ** k * (1 - (1 - eps) * t) ** (n - k) / t
+
+    return scipy.integrate.quad(at, low, 1)[0] / (1 - low)
+
+
+def row_keys(rows):
+    """The keys of this number of rows. Key[rows]."""
+    return keyed_random.row_keys(jax.random.key(0), jnp.arange(rows))
+
+
+def gap(left, right):
+    """The largest absolute difference."""
+    return np.abs(np.asarray(left) - np.asarray(right)).max()
 
 
 def total_variation(p, q):

@@ -32,11 +32,16 @@ def corpus(tmp_path_factory):
     return encoder_corpus(tmp_path_factory.mktemp("encoder"))
 
 
+def config_of(corpus, *settings, **encoder):
+    """A network of one layer, which compiles in half of the time."""
+    return encoder_config(corpus, "network.layers=1", *settings, **encoder)
+
+
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
     """The folder of a run of six steps."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    fit(encoder_config(corpus, "training.ema_decay=0.9"), folder)
+    fit(config_of(corpus, "training.ema_decay=0.9"), folder)
     return folder
 
 
@@ -104,7 +109,7 @@ def test_coordinates_without_variance_are_zero():
 
 
 def objective_of(corpus, *settings):
-    config = encoder_config(corpus, *settings)
+    config = config_of(corpus, *settings)
     read_for(config := configs.validate(config), corpus)
     _, schedule, network = configs.build(config, corpus.vocab_size)
     return make_objective(config, network, schedule)
@@ -227,8 +232,8 @@ def test_the_bound_has_three_terms_and_starts_where_it_is_asked_to(corpus, model
 @pytest.mark.slow
 def test_a_decoder_of_an_earlier_run_is_taken_over(corpus, tmp_path):
     """Trained alone, then kept by a run of the network alone."""
-    sedd.train(encoder_config(corpus, "training.loss=decoder"), tmp_path / "decoder")
-    config = encoder_config(corpus, "training.loss=denoising", "training.steps=2", "optimizer.weight_decay=0.1")
+    sedd.train(config_of(corpus, "training.loss=decoder"), tmp_path / "decoder")
+    config = config_of(corpus, "training.loss=denoising", "training.steps=2", "optimizer.weight_decay=0.1")
     after = sedd.train(config, tmp_path / "run", init_from=tmp_path / "decoder").params
     before = sedd.load(tmp_path / "decoder").params
     jax.tree.map(np.testing.assert_array_equal, after["codec"], before["codec"])
@@ -248,8 +253,9 @@ def test_a_decoder_of_an_earlier_run_is_taken_over(corpus, tmp_path):
 )
 def test_every_setting_trains(corpus, tmp_path, settings):
     """Both losses fall, on the same noise; the model samples and scores."""
-    settings = (*settings, "training.steps=60", "optimizer.decay=constant", "evaluation.every=60", "evaluation.draws=2")
-    model = sedd.train(encoder_config(corpus, *settings), tmp_path / "run")
+    settings = ("network.layers=2", *settings, "training.steps=60", "optimizer.decay=constant")
+    settings = (*settings, "evaluation.every=60", "evaluation.draws=2")
+    model = sedd.train(config_of(corpus, *settings), tmp_path / "run")
     objective, tokens = make_objective(model.config, model.network, model.schedule), train_rows(corpus, count=8)
     losses = jax.jit(lambda params, key: objective(params, Batch(tokens, None), jnp.arange(8), key).terms)
     start = dataclasses.replace(model, params=jax.jit(model.network.init)(keyed_random.root_key(0)))
@@ -268,7 +274,7 @@ def test_every_setting_trains(corpus, tmp_path, settings):
 @pytest.mark.parametrize("name", ["roberta", "t5"])
 def test_other_encoders_train_too(tmp_path, name):
     corpus = encoder_corpus(tmp_path, name)
-    model = sedd.train(encoder_config(corpus, "training.steps=2", name=name), tmp_path / "run")
+    model = sedd.train(config_of(corpus, "training.steps=2", name=name), tmp_path / "run")
     assert ("start" in model.frozen["codec"]) == (name == "roberta")
     assert model.sample(2, steps=2).tokens.shape == (2, 16)
 
@@ -277,11 +283,11 @@ def test_other_encoders_train_too(tmp_path, name):
 def test_a_run_resumes_bit_for_bit(corpus, tmp_path):
     """With memory and its decoder; stopped after three of six steps, where the corpus has lost its statistics."""
     settings = ("checkpoint.every=3", "optimizer.decay=constant")
-    fit(encoder_config(corpus, *settings), tmp_path / "whole")
-    fit(encoder_config(corpus, *settings, "training.steps=3"), tmp_path / "parts")
+    fit(config_of(corpus, *settings), tmp_path / "whole")
+    fit(config_of(corpus, *settings, "training.steps=3"), tmp_path / "parts")
     for file in corpus.path.glob("encoder-*.npz"):
         file.unlink()
-    fit(encoder_config(corpus, *settings), tmp_path / "parts")
+    fit(config_of(corpus, *settings), tmp_path / "parts")
     whole, parts = (sedd.load(tmp_path / name).params for name in ("whole", "parts"))
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
     assert not list(corpus.path.glob("encoder-*.npz"))
@@ -291,7 +297,7 @@ def test_another_encoder_is_refused(corpus, run, model, tmp_path):
     """A run does not resume with it, and a model does not load; one that moved is found where it is said to be."""
     other = tmp_path / "bert"
     shutil.copytree(ENCODERS / "bert", other)
-    moved = encoder_config(corpus, f"codec.encoder={other}", *ADAMW, "training.ema_decay=0.9")
+    moved = config_of(corpus, f"codec.encoder={other}", *ADAMW, "training.ema_decay=0.9")
     fit(moved, run)  # the same files elsewhere
     assert np.array_equal(sedd.load(run).sample(2, steps=2).tokens, model.sample(2, steps=2).tokens)
     tensors = load_file(other / "model.safetensors")
@@ -312,17 +318,17 @@ def test_another_encoder_is_refused(corpus, run, model, tmp_path):
 
 def test_invalid_use_is_one_line(corpus, model, tmp_path):
     characters = small_corpus(tmp_path)
-    digest = encoder_config(corpus, f"codec.digest={'a' * 16}")
+    digest = config_of(corpus, f"codec.digest={'a' * 16}")
     (tmp_path / "roberta").mkdir()
     for call, message in (
-        (lambda: fit(encoder_config(characters), tmp_path / "run"), "prepare it with the encoder's tokenizer.json"),
+        (lambda: fit(config_of(characters), tmp_path / "run"), "prepare it with the encoder's tokenizer.json"),
         (
-            lambda: fit(encoder_config(corpus, name="roberta"), tmp_path / "run"),
+            lambda: fit(config_of(corpus, name="roberta"), tmp_path / "run"),
             "lacks .* tokens of the corpus, such as",
         ),
-        (lambda: fit(encoder_config(corpus, "data.block_length=512"), tmp_path / "run"), "choose at most 511"),
-        (lambda: fit(encoder_config(corpus, "codec.width=9"), tmp_path / "run"), "more than the encoder's 8"),
-        (lambda: fit(encoder_config(corpus, "training.loss=denoising"), tmp_path / "run"), "give that as --init_from"),
+        (lambda: fit(config_of(corpus, "data.block_length=512"), tmp_path / "run"), "choose at most 511"),
+        (lambda: fit(config_of(corpus, "codec.width=9"), tmp_path / "run"), "more than the encoder's 8"),
+        (lambda: fit(config_of(corpus, "training.loss=denoising"), tmp_path / "run"), "give that as --init_from"),
         (lambda: fit(digest, tmp_path / "run"), "the model needs aaaaaaaaaaaaaaaa"),
         (lambda: model.infill("the <blank:2> cat"), "cannot fill in text"),
         (lambda: model.denoiser(*[np.ones((1, 16), int)] * 2), "leave out tokens and given"),
@@ -339,7 +345,7 @@ def test_invalid_use_is_one_line(corpus, model, tmp_path):
 @pytest.mark.slow
 def test_training_is_the_same_on_any_number_of_devices(corpus, model):
     """Two updates on one device and on eight."""
-    config, tokens = configs.validate(encoder_config(corpus)), train_rows(corpus, count=8)
+    config, tokens = configs.validate(config_of(corpus)), train_rows(corpus, count=8)
     read_for(config, corpus)
     frozen, ends = jax.device_get(model.frozen), []
     for devices in (1, 8):

@@ -216,7 +216,7 @@ def test_a_training_step_traces(file):
     config.network.scan = not config.network.long_skips
     if config.codec.name == "encoder":
         config.codec.update(encoder=str(ENCODERS / "bert"), width=0)
-        config.network.layers = min(4, config.network.layers)
+        config.network.layers = min(2, config.network.layers)
     training, data = config.training, config.data
     _, schedule, network = configs.build(config, data.vocab_size or 1280)
     objective = make_objective(config, network, schedule)

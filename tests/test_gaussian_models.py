@@ -22,12 +22,12 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(corpus):
-    return shaken(untrained_model(corpus, *GAUSSIAN))
+    return shaken(untrained_model(corpus, *GAUSSIAN, "network.layers=1"))
 
 
 @pytest.fixture(scope="module")
 def conditioned(corpus):
-    return shaken(untrained_model(corpus, *GIVEN))
+    return shaken(untrained_model(corpus, *GIVEN, "network.layers=1"))
 
 
 @pytest.mark.slow

@@ -22,8 +22,12 @@ BLOCK = 16
 
 
 def untrained(corpus, *settings):
-    """A model with a small network at initialisation."""
-    return model_of(small_config(corpus, *settings), corpus.tokenizer, lambda init: init(jax.random.key(0)))
+    """A model with a small network, of one layer, at initialisation."""
+    return model_of(
+        small_config(corpus, "network.layers=1", *settings),
+        corpus.tokenizer,
+        lambda init: jax.jit(init)(jax.random.key(0)),
+    )
 
 
 @pytest.fixture(scope="module")

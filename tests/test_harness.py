@@ -87,6 +87,11 @@ def requests_for(*arguments, kind="loglikelihood", documents=None):
     ]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def denoise(network, params, x, sigma):
+    return network.denoiser(params)(x, sigma, None)
+
+
 def decoded(model, context, count):
     """Greedy decoding by hand: the masked position of the largest margin gets its most likely token."""
     mask = model.process.mask_id
@@ -94,10 +99,9 @@ def decoded(model, context, count):
     x = np.full((1, BLOCK), mask)
     x[0, : len(ids)] = ids
     free = np.arange(len(ids), len(ids) + count)
-    denoise = jax.jit(lambda x, sigma: model.denoiser()(x, sigma, None))
     for _ in range(count):
         sigma = model.process.sigma_from_mask_ratio(jax.numpy.asarray(x))
-        p = np.exp(np.asarray(denoise(x, sigma), np.float64))[0]
+        p = np.exp(np.asarray(denoise(model.network, model.params, x, sigma), np.float64))[0]
         best = np.sort(p, axis=-1)
         margin = np.where(x[0] == mask, best[:, -1] - best[:, -2], -1)
         at = free[np.argmax(margin[free])]

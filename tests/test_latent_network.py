@@ -29,10 +29,8 @@ def network_of(codec=CODEC, **settings):
 
 def params_of(network, seed=0):
     """Random parameters, no array of them 0."""
-    params = network.init(jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return tree.unflatten([leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)])
+    random, shapes = np.random.default_rng(seed), jax.eval_shape(network.init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, 0.5, leaf.shape), leaf.dtype), shapes)
 
 
 def state(seed=0):
@@ -121,7 +119,7 @@ def test_self_conditioning_takes_the_last_answer():
 def test_the_share_of_the_own_evidence_grows_with_the_signal():
     """With a head of 0: half of it at SNR = evidence_snr, nearly all at little noise, nearly none at much."""
     network = network_of(evidence_snr=1.0)
-    params = network.init(jax.random.key(0))
+    params = jax.jit(network.init)(jax.random.key(0))
     table, x = CODEC.rows(params["codec"]), state()
     sigma = jnp.array([0.01, np.log(2.0), 9.0])  # SNR 100, 1 and .0001
     share = jnp.array([100 / 101, 0.5, 1e-4])
@@ -171,7 +169,7 @@ def test_free_rows_are_as_they_are_and_a_random_table_has_no_gradient():
 def test_parameters_are_counted_without_padding():
     for settings in ({}, {"soft_tokens": False}, {"prediction": "v"}):
         network = network_of(**settings)
-        params = network.init(jax.random.key(0))
+        params = jax.eval_shape(network.init, jax.random.key(0))
         stored = sum(leaf.size for leaf in jax.tree.leaves(params))
         rows = 128 - V
         padding = rows * (D + 16 * network.soft_tokens + 17 * network.has_logits)

@@ -127,7 +127,7 @@ def test_a_call_that_took_effect_but_failed_is_not_repeated(cloud, capfd):
     assert len(cloud.calls("create")) == len(cloud.calls("delete")) == 1
 
 
-@pytest.mark.parametrize("step", ["list", "create", "ssh", "scp", "delete"])
+@pytest.mark.parametrize("step", ["list", "create", "ssh", pytest.param("scp", marks=pytest.mark.slow), "delete"])
 def test_retries_are_limited(cloud, capfd, step):
     """The exit status is then 1, and one line names the failed command."""
     cloud.plan(**{step: 1000})

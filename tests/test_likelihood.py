@@ -278,7 +278,7 @@ def test_a_short_text_in_a_masked_block_has_its_exact_marginal(counts, float64):
     "process, schedule",
     [
         (Absorbing(3), LogLinear(0.01)),
-        (Uniform(3), Geometric(1e-2, 5.0)),
+        pytest.param(Uniform(3), Geometric(1e-2, 5.0), marks=pytest.mark.slow),
         pytest.param(Absorbing(3), Geometric(1e-2, 5.0), marks=pytest.mark.slow),
         pytest.param(Uniform(3), LogLinear(0.01), marks=pytest.mark.slow),
     ],

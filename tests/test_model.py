@@ -20,9 +20,9 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
-    """A run of 30 steps with the absorbing process."""
+    """A run of six steps with the absorbing process; of one layer, which compiles in half of the time."""
     workdir = tmp_path_factory.mktemp("runs") / "absorbing"
-    sedd.train(small_config(corpus, "training.steps=30"), workdir)
+    sedd.train(small_config(corpus, "network.layers=1"), workdir)
     return workdir
 
 
@@ -36,7 +36,7 @@ def either(request, corpus):
     """The model of the run, and one with the uniform process, which is not trained."""
     if request.param == "absorbing":
         return request.getfixturevalue("model")
-    return untrained_model(corpus, "process.name=uniform", "training.noise_sampling=time")
+    return untrained_model(corpus, "network.layers=1", "process.name=uniform", "training.noise_sampling=time")
 
 
 @pytest.mark.smoke
@@ -44,8 +44,8 @@ def test_exported_model_samples_as_the_run(model, tmp_path):
     model.save(tmp_path / "exported")
     other = sedd.load(tmp_path / "exported")
     assert other.config.to_dict() == model.config.to_dict()
-    expected = model.sample(num_samples=3, steps=6, seed=4)
-    assert other.sample(num_samples=3, steps=6, seed=4).texts == expected.texts
+    expected = model.sample(num_samples=5, steps=8, seed=4)
+    assert other.sample(num_samples=5, steps=8, seed=4).texts == expected.texts
     with pytest.raises(sedd.UserError, match="not empty"):
         model.save(tmp_path / "exported")
 
@@ -116,16 +116,17 @@ def test_infill_keeps_prefix_and_suffix(model):
 
 def test_infill_keeps_given_tokens_at_different_positions_in_each_row(either):
     random = np.random.default_rng(0)
-    tokens = random.integers(0, either.process.vocab_size, (6, 16))
-    given = random.random((6, 16)) < np.linspace(0, 1, 6)[:, None]
-    given[5] = True
-    samples = either.infill(tokens=tokens, given=given, num_samples=2, steps=4)
-    for row in range(12):
+    tokens = random.integers(0, either.process.vocab_size, (3, 16))
+    given = random.random((3, 16)) < np.linspace(0, 1, 3)[:, None]
+    given[2] = True
+    samples = either.infill(tokens=tokens, given=given, num_samples=2, steps=16)
+    for row in range(6):
         at = given[row // 2]
         np.testing.assert_array_equal(samples.tokens[row][at], tokens[row // 2][at])
     assert not np.array_equal(samples.tokens[0], samples.tokens[1])
-    ragged = either.infill(tokens=[[1, 2, 3], [4, 5]], given=[[True, False, True], [False, True]], steps=4)
-    assert ragged.tokens[0, [0, 2]].tolist() == [1, 3] and ragged.tokens[1, 1:].tolist() == [5, -1]
+    short = dict(tokens=[[1, 2, 3], [4, 5]], given=[[True, False, True], [False, True]])
+    ragged = either.infill(**short, num_samples=3, steps=4)  # six rows and a token in each step, as above
+    assert ragged.tokens[0, [0, 2]].tolist() == [1, 3] and ragged.tokens[3, 1:].tolist() == [5, -1]
 
 
 def test_infill_without_free_positions_returns_the_tokens(either):

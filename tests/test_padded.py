@@ -44,7 +44,7 @@ def run(request, corpora, tmp_path_factory):
     padding, process = request.param
     workdir = tmp_path_factory.mktemp("runs") / "run"
     settings = [f"process.name={process}"] + ["training.noise_sampling=time"] * (process == "uniform")
-    settings += ["data.block_length=32", "training.steps=40"]
+    settings += ["network.layers=1", "data.block_length=32", "training.steps=40"]
     sedd.train(small_config(corpora[padding], *settings), workdir)
     return workdir, corpora[padding]
 

@@ -34,8 +34,8 @@ def paper_config(corpus):
 
 
 def default_config(corpus):
-    """The default recipe on the same network: log r, mask counts, Muon at its full learning rate; with dropout."""
-    return small_config(corpus, *MUON, *DROPOUT, "training.steps=100")
+    """The default recipe on one layer: log r, mask counts, Muon at its full learning rate; with dropout."""
+    return small_config(corpus, *MUON, *DROPOUT, "network.layers=1", "network.scan=false", "training.steps=100")
 
 
 def gaussian_config(corpus):
@@ -52,7 +52,7 @@ def compiled(config, corpus, devices):
     return step.lower(jax.eval_shape(init), Batch(tokens, None), {}).compile(), mesh, shardings
 
 
-STARTS = {}  # by recipe
+STARTS, PROGRAMS = {}, {}  # by recipe; and by its devices and microbatches, without a mesh
 
 
 def start(recipe, corpus):
@@ -69,7 +69,11 @@ def losses(recipe, corpus, devices, accumulation=1, mesh=None, steps=10, order=s
     config = recipe(corpus)
     config.training.accumulation = accumulation
     config.mesh.update(mesh or {})
-    step, mesh, shardings = compiled(config, corpus, devices)
+    key = recipe, devices, accumulation
+    program = PROGRAMS[key] if mesh is None and key in PROGRAMS else compiled(config, corpus, devices)
+    if mesh is None:
+        PROGRAMS[key] = program
+    step, mesh, shardings = program
     state, values, ids = jax.device_put(start(recipe, corpus), shardings), [], []
     for k in range(steps):
         rows = batch(corpus, config.data.block_length, ROWS, config.training.seed, k)

@@ -59,7 +59,8 @@ def train(args, settings):
     model = f"--model={shlex.quote(args.workdir)}"
     print(f"  sedd eval   {model}\n  sedd sample {model} --num_samples=4")
     if kind_of(config) != ENCODER:
-        print(f"  sedd infill {model} 'some text <blank:8> more text'")
+        prompt = "--prefix='some text'" if config.network.block_size else "'some text <blank:8> more text'"
+        print(f"  sedd infill {model} {prompt}")
 
 
 def _join():

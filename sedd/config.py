@@ -5,7 +5,6 @@
 
 import ast
 import difflib
-import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -184,6 +183,10 @@ def _encoder(config: ConfigDict, vocab_size: int, encoder: Bert | T5Encoder | No
 CODECS: dict[str, Callable[..., Embeddings | Encoder]] = {EMBEDDINGS: _embeddings, ENCODER: _encoder}
 
 
+# The networks by network.block_size; of any other size BlockNetwork.
+_KINDS_OF_BLOCKS: dict[int, type[TokenNetwork]] = {0: TokenNetwork, 1: AutoregressiveNetwork}
+
+
 def _masked_lm(
     process: Absorbing, of_network: dict, of_trunk: dict, architecture: str, mask_token: int, start_token: int
 ) -> MaskedLanguageModel:
@@ -223,7 +226,7 @@ def build(
     elif config.network.architecture != DIT:
         network = _masked_lm(Absorbing(vocab_size), of_network, of_trunk, **of_masked)
     else:
-        process = PROCESSES[config.process.name](vocab_size)
-        make = functools.partial(BlockNetwork, block_size=block_size) if block_size else TokenNetwork
-        network = (AutoregressiveNetwork if block_size == 1 else make)(process=process, **of_network)
+        of_blocks = {"block_size": block_size} if block_size else {}
+        kind = _KINDS_OF_BLOCKS.get(block_size, BlockNetwork)
+        network = kind(process=PROCESSES[config.process.name](vocab_size), **of_network, **of_blocks)
     return network.process, schedule, network

@@ -35,6 +35,13 @@ def index(x, num_states):
     return np.asarray(x) @ num_states ** np.arange(np.shape(x)[-1])[::-1]
 
 
+def completions(tokens, free, num_states):
+    """Every way to fill in the free positions of one row. Int[L], Bool[L] -> Int[S^free L]."""
+    x0 = np.tile(tokens, (num_states ** free.sum(), 1))
+    x0[:, free] = states(num_states, free.sum())
+    return x0
+
+
 def changed(num_states, length):
     """Every sequence with each of its positions set to each state. Int[S^L L S L]."""
     at, y = np.eye(length, dtype=bool)[:, None], np.arange(num_states)[:, None]

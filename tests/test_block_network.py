@@ -386,7 +386,7 @@ def is_stratified(levels):
 @pytest.fixture(scope="module")
 def levels():
     """The levels in [0, 1) of the blocks of a batch, of times and of mask counts, each Float[rows blocks]."""
-    fine = 2**20  # of blocks of so many tokens a count has one level
+    fine = 2**20  # tokens of a block: a mask count is then one level
 
     @jax.jit
     def drawn(rows, key):

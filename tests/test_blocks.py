@@ -13,6 +13,7 @@ import scipy.special
 from oracle import (
     Joint,
     by_time,
+    completions,
     gap,
     index,
     kernel,
@@ -519,14 +520,7 @@ FREE = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1], [1, 0, 0, 1], [0, 1, 
 COPIES = 1_000
 
 
-def completions(tokens, free):
-    """Every way to fill in the free positions. Int[V^free L]."""
-    x0 = np.tile(tokens, (V ** free.sum(), 1))
-    x0[:, free] = states(V, free.sum())
-    return x0
-
-
-ROWS = np.concatenate([completions(*row) for row in zip(TOKENS, FREE, strict=True)])
+ROWS = np.concatenate([completions(*row, V) for row in zip(TOKENS, FREE, strict=True)])
 ROWS_FREE = np.repeat(FREE, V ** FREE.sum(-1), axis=0)
 GROUPS = np.repeat(np.arange(len(FREE)), V ** FREE.sum(-1))
 CELLS = index(ROWS, V + 1) + (V + 1) ** L * GROUPS  # among all sequences of all rows of TOKENS
@@ -544,7 +538,7 @@ def probabilities(plans):
     of_rows = zip(TOKENS, FREE, strict=True)
     return np.concatenate(
         [
-            np.mean([np.exp(along(TABLE, completions(*row), groups)) for groups in plans(row[1])], axis=0)
+            np.mean([np.exp(along(TABLE, completions(*row, V), groups)) for groups in plans(row[1])], axis=0)
             for row in of_rows
         ]
     )

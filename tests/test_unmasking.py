@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import index, p_value, random_tables, states, table_denoiser, table_log_clean
+from oracle import completions, index, p_value, random_tables, table_denoiser, table_log_clean
 
 from sedd.diffusion.denoiser import condition_on_mask_ratio, edited, in_block, nucleus
 from sedd.diffusion.discrete.pickers import Entropy, EntropyBounded, Margin
@@ -27,14 +27,7 @@ run = jax.jit(sample, static_argnames=("denoiser", "sampler"))
 likelihood = jax.jit(Adaptive.log_likelihood, static_argnames=("self", "denoiser"))
 
 
-def completions(tokens, free):
-    """Every way to fill in the free positions. Int[V^free L]."""
-    x0 = np.tile(tokens, (V ** free.sum(), 1))
-    x0[:, free] = states(V, free.sum())
-    return x0
-
-
-ROWS = np.concatenate([completions(*row) for row in zip(TOKENS, FREE, strict=True)])
+ROWS = np.concatenate([completions(*row, V) for row in zip(TOKENS, FREE, strict=True)])
 ROWS_FREE = np.repeat(FREE, V ** FREE.sum(-1), axis=0)
 GROUPS = np.repeat(np.arange(len(FREE)), V ** FREE.sum(-1))
 
@@ -207,7 +200,7 @@ def test_conditioned_on_the_mask_ratio_of_the_block_the_distribution_is_that_of_
     """Short rows inside `in_block`, scored in the full block. Control: the mask ratio of the short rows."""
     network, repeats = table_denoiser(random_tables(1, L + 1)[0]), 20_000
     sampler, padded = Adaptive(PROCESS, Entropy(1)), in_block(condition_on_mask_ratio(PROCESS, network), L + 1, MASK)
-    short, free = completions(np.zeros(L, int), np.ones(L, bool)), np.ones((V**L, L), bool)
+    short, free = completions(np.zeros(L, int), np.ones(L, bool), V), np.ones((V**L, L), bool)
     full = np.pad(short, ((0, 0), (0, 1)), constant_values=MASK), np.pad(free, ((0, 0), (0, 1)))
     drawn = run(jax.random.key(0), padded, sampler, np.zeros((repeats, L), int), np.ones((repeats, L), bool)).tokens
     due = np.exp(np.asarray(likelihood(sampler, network, *full)))

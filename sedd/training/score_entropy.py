@@ -7,7 +7,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
-from sedd.diffusion.discrete.blocks import num_blocks
+from sedd.diffusion.discrete.blocks import num_blocks, of_rows
 from sedd.diffusion.discrete.loss import count_loss, denoising_loss
 from sedd.diffusion.discrete.process import Absorbing
 from sedd.training.token_objective import TokenObjective
@@ -29,12 +29,12 @@ class ScoreEntropy(TokenObjective):
         stats, process = self.network.stats(params, **inputs, masked_pairs=self._is_paired), self.network.process
         if not self._is_paired:
             loss = denoising_loss(process, self.schedule, stats, keys, tokens, levels, free)
-            return {"loss": loss}, self.schedule.sigma(_of_rows(levels))
+            return {"loss": loss}, self.schedule.sigma(of_rows(levels))
         lengths = inputs["lengths"]
         loss = count_loss(cast(Absorbing, process), stats, keys, tokens, levels, free, lengths)
         n = jnp.maximum(self._lengths_of_blocks(tokens.shape[1], lengths), 1)
         ratio = (levels.astype(jnp.float32) - 0.5) / n.astype(jnp.float32)
-        return {"loss": loss}, -jnp.log1p(-_of_rows(ratio))
+        return {"loss": loss}, -jnp.log1p(-of_rows(ratio))
 
     def levels(self, rows, key, length, lengths=None):
         blocks = num_blocks(length, self.network.block_of_generation or 0)
@@ -82,8 +82,3 @@ def _of_blocks(rows: jax.Array, blocks: int, count: int) -> jax.Array:
     """
     place = jnp.arange(blocks)[None]
     return rows if blocks == 1 else place * count + (rows[:, None] + place) % count
-
-
-def _of_rows(levels: jax.Array) -> jax.Array:
-    """The levels of rows, or the means of those of their blocks. Float[B] or Float[B N] -> Float[B]."""
-    return levels if levels.ndim == 1 else levels.mean(axis=1)

@@ -27,6 +27,11 @@ def split(x: jax.Array, count: int) -> jax.Array:
     return x if count == 1 else x.reshape(len(x), count, -1)
 
 
+def of_rows(values: jax.Array) -> jax.Array:
+    """Numbers of rows, or the means of those of their blocks. Float[B] or Float[B N] -> Float[B]."""
+    return values if values.ndim == 1 else values.mean(axis=1)
+
+
 def by_token(values: jax.Array, length: int) -> jax.Array:
     """Numbers of rows or of blocks, [B] or [B N], for the `length` tokens of a row: [B 1] or [B L]."""
     return values[:, None] if values.ndim == 1 else jnp.repeat(values, length // values.shape[1], axis=1)

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 
 from sedd.diffusion import keyed_random
 from sedd.diffusion.bounds import Bound, BoundTerms, Draws, in_halves, in_stratum
-from sedd.diffusion.discrete.blocks import block_keys, by_token, num_blocks, split
-from sedd.diffusion.discrete.loss import count_loss, denoising_loss
+from sedd.diffusion.discrete.blocks import block_keys, by_token, num_blocks, of_rows, split
+from sedd.diffusion.discrete.loss import count_loss, denoising_loss, masked_loss
 from sedd.diffusion.discrete.process import Absorbing, Process
 from sedd.diffusion.discrete.score import ScoreStats, StatsFn
 from sedd.diffusion.schedule import Schedule
@@ -124,7 +124,7 @@ class MaskCountBound(TokenBound):
         def at(keys, stratum, strata):
             u = in_stratum(stratum, strata, block_keys(keyed_random.fold(keys, 0), blocks))
             k = jnp.minimum(1 + (u * n.astype(u.dtype)).astype(jnp.int32), n)
-            level = u if u.ndim == 1 else u.mean(axis=1)
+            level = of_rows(u)
             rows = (keyed_random.fold(keys, 1), x0, k, free, lengths)
             if not pairs:
                 loss = count_loss(process, stats_fn, *rows).sum(-1)[None]
@@ -183,11 +183,8 @@ class DiscreteTimeBound(TokenBound):
             of_token = jnp.broadcast_to(by_token(ratio, x0.shape[1]), x0.shape)
             of_position = keyed_random.position_keys(keyed_random.fold(keys, 1), jnp.arange(x0.shape[1]))
             masked = free & keyed_random.bernoulli(of_position, of_token)
-            x = process.mask_tokens(x0, masked)
-            sigma = process.sigma_from_mask_ratio(x, lengths)
-            entropy = process.cross_entropy(stats_fn(x, sigma, x0), x, sigma[:, None])
-            loss = jnp.sum(jnp.where(masked, entropy / of_token, 0.0), axis=-1)
-            return _of_counts((ratio if ratio.ndim == 1 else ratio.mean(axis=1))[None], loss[None])
+            loss = masked_loss(process, stats_fn, x0, masked, 1 / of_token, lengths).sum(-1)
+            return _of_counts(of_rows(ratio)[None], loss[None])
 
         return in_halves(at, keys, num_draws, 1)
 
@@ -246,7 +243,7 @@ class TimeLoss(TokenBound):
             t = self.eps + (1 - self.eps) * u
             noise = keyed_random.fold(keys, 1)
             loss = denoising_loss(self.process, self.schedule, stats_fn, noise, x0, t, free).sum(-1)
-            t = t if t.ndim == 1 else t.mean(axis=1)
+            t = of_rows(t)
             sigma, rate = self.schedule.sigma(t), self.schedule.rate(t)
             level, width = -jnp.expm1(-sigma), (1 - self.eps) * rate * jnp.exp(-sigma)  # width: d(1 - alpha) / du
             zeros = jnp.zeros_like(loss)

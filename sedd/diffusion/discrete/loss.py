@@ -92,10 +92,26 @@ def count_loss(
     """
     free = jnp.ones(x0.shape, bool) if free is None else free
     masked, n_over_k = _masked_at_counts(keys, k, free, mirrored)
+    return masked_loss(process, stats_fn, x0, masked, n_over_k, lengths)
+
+
+def masked_loss(
+    process: Absorbing,
+    stats_fn: StatsFn,
+    x0: jax.Array,
+    masked: jax.Array,
+    weight: jax.Array,
+    lengths: jax.Array | None = None,
+) -> jax.Array:
+    """The weighted cross-entropy of the masked tokens of x0, by a StatsFn conditioned on the mask ratio.
+
+    x0: Int[B L]; masked: Bool[B L]; weight: Float[B 1] or Float[B L]; lengths: as of `count_loss`. Returns Float[B L],
+    nats, 0 where nothing is masked.
+    """
     x = process.mask_tokens(x0, masked)
     sigma = process.sigma_from_mask_ratio(x, lengths)
     entropy = process.cross_entropy(stats_fn(x, sigma, x0), x, sigma[:, None])
-    return jnp.where(masked, n_over_k.astype(sigma.dtype) * entropy, 0.0)
+    return jnp.where(masked, weight.astype(sigma.dtype) * entropy, 0.0)
 
 
 def _masked_at_counts(keys, k, free, mirrored):

@@ -134,7 +134,8 @@ def test_splash_attention_is_sharded_by_rows_and_heads():
 def test_state_of_the_medium_network_shrinks_with_fsdp(capsys):
     """Parameters and optimiser state per device are 1/n of the total; printed for docs/scale.md.
 
-    With one row per device the other memory falls to the activations of that row and the weights of one layer.
+    With one row per device the other memory falls to the activations of that row, the weights of one layer, and the
+    embedding and the head's kernel with their gradients, which a device gathers whole.
     """
     settings = ("network.width=1024", "network.layers=24", "network.heads=16", "network.remat=full")
     settings += ("network.cond_dim=128", "network.dtype=bfloat16", "data.block_length=1024", "training.batch_size=8")
@@ -146,4 +147,5 @@ def test_state_of_the_medium_network_shrinks_with_fsdp(capsys):
             print(f"\nfsdp {devices}: state {held[devices] / 2**30:.3f} GiB, {needed[devices] / 2**30:.3f} GiB more")
         assert held[devices] == pytest.approx(held[1] / devices, rel=0.01)
     assert 4 * 4 * 424_477_010 < held[1] < 1.01 * 4 * 4 * 424_477_010
-    assert needed[8] < needed[1] / 4
+    gathered = 4 * 4 * 50304 * 1024
+    assert needed[8] < needed[1] / 8 + gathered

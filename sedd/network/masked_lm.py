@@ -122,4 +122,4 @@ class MaskedLanguageModel(TokenNetwork):
 
     def logits(self, params, hidden, condition):
         x, kernel, bias = self.head_parts(params, hidden, condition)
-        return x @ kernel + bias
+        return x @ kernel + jnp.broadcast_to(bias, (*x.shape[:-1], len(bias)))

@@ -110,12 +110,15 @@ def _metrics(loss: jax.Array, losses: Losses, gradient: dict, batch: Batch) -> d
 
 def _updated(state: TrainState, gradient: dict, optimizer, ema_decay: float, finite: jax.Array) -> TrainState:
     """The state after a step; unless `finite`, with the step number alone changed."""
-    updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = None if state.ema is None else update_ema(state.ema, params, state.step + 1, ema_decay)
-    old, new = (state.params, state.ema, state.optimizer), (params, ema, moments)
-    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-    return TrainState(state.step + 1, *kept)
+
+    def update(params, ema, moments):
+        updates, moments = optimizer.update(gradient, moments, params)
+        params = optax.apply_updates(params, updates)
+        return params, ema and update_ema(ema, params, state.step + 1, ema_decay), moments
+
+    # A choice between the arrays would need the old ones to the end: a copy of each on CPUs, and twice the passes.
+    kept = (state.params, state.ema, state.optimizer)
+    return TrainState(state.step + 1, *jax.lax.cond(finite, update, lambda *kept: kept, *kept))
 
 
 def update_ema(ema: dict, params: dict, updates: jax.Array, decay: float) -> dict:

@@ -195,7 +195,7 @@ def test_ranks_are_a_uniformly_random_order():
 
 
 def test_kept_drops_each_entry_at_the_rate_independently():
-    """Both halves of a random word, for an odd number of entries too; the share is exact. Control: another rate."""
+    """No column has another rate, and no two columns are related; the share is exact. Control: another rate."""
     keys, rate = keyed_random.row_keys(jax.random.key(0), jnp.arange(64)), 0.1
     kept, share = keyed_random.kept(keys, rate, (41, 21))
     dropped = ~np.asarray(kept)
@@ -203,6 +203,9 @@ def test_kept_drops_each_entry_at_the_rate_independently():
     error = np.sqrt(rate * (1 - rate) / (64 * 41))
     columns = dropped.mean((0, 1))
     assert np.abs(columns - (1 - share)).max() < 4.5 * error < np.abs(columns - 2 * rate).max()
-    halves = dropped[..., :10] - columns[:10], dropped[..., 11:] - columns[11:]
-    assert abs((halves[0] * halves[1]).mean()) < 4.5 * rate * (1 - rate) / np.sqrt(halves[0].size)
+    drawn = (dropped - (1 - share)).reshape(-1, 21) / np.sqrt(rate * (1 - rate))
+    related = np.abs(drawn.T @ drawn)[np.triu_indices(21, 1)] / np.sqrt(len(drawn))
+    assert related.max() < 4.5
+    rows = (dropped - (1 - share)).reshape(64, -1) / np.sqrt(rate * (1 - rate))
+    assert np.abs(rows @ rows.T)[np.triu_indices(64, 1)].max() < 5 * np.sqrt(rows.shape[1])
     assert keyed_random.kept(keys, 0.0, (3,))[0].all()

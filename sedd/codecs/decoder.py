@@ -10,7 +10,7 @@ from sedd.diffusion import keyed_random
 from sedd.diffusion.gaussian.process import Gaussian
 from sedd.diffusion.schedule import Schedule
 from sedd.network.adapters import padded
-from sedd.network.layers import Linear, norm
+from sedd.network.layers import Linear, Norm
 from sedd.network.trunk import Trunk
 
 TRANSFORMER, MLP = DECODERS = ("transformer", "mlp")
@@ -35,7 +35,9 @@ class Decoder(nn.Module):
         h = Linear(self.width, name="in")(z.astype(jnp.float32))
         if self.layers:
             trunk = Trunk(self.width, self.layers, self.heads, dtype=self.dtype, name="trunk")
-            h = norm("norm")(trunk(h, jnp.ones((z.shape[0], 1), jnp.float32)))  # not conditioned: it sees the noise
+            h = Norm(name="norm")(
+                trunk(h, jnp.ones((z.shape[0], 1), jnp.float32))
+            )  # not conditioned: it sees the noise
         else:
             h = nn.gelu(h, approximate=True)
         return Linear(padded(self.vocab_size), zero=True, split="out", name="out")(h)[..., : self.vocab_size]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd.diffusion.schedule import log_snr
-from sedd.network.layers import Linear, frequencies, modulate, modulation, norm
+from sedd.network.layers import Linear, Norm, frequencies, modulation
 from sedd.network.sharding import constrain_sharding
 from sedd.runtime.parallel import BATCH_AXES, MODEL_AXIS
 
@@ -83,7 +83,7 @@ class TokenHead(nn.Module):
         features: returns the inputs of the last linear map in place of its outputs. Float32[... P W].
         """
         shift, scale = modulation(condition, hidden.shape[-1], 2)
-        x = modulate(norm("norm", bias=not condition.shape[-1])(hidden), shift, scale)
+        x = Norm(not condition.shape[-1], name="norm")(hidden, shift, scale)
         if features:
             return x
         return Linear(padded(self.states), zero=True, split="out", name="out")(x)[..., : self.states]

@@ -11,18 +11,19 @@ import jax.numpy as jnp
 
 from sedd.network.sharding import num_shards
 
-MAX_WEIGHTS = 2**20  # attention weights at a time
+MAX_WEIGHTS = 2**19  # attention weights at a time
 MASKED = -1e30  # a logit of weight 0; finite, so that a query without keys has a value
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
     """softmax(q k / sqrt(K)) v in float32 at least. q, k, v: Float[B L H K]; mask: Bool[B 1 L L] or Bool[1 1 L L]."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    return _attention(*(x.astype(dtype) for x in (q, k, v)), mask).astype(v.dtype)
+    return _attention(*(jnp.swapaxes(x, 1, 2).astype(dtype) for x in (q, k, v)), mask).astype(v.dtype)
 
 
 @jax.custom_vjp
 def _attention(q, k, v, mask):
+    """q, k, v: Float[B H L K]. Returns Float[B L H K]."""
     return _forward(q, k, v, mask)[0]
 
 
@@ -32,7 +33,7 @@ def _forward(q, k, v, mask):
         top = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        return _by_position(_dot(weights, _by_head(v), 2, 1) / total), top + jnp.log(total)
+        return _by_position(_dot(weights, v, 2, 1) / total), top + jnp.log(total)
 
     out, log_total = _over_rows(row, mask, q, k, v)
     return out, (q, k, v, mask, log_total, out)
@@ -43,11 +44,10 @@ def _backward(residuals, gradient):
 
     def row(mask, q, k, v, log_total, out, gradient):
         weights = jnp.exp(_logits(q, k, mask) - log_total)
-        q, k, v, gradient = map(_by_head, (q, k, v, gradient))
+        gradient = _by_head(gradient)
         mean = jnp.sum(gradient * _by_head(out), axis=-1, keepdims=True)
         of_logits = weights * (_dot(gradient, v, 2, 2) - mean) * q.shape[-1] ** -0.5
-        products = (_dot(of_logits, k, 2, 1), _dot(of_logits, q, 1, 1), _dot(weights, gradient, 1, 1))
-        return tuple(map(_by_position, products))
+        return _dot(of_logits, k, 2, 1), _dot(of_logits, q, 1, 1), _dot(weights, gradient, 1, 1)
 
     return *_over_rows(row, mask, q, k, v, log_total, out, gradient), None
 
@@ -57,7 +57,7 @@ _attention.defvjp(_forward, _backward)
 
 def _over_rows(function, mask, *rows):
     """Maps function(mask, *row) over rows; on several devices over all at once, since they share them."""
-    batch, length, heads = rows[0].shape[:3]
+    batch, heads, length = rows[0].shape[:3]
     at_once = batch if num_shards() > 1 else max(1, MAX_WEIGHTS // (heads * length**2))
     if mask is None or len(mask) == 1:
         function, inputs = functools.partial(function, None if mask is None else mask[0]), rows
@@ -69,8 +69,8 @@ def _over_rows(function, mask, *rows):
 
 
 def _logits(q, k, mask):
-    """q k / sqrt(K) of a row. Float[L H K] each -> Float[H L L]; mask: Bool[1 L L]."""
-    logits = _dot(_by_head(q * q.shape[-1] ** -0.5), _by_head(k), 2, 2)
+    """q k / sqrt(K) of a row. Float[H L K] each -> Float[H L L]; mask: Bool[1 L L]."""
+    logits = _dot(q * q.shape[-1] ** -0.5, k, 2, 2)
     return logits if mask is None else jnp.where(mask, logits, MASKED)
 
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd.network.adapters import padded
-from sedd.network.layers import Linear, modulate, modulation, norm
+from sedd.network.layers import Linear, Norm, modulation
 from sedd.network.sharding import constrain_sharding
 from sedd.runtime.parallel import BATCH_AXES, MODEL_AXIS
 
@@ -64,4 +64,4 @@ class LatentHead(nn.Module):
     def __call__(self, hidden: jax.Array, condition: jax.Array) -> jax.Array:
         """hidden: Float[... P W]; condition: Float[... 1 C]. Returns Float32[... P D]."""
         shift, scale = modulation(condition, hidden.shape[-1], 2)
-        return Linear(self.width, zero=True, name="out")(modulate(norm("norm")(hidden), shift, scale))
+        return Linear(self.width, zero=True, name="out")(Norm(name="norm")(hidden, shift, scale))

@@ -17,8 +17,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from sedd.diffusion import keyed_random
-from sedd.network.sharding import constrain_sharding
+from sedd.network.sharding import constrain_sharding, num_shards
 from sedd.runtime.parallel import BATCH_AXES, MODEL_AXIS
+
+NORM_EPS = 1e-5
 
 # Of pretrained encoders, by the names of their config.json.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -89,14 +91,76 @@ class Linear(nn.Module):
         in_axis, out_axis = MODEL_AXIS if self.split == "in" else None, MODEL_AXIS if self.split == "out" else None
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # the gradient of 3-D products takes twice as long on CPUs
         out_axes = (*(None,) * (len(features) - 1), out_axis)
-        y = checkpoint_name(_product(flat, kernel, in_axis, out_axes), "dot")
+        if num_shards() == 1:  # a sum over one axis needs no copy of the kernel
+            kernel, out_axes = kernel.reshape(len(kernel), -1), (None,)
+        y = checkpoint_name(_product(flat, kernel, in_axis, out_axes), "dot").reshape(-1, *features)
         if self.use_bias:
             y = y + self.param("bias", init, features, jnp.float32)[None].astype(self.dtype)
         return y.reshape(*x.shape[:-1], *features)
 
 
-def norm(name: str, bias: bool = False) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-5, use_bias=bias, name=name)
+class Norm(nn.Module):
+    """Layer normalisation, modulated: with u the normalised x, (u w + b) (1 + scale) + shift.
+
+    The weight w and, with `bias`, b are parameters. shift, scale: Float32[... W] that broadcast to x, or numbers.
+    """
+
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, shift: jax.Array | float = 0.0, scale: jax.Array | float = 0.0) -> jax.Array:
+        """Float[... W] -> Float[... W], float32 at least."""
+        width, ones = x.shape[-1], (1,) * (x.ndim - 1)
+        gain = self.param("scale", nn.initializers.ones, (width,), jnp.float32).reshape(*ones, width) * (1 + scale)
+        offset = jnp.zeros((*ones, width)) + shift
+        if self.bias:
+            offset += self.param("bias", nn.initializers.zeros, (width,), jnp.float32).reshape(*ones, width) * (
+                1 + scale
+            )
+        return _normalised(x.astype(jnp.promote_types(x.dtype, jnp.float32)), gain, offset)
+
+
+@jax.custom_vjp
+def _normalised(x, gain, offset):
+    """u gain + offset, with u the normalised x; gain and offset have its rank. Of its size the gradient saves x alone."""
+    return _normalised_forward(x, gain, offset)[0]
+
+
+def _normalised_forward(x, gain, offset):
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    rate = jax.lax.rsqrt(jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True) + NORM_EPS)
+    return (x - mean) * rate * gain + offset, (x, mean, rate, gain, offset)
+
+
+def _normalised_backward(residuals, gradient):
+    x, mean, rate, gain, offset = residuals
+    unit, of_unit = (x - mean) * rate, gradient * gain
+    along = jnp.mean(of_unit * unit, axis=-1, keepdims=True)
+    of_x = rate * (of_unit - jnp.mean(of_unit, axis=-1, keepdims=True) - unit * along)
+    return of_x, _summed(gradient * unit, gain), _summed(gradient, offset)
+
+
+_normalised.defvjp(_normalised_forward, _normalised_backward)
+
+
+def _summed(values: jax.Array, like: jax.Array) -> jax.Array:
+    """Sums `values` over the axes along which `like`, of the same rank, was broadcast."""
+    axes = tuple(axis for axis, size in enumerate(like.shape) if size < values.shape[axis])
+    return jnp.sum(values, axis=axes, keepdims=True).astype(like.dtype)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """nn.gelu(approximate=True). The gradient saves x alone, and computes the rest again."""
+    return nn.gelu(x, approximate=True)
+
+
+def _gelu_backward(x, gradient):
+    # Without the barrier XLA would keep what the forward pass computed.
+    return jax.vjp(nn.gelu, jax.lax.optimization_barrier(x))[1](gradient)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def modulation(condition: jax.Array, width: int, count: int) -> list:
@@ -107,10 +171,6 @@ def modulation(condition: jax.Array, width: int, count: int) -> list:
     if not condition.shape[-1]:
         return [0.0, 0.0, 1.0, 0.0, 0.0, 1.0][:count]
     return jnp.split(Linear(count * width, zero=True, name="modulation")(condition), count, axis=-1)
-
-
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    return x * (1 + scale) + shift
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None, number: int | jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd.network.attention import attend
-from sedd.network.layers import Linear, dropout, modulate, modulation, norm, one_line, rotary
+from sedd.network.layers import Linear, Norm, dropout, gelu, modulation, one_line, rotary
 
 REMAT = {  # the part of a layer that the backward pass recomputes -> the policy for what is saved
     "none": None,
@@ -36,7 +36,7 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation(condition[:, None], width, 6)
         bias = not condition.shape[-1]  # of the norms; else the shifts are theirs
 
-        x = modulate(norm("norm_attention", bias)(h), shift_a, scale_a)
+        x = Norm(bias, name="norm_attention")(h, shift_a, scale_a)
         x = Linear((3, width), use_bias=False, dtype=self.dtype, split="out", name="qkv")(x)
         q, k, v = jnp.moveaxis(x.reshape(batch, length, 3, self.heads, width // self.heads), 2, 0)
         q, k = rotary(q, positions), rotary(k, positions)
@@ -44,9 +44,9 @@ class Block(nn.Module):
         x = Linear(width, use_bias=False, dtype=self.dtype, split="in", name="out")(x)
         h = h + gate_a * dropout(x.astype(jnp.float32), self.dropout, keys, 2 * layer)
 
-        x = modulate(norm("norm_mlp", bias)(h), shift_m, scale_m)
+        x = Norm(bias, name="norm_mlp")(h, shift_m, scale_m)
         x = Linear(4 * width, dtype=self.dtype, split="out", name="up")(x)
-        x = Linear(width, dtype=self.dtype, split="in", name="down")(nn.gelu(x, approximate=True))
+        x = Linear(width, dtype=self.dtype, split="in", name="down")(gelu(x))
         h = h + gate_m * dropout(x.astype(jnp.float32), self.dropout, keys, 2 * layer + 1)
         return h, None
 

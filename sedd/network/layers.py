@@ -122,7 +122,7 @@ class Norm(nn.Module):
 
 @jax.custom_vjp
 def _normalised(x, gain, offset):
-    """u gain + offset, with u the normalised x; gain and offset have its rank. Of its size the gradient saves x alone."""
+    """u gain + offset, with u the normalised x, whose rank they have. Of its size the gradient saves x alone."""
     return _normalised_forward(x, gain, offset)[0]
 
 

@@ -17,7 +17,7 @@ from sedd.errors import UserError
 from sedd.network.adapters import padded
 from sedd.network.attention import attend, check_platform, check_sizes
 from sedd.network.layers import Linear
-from sedd.network.token_network import TokenNetwork
+from sedd.network.token_network import TokenNetwork, _masked_of_groups
 from sedd.network.trunk import Trunk, scanned, unrolled
 
 B, L, V = 4, 12, 37
@@ -119,6 +119,25 @@ def test_loss_with_head_at_masked_positions_equals_loss_with_head_everywhere(pre
     all_scores = f"f32[{B},{L},{network.process.num_states}]"
     assert all_scores in str(jax.make_jaxpr(lambda params: loss(params, False))(params))
     assert all_scores not in str(jax.make_jaxpr(lambda params: loss(params, True))(params))
+
+
+@pytest.mark.parametrize("room", [1, -1], ids=["fits", "overflows"])
+def test_loss_with_a_capacity_of_masks_equals_loss_with_head_everywhere(noisy, room):
+    """The same loss and gradient, and no array of all logits. Control: a packed head that lacks one mask's room."""
+    (x, sigma, x0), network = noisy, dataclasses.replace(with_trunk(NETWORK, layers=1), prediction="score")
+    params, capacity = random_params(network), int(jnp.sum(x == V)) + room
+
+    def loss(params, **packing):
+        stats = network.stats(params, **packing)(x, sigma, x0)
+        return jnp.sum(network.process.score_entropy(stats, x, x0, sigma[:, None]))
+
+    packed = functools.partial(loss, capacity=capacity)
+    actual, expected = jax.jit(jax.value_and_grad(packed))(params), jax.jit(jax.value_and_grad(loss))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), actual, expected)
+    all_scores = f"f32[{B},{L},{network.process.num_states}]"
+    assert all_scores in str(jax.make_jaxpr(loss)(params)) and all_scores not in str(jax.make_jaxpr(packed)(params))
+    gather, scatter = _masked_of_groups(x == V, 1, capacity)
+    assert jnp.array_equal(scatter(gather(jnp.ones((B, L)))) * (x == V), x == V) == (room > 0)
 
 
 @pytest.mark.parametrize("process", [Absorbing(V), Uniform(V)], ids=["absorbing", "uniform"])

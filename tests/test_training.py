@@ -57,6 +57,22 @@ def test_loss_of_a_row_is_independent_of_the_batch(corpus):
         np.testing.assert_allclose(part, full[4:6], rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [32, 4])
+@pytest.mark.parametrize("schedule", [sedd.LogLinear(), sedd.Geometric()], ids=["log-linear", "geometric"])
+def test_capacity_holds_the_masks_of_the_rows_of_a_device(schedule, rows):
+    """Over 2,000 batches, with little to spare. Control: the mean and two standard deviations do not hold them."""
+    count, length = 32, 64
+    objective = dataclasses.replace(ScoreEntropy(Same(), schedule, count), min_time=1e-3)
+    keys = jax.random.split(jax.random.key(0), 2000)
+    times = jax.jit(jax.vmap(lambda key: objective.times(jnp.arange(count), key)))(keys)
+    masked = np.random.default_rng(0).binomial(length, 1 - np.asarray(schedule.alpha(times)))
+    of_devices = masked.reshape(len(keys), -1, rows).sum(-1)
+    highest = of_devices[:, of_devices.mean(0).argmax()]
+    mean, deviation = highest.mean(), highest.std()
+    assert of_devices.max() <= objective.capacity(rows, length) <= min(mean + 7 * deviation + 2, rows * length)
+    assert of_devices.max() > mean + 2 * deviation
+
+
 class Same:
     """A stand-in for a network that knows that the tokens of a row are equal, 0 or 1. Its bound is log 2."""
 

@@ -134,7 +134,8 @@ def _normalised_forward(x, gain, offset):
 
 def _normalised_backward(residuals, gradient):
     x, mean, rate, gain, offset = residuals
-    unit, of_unit = (x - mean) * rate, gradient * gain
+    # Without the barrier XLA would keep the normalised x of the forward pass.
+    unit, of_unit = (jax.lax.optimization_barrier(x) - mean) * rate, gradient * gain
     along = jnp.mean(of_unit * unit, axis=-1, keepdims=True)
     of_x = rate * (of_unit - jnp.mean(of_unit, axis=-1, keepdims=True) - unit * along)
     return of_x, _summed(gradient * unit, gain), _summed(gradient, offset)
@@ -173,6 +174,7 @@ def modulation(condition: jax.Array, width: int, count: int) -> list:
     return jnp.split(Linear(count * width, zero=True, name="modulation")(condition), count, axis=-1)
 
 
+@jax.named_scope("dropout")
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None, number: int | jax.Array) -> jax.Array:
     """Dropout with the key of each example, folded with `number`. x: Float[B L W]; keys: Key[B]; None: no dropout."""
     if keys is None or rate == 0:

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from sedd.runtime.parallel import AXES
+from sedd.runtime.parallel import AXES, BATCH_AXES
 
 
 def has_mesh() -> bool:
@@ -23,6 +23,11 @@ def has_mesh() -> bool:
 def num_shards() -> int:
     """The number of devices that share the logits of a batch; 1 without a mesh."""
     return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in AXES) if has_mesh() else 1
+
+
+def num_batch_shards() -> int:
+    """The number of groups of devices that share the rows of a batch; 1 without a mesh."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in BATCH_AXES) if has_mesh() else 1
 
 
 def constrain_sharding(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:

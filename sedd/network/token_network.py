@@ -4,6 +4,7 @@ The head's logits are a prediction of the process, whose meaning is that of `sed
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -20,7 +21,7 @@ from sedd.network.adapters import TokenEmbedding, TokenHead, padded
 from sedd.network.chunked_head import MAX_LOGITS, HeadColumns
 from sedd.network.network import Network, apply
 from sedd.network.predictions import PREDICTIONS, Prediction
-from sedd.network.sharding import num_shards
+from sedd.network.sharding import num_batch_shards, num_shards
 
 MAX_DENSE_LOGITS = 2**25  # of a device, in one array of statistics; larger ones are computed in chunks
 
@@ -134,13 +135,16 @@ class TokenNetwork(Network):
         given: jax.Array | None = None,
         masked_pairs: bool = False,
         tightened: bool = False,
+        capacity: int | None = None,
     ) -> StatsFn:
         """Returns the StatsFn of these parameters. keys: Key[B] for dropout; lengths: Int[B]; given: Bool[B L].
 
         masked_pairs: the head runs at masked positions only, without those that are masked in x0 too. Rows 2i and
         2i + 1 together may hold at most L + 1 of them, of blocks one more a block, as antithetic mask counts do. At
-        other positions the statistics are 0; Absorbing does not use them. tightened: for an unnormalised score only;
-        the statistics get a leading axis of size two, for the score as it is and for `process.tightened` of it.
+        other positions the statistics are 0; Absorbing does not use them. capacity: the same for masks of any number;
+        where a device's rows hold more than `capacity` of them, the head runs at all positions, in chunks of the
+        vocabulary. tightened: for an unnormalised score only; the statistics get a leading axis of size two, for the
+        score as it is and for `process.tightened` of it.
         """
 
         def stats(x, sigma, x0):
@@ -149,14 +153,23 @@ class TokenNetwork(Network):
             sites = (hidden, jnp.broadcast_to(condition[:, None], (*x.shape, self.cond_dim)), x, x0)
             levels = (by_token(level, x.shape[1]) for level in (sigma, clipped_sigma))
             sites = (*sites, *(jnp.broadcast_to(level, x.shape) for level in levels))
-            if not masked_pairs:
+            if not masked_pairs and capacity is None:
                 return at_sites(*sites)
             masked = (x == self.process.mask_id) & (x0 != self.process.mask_id)
-            gather, scatter = _masked_of_pairs(masked, num_blocks(x.shape[1], self.block_of_generation or 0))
+            if capacity is None:
+                blocks = num_blocks(x.shape[1], self.block_of_generation or 0)
+                return at_masked(masked, len(x) // 2, x.shape[1] + blocks, *sites)
+            groups = num_batch_shards()
+            fits = jnp.max(jnp.sum(masked.reshape(groups, -1), axis=-1)) <= capacity
+            packed = functools.partial(at_masked, masked, groups, capacity)
+            return jax.lax.cond(fits, packed, functools.partial(at_sites, in_chunks=True), *sites)
+
+        def at_masked(masked, groups, count, *sites):
+            gather, scatter = _masked_of_groups(masked, groups, count)
             return jax.tree.map(scatter, at_sites(*map(gather, sites)))
 
-        def at_sites(hidden, condition, *sites):
-            return self._meaning.stats(self.columns_of(params, hidden, condition), *sites, tightened)
+        def at_sites(hidden, condition, *sites, in_chunks=False):
+            return self._meaning.stats(self.columns_of(params, hidden, condition, in_chunks), *sites, tightened)
 
         return stats
 
@@ -226,12 +239,12 @@ class TokenNetwork(Network):
         condition = apply(self.noise_embedding, params["trunk"], sigma)
         return apply(self.trunk, params["trunk"], h, condition, keys, lengths), condition
 
-    def columns_of(self, params: dict, hidden: jax.Array, condition: jax.Array) -> Columns:
+    def columns_of(self, params: dict, hidden: jax.Array, condition: jax.Array, in_chunks: bool = False) -> Columns:
         """The logits of the clean tokens, for statistics: in an array, or if that is large in chunks.
 
-        Arguments as of `logits`.
+        Arguments as of `logits`. in_chunks: in chunks in any case.
         """
-        if self._is_large(math.prod(hidden.shape[:-1]), num_shards()):
+        if in_chunks or self._is_large(math.prod(hidden.shape[:-1]), num_shards()):
             return HeadColumns(*self.head_parts(params, hidden, condition), self.vocab_size)
         return ArrayColumns(self.logits(params, hidden, condition)[..., : self.vocab_size])
 
@@ -247,22 +260,23 @@ class TokenNetwork(Network):
         return apply(self.head, params["head"], hidden, condition)
 
 
-def _masked_of_pairs(masked: jax.Array, blocks: int):
-    """Gather and scatter between all positions and the L + `blocks` masked ones of each pair of rows.
+def _masked_of_groups(masked: jax.Array, groups: int, count: int):
+    """Gather and scatter between all positions and the `count` masked ones of each of G groups of consecutive rows.
 
-    masked: Bool[B L]. Returns gather: [B L ...] -> [B/2 L+N ...], and its inverse scatter, 0 elsewhere. A pair with
+    masked: Bool[B L]. Returns gather: [B L ...] -> [G count ...], and its inverse scatter, 0 elsewhere. A group with
     fewer masks is filled up with positions that are not masked.
     """
-    # Pair by pair under `vmap`, so that no device needs the pairs of another.
+    # Group by group under `vmap`, so that no device needs the rows of another.
     batch, length = masked.shape
-    indices = jnp.argsort(~masked.reshape(batch // 2, 2 * length), axis=-1, stable=True)[:, : length + blocks]
+    sites = batch * length // groups
+    indices = jnp.argsort(~masked.reshape(groups, sites), axis=-1, stable=True)[:, :count]
 
     def gather(values):
-        return jax.vmap(lambda row, at: row[at])(values.reshape(batch // 2, 2 * length, *values.shape[2:]), indices)
+        return jax.vmap(lambda row, at: row[at])(values.reshape(groups, sites, *values.shape[2:]), indices)
 
-    def scatter(values):  # [... B/2 L+N], with or without a leading axis
+    def scatter(values):  # [... G count], with or without a leading axis
         def one(row, at):
-            return jnp.zeros((*row.shape[:-1], 2 * length), row.dtype).at[..., at].set(row)
+            return jnp.zeros((*row.shape[:-1], sites), row.dtype).at[..., at].set(row)
 
         return jax.vmap(one, (-2, 0), -2)(values, indices).reshape(*values.shape[:-2], batch, length)
 

@@ -38,9 +38,10 @@ class Block(nn.Module):
 
         x = Norm(bias, name="norm_attention")(h, shift_a, scale_a)
         x = Linear((3, width), use_bias=False, dtype=self.dtype, split="out", name="qkv")(x)
-        q, k, v = jnp.moveaxis(x.reshape(batch, length, 3, self.heads, width // self.heads), 2, 0)
-        q, k = rotary(q, positions), rotary(k, positions)
-        x = attend(self.attention, q, k, v, lengths, mask).reshape(batch, length, width)
+        with jax.named_scope("attention"):
+            q, k, v = jnp.moveaxis(x.reshape(batch, length, 3, self.heads, width // self.heads), 2, 0)
+            q, k = rotary(q, positions), rotary(k, positions)
+            x = attend(self.attention, q, k, v, lengths, mask).reshape(batch, length, width)
         x = Linear(width, use_bias=False, dtype=self.dtype, split="in", name="out")(x)
         h = h + gate_a * dropout(x.astype(jnp.float32), self.dropout, keys, 2 * layer)
 

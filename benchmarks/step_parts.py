@@ -90,7 +90,7 @@ def passes(size: Size, program: Ours, bandwidth: float) -> dict[str, float]:
 
 def traced(program: Ours, steps: int) -> collections.Counter:
     """The seconds of the operations of a step by part."""
-    text = program.compiled_text()
+    text = program.compiled().as_text()
     names = dict(re.findall(r'%?([\w.\-]+) = [^\n]*op_name="([^"]+)"', text))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

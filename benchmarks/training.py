@@ -218,9 +218,9 @@ class Ours:
             self.state, self._metrics = self._step(self.state, self._batch, {})
         jax.block_until_ready((self.state, self._metrics))
 
-    def compiled_text(self) -> str:
-        """The compiled program of a step, as text."""
-        return self._step.lower(self.state, self._batch, {}).compile().as_text()
+    def compiled(self) -> jax.stages.Compiled:
+        """The compiled program of a step."""
+        return self._step.lower(self.state, self._batch, {}).compile()
 
     def evaluate(self, batches: int, draws: int):
         """Takes `draws` draws of the bound of the batch, `batches` times."""

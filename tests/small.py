@@ -143,7 +143,7 @@ def encoder_config(corpus, *settings, name="bert"):
     return small_config(corpus, *of_encoder, "codec.decoder_layers=1", *settings)
 
 
-def columns_with_mask(self, params, hidden, condition):
+def columns_with_mask(self, params, hidden, condition, in_chunks=False):
     """The logits with that of the mask in the normaliser: a column after its own, which is left out."""
     logits = self.logits(params, hidden, condition)
     return ArrayColumns(jnp.concatenate([logits, logits[..., -1:]], axis=-1))

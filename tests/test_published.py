@@ -134,6 +134,12 @@ def with_mask(self, logits, x, sigma):
     return jax.nn.log_softmax(logits)[..., : self.process.vocab_size]
 
 
+def swapped_norm(*settings, **names):
+    """A norm that takes the shift for the scale, and the scale for the shift."""
+    norm = layers.Norm(*settings, **names)
+    return lambda x, shift, scale: norm(x, scale, shift)
+
+
 @pytest.mark.parametrize("change", ["rotary", "modulation", "mask"])
 def test_a_wrong_network_is_noticed(published, monkeypatch, change):
     """Control: each change moves the log probabilities by more than a hundred times the tolerance."""
@@ -141,7 +147,7 @@ def test_a_wrong_network_is_noticed(published, monkeypatch, change):
     if change == "rotary":
         monkeypatch.setattr(trunk, "rotary", interleaved)
     elif change == "modulation":  # scale, shift, gate
-        monkeypatch.setattr(trunk, "modulate", lambda x, shift, scale: layers.modulate(x, scale, shift))
+        monkeypatch.setattr(trunk, "Norm", swapped_norm)
     else:
         monkeypatch.setattr(predictions.DenoiserPrediction, "log_clean", with_mask)
     theirs, where = log_probs(model, expected)
@@ -247,7 +253,7 @@ def test_a_wrong_network_of_blocks_is_noticed(of_blocks, monkeypatch, change):
     elif change == "positions":  # of the clean tokens after those of the noisy ones
         monkeypatch.setattr(trunk, "rotary", lambda x, positions: layers.rotary(x))
     elif change == "modulation":  # scale, shift, gate
-        monkeypatch.setattr(trunk, "modulate", lambda x, shift, scale: layers.modulate(x, scale, shift))
+        monkeypatch.setattr(trunk, "Norm", swapped_norm)
     elif change == "mask":
         monkeypatch.setattr(token_network.TokenNetwork, "columns_of", columns_with_mask)
     else:

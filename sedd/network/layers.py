@@ -110,13 +110,11 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, shift: jax.Array | float = 0.0, scale: jax.Array | float = 0.0) -> jax.Array:
         """Float[... W] -> Float[... W], float32 at least."""
-        width, ones = x.shape[-1], (1,) * (x.ndim - 1)
-        gain = self.param("scale", nn.initializers.ones, (width,), jnp.float32).reshape(*ones, width) * (1 + scale)
-        offset = jnp.zeros((*ones, width)) + shift
+        shape = (*(1,) * (x.ndim - 1), x.shape[-1])
+        gain = self.param("scale", nn.initializers.ones, shape[-1:], jnp.float32).reshape(shape) * (1 + scale)
+        offset = jnp.zeros(shape, jnp.float32) + shift
         if self.bias:
-            offset += self.param("bias", nn.initializers.zeros, (width,), jnp.float32).reshape(*ones, width) * (
-                1 + scale
-            )
+            offset += self.param("bias", nn.initializers.zeros, shape[-1:], jnp.float32).reshape(shape) * (1 + scale)
         return _normalised(x.astype(jnp.promote_types(x.dtype, jnp.float32)), gain, offset)
 
 

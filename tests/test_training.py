@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from small import MUON, parts, small_config, small_corpus
 
 import sedd
 from sedd import config as configs
 from sedd.data.batches import Batch, batch
 from sedd.diffusion.discrete.score import stats_from
+from sedd.runtime import parallel
 from sedd.training.optimizer import learning_rate, make_optimizer
 from sedd.training.score_entropy import ScoreEntropy
 from sedd.training.step import update_ema
@@ -71,6 +74,22 @@ def test_capacity_holds_the_masks_of_the_rows_of_a_device(schedule, rows):
     mean, deviation = highest.mean(), highest.std()
     assert of_devices.max() <= objective.capacity(rows, length) <= min(mean + 7 * deviation + 2, rows * length)
     assert of_devices.max() > mean + 2 * deviation
+
+
+@pytest.mark.parametrize("rows", [3, 4, 1])
+def test_noise_by_times_on_devices_that_share_the_rows_evenly_or_not(corpus, rows):
+    """The losses are those of one device; two devices take two rows each of four."""
+    config = small_config(corpus, "network.layers=1", "training.noise_sampling=time")
+    objective = dataclasses.replace(parts(config, corpus)[0], batch_size=rows)
+    params = jax.jit(objective.network.init)(jax.random.key(1))
+    tokens, mesh = batch(corpus, 16, 4, 0, 0).tokens[:rows], parallel.make_mesh(config, jax.devices()[:2])
+
+    def loss(params):
+        return objective(params, Batch(tokens, None), jnp.arange(rows), jax.random.key(0)).loss
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        on_two = jax.jit(lambda params: loss(params), out_shardings=NamedSharding(mesh, P()))(params)
+    np.testing.assert_allclose(on_two, jax.jit(loss)(params), rtol=1e-5)
 
 
 class Same:

@@ -7,6 +7,7 @@ import pytest
 
 from sedd.errors import UserError
 from sedd.network.attention import attend
+from sedd.network.layers import Norm, gelu
 from sedd.network.trunk import Trunk
 
 B, L, W, LAYERS = 2, 6, 16, 2
@@ -109,3 +110,35 @@ def test_splash_attention_with_a_mask_is_refused():
     q = jnp.ones((1, 128, 2, 16))
     with pytest.raises(UserError, match="attention=splash takes no attention mask; set network.attention=xla"):
         attend("splash", q, q, q, mask=jnp.ones((1, 128, 128), bool))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("rows", [(1, 1), (B, 1), (B, L)], ids=["one", "of rows", "of positions"])
+def test_norm_and_gelu_have_the_values_and_gradients_of_their_formulas(dtype, rows):
+    """In 64-bit mode too float32 stays float32. Control: the gradient without the terms of mean and variance."""
+    with jax.enable_x64():
+        x, shift, scale = jnp.asarray(normal(5, B, L, W), dtype), normal(6, *rows, W), normal(7, *rows, W)
+        params = {"params": {"scale": normal(8, W), "bias": normal(9, W)}}
+        kind = jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+        def of_norm(x, shift, scale, params):
+            return gelu(Norm(bias=True).apply(params, x, shift, scale))
+
+        def by_hand(x, shift, scale, params, fixed=lambda array: array):
+            x = x.astype(kind)
+            mean, var = fixed(x.mean(-1, keepdims=True)), fixed(x.var(-1, keepdims=True))
+            unit = (x - mean) / jnp.sqrt(var + 1e-5)
+            x = (unit * params["params"]["scale"] + params["params"]["bias"]) * (1 + scale) + shift
+            return 0.5 * x * (1 + jnp.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+        def gradients(function, **named):
+            loss = lambda *args: jnp.sum(function(*args, **named) * normal(10, B, L, W))  # noqa: E731
+            return jax.grad(loss, argnums=range(4))(x, shift, scale, params)
+
+        assert of_norm(x, shift, scale, params).dtype == kind
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == jnp.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+        np.testing.assert_allclose(of_norm(x, shift, scale, params), by_hand(x, shift, scale, params), **tolerance)
+        actual, expected = gradients(of_norm), gradients(by_hand)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), actual, expected)
+        wrong = gradients(by_hand, fixed=jax.lax.stop_gradient)
+        assert np.abs(np.asarray(wrong[0] - expected[0], float)).max() > 0.1

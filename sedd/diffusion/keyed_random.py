@@ -106,9 +106,8 @@ def kept(keys: jax.Array, rate: float, shape: tuple[int, ...]) -> tuple[jax.Arra
     numbers need not be those of a cipher, costs little. The multipliers are those of lowbias32 (C. Wellons, 2018).
     """
     threshold = round(rate * 2**16)
-    first, second = _vmap_over_keys(lambda key: jax.random.bits(key, (2, *shape[:-1], 1), jnp.uint32), keys).swapaxes(
-        0, 1
-    )
+    words = _vmap_over_keys(lambda key: jax.random.bits(key, (2, *shape[:-1], 1), jnp.uint32), keys)
+    first, second = jnp.moveaxis(words, 1, 0)
     index = jax.lax.broadcasted_iota(jnp.uint32, (len(keys), *shape), len(shape))
     bits = first + index * jnp.uint32(0x9E3779B9)
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D) + second

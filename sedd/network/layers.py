@@ -120,7 +120,7 @@ class Norm(nn.Module):
 
 @jax.custom_vjp
 def _normalised(x, gain, offset):
-    """u gain + offset, with u the normalised x, whose rank they have. Of its size the gradient saves x alone."""
+    """u gain + offset, with u the normalised x, whose rank they have. The gradient saves no array but these."""
     return _normalised_forward(x, gain, offset)[0]
 
 

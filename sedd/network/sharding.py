@@ -25,7 +25,7 @@ def num_shards() -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in AXES) if has_mesh() else 1
 
 
-def num_batch_shards() -> int:
+def num_row_shards() -> int:
     """The number of groups of devices that share the rows of a batch; 1 without a mesh."""
     return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in BATCH_AXES) if has_mesh() else 1
 

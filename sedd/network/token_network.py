@@ -21,7 +21,7 @@ from sedd.network.adapters import TokenEmbedding, TokenHead, padded
 from sedd.network.chunked_head import MAX_LOGITS, HeadColumns
 from sedd.network.network import Network, apply
 from sedd.network.predictions import PREDICTIONS, Prediction
-from sedd.network.sharding import num_batch_shards, num_shards
+from sedd.network.sharding import num_row_shards, num_shards
 
 MAX_DENSE_LOGITS = 2**25  # of a device, in one array of statistics; larger ones are computed in chunks
 
@@ -141,10 +141,10 @@ class TokenNetwork(Network):
 
         masked_pairs: the head runs at masked positions only, without those that are masked in x0 too. Rows 2i and
         2i + 1 together may hold at most L + 1 of them, of blocks one more a block, as antithetic mask counts do. At
-        other positions the statistics are 0; Absorbing does not use them. capacity: the same for masks of any number;
-        where a device's rows hold more than `capacity` of them, the head runs at all positions, in chunks of the
-        vocabulary. tightened: for an unnormalised score only; the statistics get a leading axis of size two, for the
-        score as it is and for `process.tightened` of it.
+        other positions the statistics are 0; Absorbing does not use them. capacity: in place of it, for masks of any
+        number; where a device's rows hold more than `capacity` of them, the head runs at all positions, in chunks of
+        the vocabulary. A mesh must split the rows evenly. tightened: for an unnormalised score only; the statistics get
+        a leading axis of size two, for the score as it is and for `process.tightened` of it.
         """
 
         def stats(x, sigma, x0):
@@ -159,10 +159,11 @@ class TokenNetwork(Network):
             if capacity is None:
                 blocks = num_blocks(x.shape[1], self.block_of_generation or 0)
                 return at_masked(masked, len(x) // 2, x.shape[1] + blocks, *sites)
-            groups = num_batch_shards()
+            groups = num_row_shards()
             fits = jnp.max(jnp.sum(masked.reshape(groups, -1), axis=-1)) <= capacity
             packed = functools.partial(at_masked, masked, groups, capacity)
-            return jax.lax.cond(fits, packed, functools.partial(at_sites, in_chunks=True), *sites)
+            overflow = jax.checkpoint(functools.partial(at_sites, in_chunks=True))  # its residuals would be held unused
+            return jax.lax.cond(fits, packed, overflow, *sites)
 
         def at_masked(masked, groups, count, *sites):
             gather, scatter = _masked_of_groups(masked, groups, count)

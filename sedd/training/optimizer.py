@@ -30,19 +30,19 @@ def make_optimizer(config: ConfigDict, steps: int, loss: str | None = None) -> o
             adam_b2=config.b2,
             muon_weight_dimension_numbers=_matrices,
         )
-    clip = clip_by_global_norm(config.clip_norm)
+    clip = _clip(config.clip_norm)
     clips = optax.chain(optax.masked(clip, _outside(DECODER)), optax.masked(clip, _inside(DECODER)))
     if loss not in _FIXED:
         return optax.chain(clips, update)
     return optax.chain(clips, update, optax.masked(optax.set_to_zero(), _FIXED[loss]))  # weight decay too
 
 
-def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """optax's, with a product in place of its quotient, which XLA for CPUs would compute in a pass of its own."""
+def _clip(max_norm: float) -> optax.GradientTransformation:
+    """optax's clip_by_global_norm by a product: XLA for CPUs would compute its quotient in a pass of its own."""
 
     def update(gradient, state, params=None):
         scale = jnp.minimum(1.0, max_norm / optax.tree.norm(gradient))
-        return jax.tree.map(lambda leaf: leaf * scale, gradient), state
+        return jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradient), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

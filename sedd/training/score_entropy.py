@@ -11,11 +11,11 @@ import numpy as np
 from sedd.diffusion.discrete.blocks import num_blocks, of_rows
 from sedd.diffusion.discrete.loss import count_loss, denoising_loss
 from sedd.diffusion.discrete.process import Absorbing
-from sedd.network.sharding import num_batch_shards
+from sedd.network.sharding import num_row_shards
 from sedd.training.token_objective import TokenObjective, strata
 
 MAX_SHARE = 7 / 8  # of the positions of a device; beyond it to gather the masked ones does not pay
-POINTS = 32  # at which integrals over a stratum take the schedule
+POINTS = 2**12  # at which integrals over all strata take the schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ScoreEntropy(TokenObjective):
     noise_sampling: str = "time"
 
     def losses(self, params, tokens, levels, keys, free, inputs, key):
-        packing = self._packing(len(tokens) // num_batch_shards(), tokens.shape[1])
+        packing = self._packing(len(tokens) / num_row_shards(), tokens.shape[1])
         stats, process = self.network.stats(params, **inputs, **packing), self.network.process
         if not self._is_paired:
             loss = denoising_loss(process, self.schedule, stats, keys, tokens, levels, free)
@@ -55,17 +55,17 @@ class ScoreEntropy(TokenObjective):
             return math.ceil(rows * (length + blocks) / 2)
         return self._packing(rows, length).get("capacity", rows * length)
 
-    def _packing(self, rows: int, length: int) -> dict[str, int | bool]:
+    def _packing(self, rows: float, length: int) -> dict[str, int | bool]:
         """How the network's `stats` finds the positions at which the head runs in `rows` rows of a device."""
         if self._is_paired:
             return {"masked_pairs": True}
-        capacity = self.capacity(rows, length)
-        if self.network.process.mask_id is None or capacity > MAX_SHARE * rows * length:
+        if self.network.process.mask_id is None or rows % 1:  # devices that do not share the rows evenly
             return {}
-        return {"capacity": capacity}
+        capacity = self.capacity(int(rows), length)
+        return {"capacity": capacity} if capacity <= MAX_SHARE * rows * length else {}
 
     def capacity(self, rows: int, length: int) -> int:
-        """A number of masked positions that `rows` consecutive rows of a batch hardly ever exceed (1e-8).
+        """A number of masked positions that `rows` consecutive rows of a batch hardly ever exceed.
 
         The mean and six standard deviations, over times in their strata and masks, of the rows with the most noise.
         """
@@ -73,11 +73,14 @@ class ScoreEntropy(TokenObjective):
         count, size = self.batch_size * blocks, length / blocks
         with jax.ensure_compile_time_eval():
             numbers = np.asarray(_of_blocks(jnp.arange(self.batch_size), blocks, self.batch_size))
-            stratum = strata(count)[numbers].reshape(self.batch_size, blocks, 1) + (np.arange(POINTS) + 0.5) / POINTS
-            t = self.min_time + (1 - self.min_time) * jnp.asarray(stratum / count, jnp.float32)
-            share = np.asarray(1 - self.schedule.alpha(t), float)
-        mean = np.sum(size * np.mean(share, axis=-1), axis=-1)
-        variance = np.sum(size * np.mean(share * (1 - share), axis=-1) + size**2 * np.var(share, axis=-1), axis=-1)
+            points = max(2, POINTS // count)
+            level = jnp.linspace(0, 1, count * points, endpoint=False, dtype=jnp.float32) + 0.5 / (count * points)
+            alpha = np.asarray(self.schedule.alpha(self.min_time + (1 - self.min_time) * level), float)
+        share = 1 - alpha.reshape(count, points)  # of masks, by stratum
+        mean = size * np.mean(share, axis=-1)
+        variance = size * np.mean(share * (1 - share), axis=-1) + size**2 * np.var(share, axis=-1)
+        of_rows = strata(count)[numbers].reshape(self.batch_size, blocks)
+        mean, variance = np.sum(mean[of_rows], axis=-1), np.sum(variance[of_rows], axis=-1)
         starts = np.arange(0, self.batch_size, rows)
         mean, variance = np.add.reduceat(mean, starts), np.add.reduceat(variance, starts)
         return min(rows * length, math.ceil(np.max(mean + 6 * np.sqrt(variance))))

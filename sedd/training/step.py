@@ -114,7 +114,8 @@ def _updated(state: TrainState, gradient: dict, optimizer, ema_decay: float, fin
     def update(params, ema, moments):
         updates, moments = optimizer.update(gradient, moments, params)
         params = optax.apply_updates(params, updates)
-        return params, ema and update_ema(ema, params, state.step + 1, ema_decay), moments
+        ema = None if ema is None else update_ema(ema, params, state.step + 1, ema_decay)
+        return params, ema, moments
 
     # A choice between the arrays would need the old ones to the end: a copy of each on CPUs, and twice the passes.
     kept = (state.params, state.ema, state.optimizer)

@@ -3,9 +3,8 @@
     python benchmarks/startup.py
 
 Each figure is the wall time of a process of its own, the median of --repeats. The run is the first step of `sedd
-quickstart`'s config on text that every Python installation has, its folder and checkpoint included; `resumed` is the
-same command for one step more. JAX_COMPILATION_CACHE_DIR names the folder of compiled programs; on TPUs and GPUs sedd
-has one by default.
+quickstart`'s config on text that every Python installation has, its folder and checkpoint included.
+JAX_COMPILATION_CACHE_DIR names the folder of compiled programs; on TPUs and GPUs sedd has one by default.
 """
 
 import argparse
@@ -32,15 +31,14 @@ def main():
         report("import jax", args.repeats, lambda _: run([*python, "import jax"]))
         report("import sedd", args.repeats, lambda _: run([*python, "import sedd"]))
         report("sedd --help", args.repeats, lambda _: run([*sedd, "--help"]))
-        train = [*sedd, "train", f"--config={CONFIG}", f"--config.data.corpus={corpus}", "--config.eval.every=0"]
+        train = [*sedd, "train", f"--config={CONFIG}", f"--config.data.corpus={corpus}", "--config.training.steps=1"]
 
-        def first(number, cache):
-            workdir, compiled = f"{folder}/{number}{cache}", f"{folder}/compiled{cache and number}"
-            return run([*train, "--config.training.steps=1", f"--workdir={workdir}"], compiled)
+        def first_step(compiled: str) -> float:
+            with tempfile.TemporaryDirectory() as workdir:
+                return run([*train, f"--workdir={workdir}/run"], compiled)
 
-        report("first step, nothing compiled", args.repeats, lambda number: first(number, "cold"))
-        first(0, "")
-        report("first step, compiled before", args.repeats, lambda number: first(number + 1, ""))
+        report("first step, nothing compiled", args.repeats, lambda number: first_step(f"{folder}/compiled{number}"))
+        report("first step, compiled before", args.repeats, lambda _: first_step(f"{folder}/compiled0"))
 
 
 def run(command: list[str], compiled: str | None = None) -> float:

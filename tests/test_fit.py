@@ -37,11 +37,16 @@ def corpus(tmp_path_factory):
     return small_corpus(tmp_path_factory.mktemp("small"))
 
 
-def test_training_lowers_the_loss_and_records_every_step(corpus, tmp_path, capsys):
-    """Every step is in metrics.jsonl, with the bound and samples of the evaluated steps and of the last step."""
+def test_training_lowers_the_loss_and_records_every_step(corpus, tmp_path, capsys, caplog):
+    """Every step is in metrics.jsonl, with the bound and samples of the evaluated steps and of the last step.
+
+    The step is compiled once.
+    """
     settings = ("network.layers=1", "training.steps=60", "training.ema_decay=0.9", "evaluation.every=25")
     config = small_config(corpus, *settings)
-    model = sedd.train(config, tmp_path / "run")
+    with jax.log_compiles():
+        model = sedd.train(config, tmp_path / "run")
+    assert caplog.text.count("Finished XLA compilation of jit(step)") == 1
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, 61))

@@ -10,9 +10,9 @@ size that takes more than --seconds a step or more than --memory GB.
 
 import argparse
 import dataclasses
-import time
 
 import numpy as np
+from step_parts import fastest
 from training import COUNTS, RECIPES, Ours, Size
 
 from sedd.runtime.settings import jax_defaults
@@ -49,23 +49,14 @@ def series(name: str, values: tuple[int, ...], args: argparse.Namespace):
             print(f"{value:10,} needs {memory:.1f} GB")
             break
         program.train(1)
-        figures.append((value, fastest(program), memory))
+        figures.append((value, fastest(program.train, 1, calls=3), memory))
         print(f"{value:10,} {figures[-1][1]:9.3f} {memory:11.3f}", flush=True)
         if figures[-1][1] > args.seconds:
             print("the next would take too long")
             break
-    last, *logarithms = np.log(figures[-(len(figures) + 1) // 2 :]).T
-    print(" exponents" + "".join(f"{np.polyfit(last, of, 1)[0]:10.2f}" for of in logarithms))
-
-
-def fastest(program: Ours) -> float:
-    """Seconds of the fastest of three steps."""
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        program.train(1)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    if len(figures) > 1:
+        last, *logarithms = np.log(figures[-(len(figures) + 1) // 2 :]).T
+        print(" exponents" + "".join(f"{np.polyfit(last, of, 1)[0]:10.2f}" for of in logarithms))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes on a CPU, by part, beside the least time that each part can take.
+"""Times the parts of a training step on a CPU, and computes the least time that each could take.
 
     python benchmarks/step_parts.py --sizes=512x6x256x1024x8
     python benchmarks/step_parts.py --recipe="mask counts"
@@ -59,7 +59,7 @@ def report(size: Size, program: Ours, args: argparse.Namespace, flops: float, ba
     program.train(args.steps)
     step = (time.perf_counter() - start) / args.steps
     seconds = traced(program, args.steps)
-    floors = {**products(size, args.recipe, flops), **passes(size, program, bandwidth)}
+    floors = {**products(size, flops), **passes(size, program, bandwidth)}
     print(f"\n{size}, {args.recipe}\npart                      ms    floor")
     for part in [*PARTS, "others"]:
         floor = f"{floors[part] * 1e3:8.0f}" if part in floors else ""
@@ -68,10 +68,10 @@ def report(size: Size, program: Ours, args: argparse.Namespace, flops: float, ba
     print(f"{'a step':20} {step * 1e3:7.0f} {sum(floors.values()) * 1e3:8.0f}")
 
 
-def products(size: Size, recipe: str, rate: float) -> dict[str, float]:
+def products(size: Size, rate: float) -> dict[str, float]:
     """The floors of parts that are products, in seconds: forward once, twice for the gradient."""
     tokens = size.rows * size.length
-    sites = size.rows * (size.length + 1) // 2 if recipe == COUNTS else tokens
+    sites = size.rows * (size.length + 1) // 2  # the masked ones, of noise by times about as many
     maps = 3 * 2 * tokens * size.layers * 12 * size.width**2
     attention = 7 * 2 * tokens * size.layers * size.length * size.width  # its gradient computes the weights again
     head = 3 * 2 * sites * size.width * size.vocab_size
@@ -122,10 +122,10 @@ def copy_rate(size: int = 2**26) -> float:
     return 3 * 4 * size / fastest(jax.jit(jnp.add), array, array)
 
 
-def fastest(function: Callable, *arguments) -> float:
-    """Seconds of the fastest of several calls."""
+def fastest(function: Callable, *arguments, calls: int = 8) -> float:
+    """Seconds of the fastest of `calls` calls."""
     seconds = []
-    for _ in range(8):
+    for _ in range(calls):
         start = time.perf_counter()
         jax.block_until_ready(function(*arguments))
         seconds.append(time.perf_counter() - start)

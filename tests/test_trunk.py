@@ -132,7 +132,9 @@ def test_norm_and_gelu_have_the_values_and_gradients_of_their_formulas(dtype, ro
             return 0.5 * x * (1 + jnp.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
         def gradients(function, **named):
-            loss = lambda *args: jnp.sum(function(*args, **named) * normal(10, B, L, W))  # noqa: E731
+            def loss(*inputs):
+                return jnp.sum(function(*inputs, **named) * normal(10, B, L, W))
+
             return jax.grad(loss, argnums=range(4))(x, shift, scale, params)
 
         assert of_norm(x, shift, scale, params).dtype == kind

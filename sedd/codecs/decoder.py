@@ -35,9 +35,8 @@ class Decoder(nn.Module):
         h = Linear(self.width, name="in")(z.astype(jnp.float32))
         if self.layers:
             trunk = Trunk(self.width, self.layers, self.heads, dtype=self.dtype, name="trunk")
-            h = Norm(name="norm")(
-                trunk(h, jnp.ones((z.shape[0], 1), jnp.float32))
-            )  # not conditioned: it sees the noise
+            h = trunk(h, jnp.ones((z.shape[0], 1), jnp.float32))  # not conditioned: it sees the noise
+            h = Norm(name="norm")(h)
         else:
             h = nn.gelu(h, approximate=True)
         return Linear(padded(self.vocab_size), zero=True, split="out", name="out")(h)[..., : self.vocab_size]

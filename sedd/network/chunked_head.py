@@ -8,7 +8,6 @@ al., arXiv 2411.09009), here for the sums of any function of the logits.
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from sedd.diffusion.discrete.score import Columns, Sums
-from sedd.network.sharding import has_mesh
+from sedd.network.sharding import has_mesh, num_row_shards
 from sedd.runtime.parallel import BATCH_AXES, MODEL_AXIS
 
 CHUNK = 8192  # columns at a time, at most
@@ -52,8 +51,7 @@ class HeadColumns(Columns):
         if not has_mesh():
             return False
         sizes = jax.sharding.get_abstract_mesh().shape
-        shards = math.prod(sizes[axis] for axis in BATCH_AXES)
-        return self.features.shape[0] % shards == 0 and self.kernel.shape[1] % sizes[MODEL_AXIS] == 0
+        return self.features.shape[0] % num_row_shards() == 0 and self.kernel.shape[1] % sizes[MODEL_AXIS] == 0
 
 
 def _sums_of_rows(function, count, is_split, kernel, bias, features, x, x0, *numbers) -> Sums:

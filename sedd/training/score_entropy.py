@@ -79,8 +79,8 @@ class ScoreEntropy(TokenObjective):
         share = 1 - alpha.reshape(count, points)  # of masks, by stratum
         mean = size * np.mean(share, axis=-1)
         variance = size * np.mean(share * (1 - share), axis=-1) + size**2 * np.var(share, axis=-1)
-        of_rows = strata(count)[numbers].reshape(self.batch_size, blocks)
-        mean, variance = np.sum(mean[of_rows], axis=-1), np.sum(variance[of_rows], axis=-1)
+        stratum = strata(count)[numbers].reshape(self.batch_size, blocks)
+        mean, variance = np.sum(mean[stratum], axis=-1), np.sum(variance[stratum], axis=-1)
         starts = np.arange(0, self.batch_size, rows)
         mean, variance = np.add.reduceat(mean, starts), np.add.reduceat(variance, starts)
         return min(rows * length, math.ceil(np.max(mean + 6 * np.sqrt(variance))))
